@@ -1,0 +1,62 @@
+"""The evidence folder: one Parquet file a table (`records.TABLES`), `activations` in parts so that many ranks can write.
+
+Every file is written under a temporary name and renamed, so a file that exists is whole.
+"""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .records import TABLES
+
+
+class EvidenceError(ValueError):
+    """An evidence file is missing or does not have the columns of `records.TABLES`."""
+
+
+class Evidence:
+    """Reads and writes the evidence tables of one run, `<run>/evidence/`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def path(self, table: str, part: str | None = None) -> Path:
+        """File of `table`; `part` names one part file of a table that has many."""
+        assert table in TABLES, table
+        return self.folder / table / f"{part}.parquet" if part is not None else self.folder / f"{table}.parquet"
+
+    def write(self, table: str, data: pa.Table, part: str | None = None) -> Path:
+        """Write `data`, cast to the table's schema. Raises EvidenceError where the columns differ."""
+        schema = TABLES[table]
+        missing = [name for name in schema.names if name not in data.column_names]
+        if missing:
+            raise EvidenceError(f"evidence table {table}: column {missing[0]!r} is missing")
+        path = self.path(table, part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+        try:
+            pq.write_table(data.select(schema.names).cast(schema), temporary, compression="zstd")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def files(self, table: str) -> list[Path]:
+        """The table's files in name order. Raises EvidenceError where there is none."""
+        single = self.path(table)
+        found = [single] if single.exists() else sorted((self.folder / table).glob("*.parquet"))
+        if not found:
+            raise EvidenceError(f"{self.folder} has no evidence table {table!r}: run `saeql index` first")
+        return found
+
+    def has(self, table: str) -> bool:
+        """Whether the table has at least one file."""
+        return self.path(table).exists() or any((self.folder / table).glob("*.parquet"))
+
+    def read(self, table: str, columns: list[str] | None = None, split: str | None = None) -> pa.Table:
+        """The whole table in file order; `split` keeps that split only."""
+        filters = None if split is None else [("split", "=", split)]
+        parts = [pq.read_table(f, columns=columns, filters=filters) for f in self.files(table)]
+        return pa.concat_tables(parts)

@@ -1,0 +1,151 @@
+"""Arrow schemas of everything that crosses a boundary: evidence is Parquet, and these are its columns.
+
+Splits are decided per document before anything else: `train` (the dictionary learns from it, labels are made from it),
+`calibration` (choices are made on it) and `test` (reported numbers). Every statistic carries the split it was read on.
+
+A *window* is one model input: `context_tokens` token ids, packed from documents of one split; the document of every
+position is kept beside it. A *row* is one position of one window, named by (`window_id`, `position`).
+"""
+
+import pyarrow as pa
+
+SPLITS = ("train", "calibration", "test")
+
+#: One row a document that contributed at least one token. `num_tokens` counts what was harvested of it.
+DOCUMENTS = pa.schema(
+    [
+        ("document_id", pa.int32()),
+        ("split", pa.string()),
+        ("title", pa.string()),
+        ("source", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("sha256", pa.string()),  # of the normalised text: what the split was decided by
+    ]
+)
+
+#: One row a model input. `document_ids` has one entry a token; separators and BOS belong to the document they open.
+WINDOWS = pa.schema(
+    [
+        ("window_id", pa.int32()),
+        ("split", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("document_ids", pa.list_(pa.int32())),
+    ]
+)
+
+#: Every token id that occurs in windows or logit effects, as readable text (leading space kept).
+VOCABULARY = pa.schema([("token_id", pa.int32()), ("token", pa.string())])
+
+#: Rows of a split and how many were left out of it: `num_rows` = kept + first positions + massive-norm rows.
+SPLIT_ROWS = pa.schema(
+    [
+        ("split", pa.string()),
+        ("num_documents", pa.int64()),
+        ("num_windows", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("num_kept_rows", pa.int64()),
+        ("num_first_position_rows", pa.int64()),
+        ("num_massive_rows", pa.int64()),
+    ]
+)
+
+#: One row a dictionary in the store, with the identity of the model it reads. `config` is JSON.
+DICTIONARIES = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("architecture", pa.string()),
+        ("model_name", pa.string()),
+        ("model_sha256", pa.string()),
+        ("tokenizer_sha256", pa.string()),
+        ("hook_point", pa.string()),
+        ("d_in", pa.int32()),
+        ("d_sae", pa.int32()),
+        ("k", pa.int32()),
+        ("config", pa.string()),
+    ]
+)
+
+#: Every positive activation on a kept row, sparse. The file order is (split, window_id, position).
+ACTIVATIONS = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("split", pa.string()),
+        ("feature", pa.int32()),
+        ("window_id", pa.int32()),
+        ("position", pa.int16()),
+        ("token_id", pa.int32()),
+        ("activation", pa.float32()),
+    ]
+)
+
+#: Logit lens: the change of a token's logit per unit of the feature, `W_U norm(d)`; `rank` 0 is the strongest.
+LOGIT_EFFECTS = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("feature", pa.int32()),
+        ("direction", pa.string()),  # 'promoted' | 'suppressed'
+        ("rank", pa.int16()),
+        ("token_id", pa.int32()),
+        ("effect", pa.float32()),
+    ]
+)
+
+#: Nearest features of the same dictionary by decoder cosine; `rank` 0 is the nearest other feature.
+NEIGHBOURS = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("feature", pa.int32()),
+        ("rank", pa.int16()),
+        ("neighbour", pa.int32()),
+        ("cosine", pa.float32()),
+    ]
+)
+
+#: One row a feature, `unexplained` included: made on train, chosen on calibration, every score here read on test.
+LABELS = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("feature", pa.int32()),
+        ("label", pa.string()),  # 'unexplained' where nothing passed
+        ("kind", pa.string()),  # 'lexical' | 'structural' | 'none'
+        ("predicate", pa.string()),  # JSON, executable by pipelines/predicates.py; null for 'none'
+        ("explainer", pa.string()),
+        ("score_split", pa.string()),  # always 'test'
+        ("auroc", pa.float32()),  # of the predicate against 'active', null where n is 0
+        ("auroc_low", pa.float32()),  # 95 % interval, bootstrap over documents
+        ("auroc_high", pa.float32()),
+        ("precision", pa.float32()),
+        ("recall", pa.float32()),
+        ("f1", pa.float32()),
+        ("n_active", pa.int32()),  # test rows on which the feature is active
+        ("n_inactive", pa.int32()),  # test rows it was scored against
+        ("calibration_f1", pa.float32()),  # what the label was chosen by
+    ]
+)
+
+#: The dictionary's metrics, one a row; definitions are in sae/metrics.py.
+METRICS = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("split", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("n", pa.int64()),  # rows or tokens it was measured on
+        ("low", pa.float64()),  # 95 % interval over documents, null where there is none
+        ("high", pa.float64()),
+    ]
+)
+
+#: Every evidence table by its file stem. ACTIVATIONS is a folder of part files, the others are one file each.
+TABLES: dict[str, pa.Schema] = {
+    "documents": DOCUMENTS,
+    "windows": WINDOWS,
+    "vocabulary": VOCABULARY,
+    "split_rows": SPLIT_ROWS,
+    "dictionaries": DICTIONARIES,
+    "activations": ACTIVATIONS,
+    "logit_effects": LOGIT_EFFECTS,
+    "neighbours": NEIGHBOURS,
+    "labels": LABELS,
+    "metrics": METRICS,
+}
