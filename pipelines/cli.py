@@ -1,0 +1,313 @@
+"""The `saeql` command: parses, calls the library, prints. Heavy imports wait until a command needs them."""
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+app = App(
+    name="saeql",
+    help="Sparse autoencoders you can query and act on: harvest, train, explain, SQL, steer.\n\n"
+    "Start with `saeql demo`: a real model and real text, no network.",
+    version_flags=["--version"],
+    help_format="plaintext",
+    print_error=False,
+    exit_on_error=False,
+)
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+RunPath = Annotated[Path, Parameter(help="Run directory.")]
+DEMO_RUN = Path("runs/demo")
+
+
+@app.command
+def demo(
+    *overrides: Overrides,
+    out: Annotated[Path, Parameter(help="Run directory to fill, or to go on with.")] = DEMO_RUN,
+    report_to: Annotated[str, Parameter(help="none, wandb, trackio or tensorboard.")] = "none",
+) -> None:
+    """The whole road on SmolLM2-135M-Instruct and Wikipedia pages: harvest, train, index, label, evaluate, steer.
+
+    Example: saeql demo
+    """
+    from .config import load_config
+    from .showcase import print_showcase
+
+    made = _execute(out, load_config(None, _parse_overrides(overrides)), report_to=report_to, resume=True)
+    print_showcase(made)
+
+
+@app.command
+def run(
+    config: Annotated[Path, Parameter(help="TOML configuration; `saeql config` documents every key.")],
+    *overrides: Overrides,
+    out: Annotated[Path | None, Parameter(help="Run directory; default: runs/<name of the file>.")] = None,
+    resume: Annotated[bool, Parameter(help="Let training go on from its last checkpoint.")] = True,
+    report_to: Annotated[str, Parameter(help="none, wandb, trackio or tensorboard.")] = "none",
+) -> None:
+    """Run every stage of a configuration that is not finished yet. Any key can be set as --section.key value.
+
+    Example: saeql run my.toml --out runs/wide --dictionary.d_sae 9216 --train.num_steps 3000
+    """
+    from .config import load_config
+    from .showcase import print_showcase
+
+    made = _execute(
+        out or Path("runs") / config.stem,
+        load_config(config, _parse_overrides(overrides)),
+        report_to=report_to,
+        resume=resume,
+    )
+    print_showcase(made)
+
+
+def _execute(path: Path, config: Any, *, report_to: str, resume: bool) -> Any:
+    from .run import Run
+
+    made = Run.create(path, config)
+    _report_stages(made.execute(resume=resume, report_to=report_to))
+    return made
+
+
+def _report_stages(stages: Any) -> None:
+    for stage, seconds in stages:
+        text = "reused" if seconds is None else f"{seconds:.1f} s"
+        print(f"{stage:<10} {text}", file=sys.stderr, flush=True)
+
+
+def _stage(stage: str, path: Path, **options: Any) -> None:
+    from .run import Run
+
+    _report_stages(Run.open(path).execute((stage,), again=True, **options))
+
+
+@app.command
+def harvest(run: RunPath) -> None:
+    """Read the corpus and store activations at the hook point.
+
+    Example: saeql harvest runs/demo
+    """
+    _stage("harvest", run)
+
+
+@app.command
+def train(
+    run: RunPath,
+    *,
+    resume: Annotated[bool, Parameter(help="Go on from the last checkpoint instead of starting anew.")] = False,
+    report_to: Annotated[str, Parameter(help="none, wandb, trackio or tensorboard.")] = "none",
+) -> None:
+    """Train the dictionary on stored activations.
+
+    Example: saeql train runs/demo --resume
+    """
+    _stage("train", run, resume=resume, report_to=report_to)
+
+
+@app.command
+def index(run: RunPath) -> None:
+    """Run the dictionary over every split and write Parquet evidence.
+
+    Example: saeql index runs/demo
+    """
+    _stage("index", run)
+
+
+@app.command
+def label(run: RunPath) -> None:
+    """Label every feature: made on train, chosen on calibration, scored on test documents.
+
+    Example: saeql label runs/demo
+    """
+    _stage("label", run)
+
+
+@app.command
+def evaluate(run: RunPath) -> None:
+    """Measure fvu, l0, dead latents and cross-entropy on test documents.
+
+    Example: saeql evaluate runs/demo
+    """
+    _stage("evaluate", run)
+
+
+@app.command
+def store(run: RunPath) -> None:
+    """Build features.duckdb from the Parquet evidence.
+
+    Example: saeql store runs/demo
+    """
+    _stage("store", run)
+
+
+@app.command
+def report(run: RunPath) -> None:
+    """Write report.html.
+
+    Example: saeql report runs/demo
+    """
+    _stage("report", run)
+
+
+@app.command
+def search(
+    run: RunPath,
+    text: Annotated[str, Parameter(help="Words to look for in labels and in promoted and activating tokens.")],
+    *,
+    limit: Annotated[int, Parameter(help="Number of features.")] = 10,
+    where: Annotated[str | None, Parameter(help="SQL condition on the view features.")] = None,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+) -> None:
+    """Find features by words, best first, with what matched.
+
+    Example: saeql search runs/demo "music" --where "density < 0.01"
+    """
+    from .output import print_records
+    from .run import Run
+
+    with Run.open(run).store() as opened:
+        hits = opened.search(text, limit=limit, where=where)
+    print_records(
+        ["feature", "score", "label", "kind", "auroc", "density", "matched"],
+        [[h.feature, h.score, h.label, h.kind, h.auroc, h.density, h.matched] for h in hits],
+        "json" if json else "table",
+    )
+
+
+
+
+@app.command
+def show(
+    run: RunPath,
+    feature: Annotated[int, Parameter(help="Feature id.")],
+    *,
+    examples: Annotated[int, Parameter(help="Number of top examples.")] = 5,
+    split: Annotated[str, Parameter(help="Split of the examples: train or test.")] = "train",
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+) -> None:
+    """One feature: label and score, statistics, promoted tokens, neighbours, top examples.
+
+    Example: saeql show runs/demo 123
+    """
+    from .output import print_feature
+    from .run import Run
+
+    with Run.open(run).store() as opened:
+        print_feature(opened, feature, num_examples=examples, split=split, as_json=json)
+
+
+@app.command
+def sql(
+    run: RunPath,
+    query: Annotated[str, Parameter(help="SQL over the views dictionaries, features, examples, documents, labels, "
+                                         "neighbours, logit_effects, activations, metrics.")],
+    *,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+    csv: Annotated[bool, Parameter(help="Print CSV.", negative="")] = False,
+    max_rows: Annotated[int, Parameter(help="Rows to print at most.")] = 1000,
+) -> None:
+    """Ask the feature store in SQL. Read-only.
+
+    Example: saeql sql runs/demo "SELECT feature, label, density FROM features ORDER BY density DESC LIMIT 5"
+    """  # fmt: skip
+    from .output import print_records
+    from .run import Run
+
+    with Run.open(run).store() as opened:
+        table = opened.sql(query, max_rows=max_rows)
+    rows = [list(row.values()) for row in table.to_pylist()]
+    print_records(table.column_names, rows, "json" if json else "csv" if csv else "table")
+
+
+@app.command
+def steer(
+    run: RunPath,
+    *,
+    feature: Annotated[int, Parameter(help="Feature id.")],
+    prompt: Annotated[str, Parameter(help="Text to continue.")],
+    strength: Annotated[float, Parameter(help="add: share of the median activation norm (0.1 to 0.5); clamp: multiple "
+                                              "of the feature's largest activation.")] = 0.4,
+    mode: Annotated[str, Parameter(help="add, clamp or ablate.")] = "add",
+    tokens: Annotated[int, Parameter(help="Tokens to write.")] = 40,
+    allow_mismatch: Annotated[bool, Parameter(help="Steer a model that the dictionary was not trained on.",
+                                              negative="")] = False,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+) -> None:
+    """Continue a prompt with and without a feature, side by side.
+
+    Example: saeql steer runs/demo --feature 123 --strength 0.4 --prompt "I think that"
+    """  # fmt: skip
+    from .output import print_steering
+    from .run import Run
+    from .steer import Edit
+
+    steerer = Run.open(run).steerer(allow_mismatch=allow_mismatch)
+    edits = [Edit(feature, mode, strength)]
+    steered = steerer.generate(prompt, edits, max_new_tokens=tokens)
+    baseline = steerer.generate(prompt, [], max_new_tokens=tokens)
+    print_steering(edits[0], prompt, baseline, steered, as_json=json)
+
+
+@app.command
+def config() -> None:
+    """Print every configuration key with its default and meaning, as TOML to start from.
+
+    Example: saeql config > my.toml
+    """
+    from .config import reference
+
+    print(reference())
+
+
+def _parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:
+    """`--section.key value` and `--section.key=value` pairs."""
+    from saeql.sae.config import ConfigError
+
+    found, pending = {}, list(tokens)
+    while pending:
+        token = pending.pop(0)
+        key, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or not key:
+            raise ConfigError(f'unexpected argument "{token}"; configuration keys are set as --section.key value')
+        if not equals:
+            if not pending:
+                raise ConfigError(f'"{token}" needs a value')
+            value = pending.pop(0)
+        found[key.replace("-", "_")] = value
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def main() -> None:
+    """Entry point. What a user can mend ends in one line on stderr and exit code 2, everything else in a traceback."""
+    try:
+        app()
+    except cyclopts.CycloptsError as error:
+        sys.exit(_fail(error))
+    except KeyboardInterrupt:
+        print("saeql: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        # every exception class that saeql defines is a message to its user
+        is_ours = type(error).__module__.startswith("saeql.")
+        is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+        if not is_ours and not is_disk:
+            raise
+        sys.exit(_fail(error))
+
+
+def _fail(error: BaseException) -> int:
+    print(f"saeql: {_one_line(error)}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

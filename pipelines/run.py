@@ -1,0 +1,362 @@
+"""A run: one directory, the stages that fill it, and what can be asked of it afterwards.
+
+    config.toml            the configuration as resolved
+    activations/<split>/   shards, and harvest.json
+    checkpoints/           what a resume needs
+    dictionaries/<name>/   cfg.json, sae_weights.safetensors, sparsity.safetensors
+    evidence/*.parquet     what was found
+    features.duckdb        the feature store, one build of the evidence
+    metrics.jsonl          training curve
+    report.html            everything on one page
+    stages.json            which stages are finished
+"""
+
+import fcntl
+import json
+import os
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saeql.sae.architectures import build
+from saeql.sae.config import from_dict, suggestion, to_dict
+from saeql.sae.hooks import resolve
+from saeql.sae.model import SparseAutoencoder
+from saeql.sae.trainer import Trainer
+from saeql.store.evidence import Evidence
+from saeql.store.feature_store import FeatureStore
+
+from .config import RunConfig, to_toml
+from .evaluate import evaluate_dictionary
+from .harvest import HARVEST_FILE, HarvestInfo, harvest
+from .index import index_dictionary
+from .label import label_dictionary
+from .models import LanguageModel, ModelIdentity, has_fast_bf16, load_model, pick_device
+from .progress import progress
+from .sources import ShardSource
+from .steer import Steerer
+from .tracking import MetricsLog
+
+#: In the order in which they run; a stage that runs again makes those after it stale.
+STAGES = ("harvest", "train", "index", "label", "evaluate", "store", "report")
+
+
+class RunError(ValueError):
+    """A run directory is missing, busy, or holds something else than what is asked of it."""
+
+
+class Run:
+    """One run directory.
+
+    `Run.create(path, config).execute()` does the whole job; `Run.open(path)` goes on with an existing one.
+    """
+
+    def __init__(self, path: str | Path, config: RunConfig):
+        self.path, self.config = Path(path), config
+
+    # --- making and opening --------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str | Path, config: RunConfig) -> "Run":
+        """Start a run in `path`, or go on with the one there if it has the same configuration.
+
+        Raises RunError, naming the first key that differs, where the directory holds another configuration.
+        """
+        path = Path(path)
+        if (path / "config.toml").exists():
+            run = cls.open(path)
+            difference = _first_difference(to_dict(run.config), to_dict(config))
+            if difference:
+                key, old, new = difference
+                raise RunError(
+                    f"{path} already holds a run with {key} = {old!r}, not {new!r}; choose another directory with --out"
+                )
+            return run
+        if path.exists() and any(path.iterdir()):
+            raise RunError(f"{path} is not empty and holds no run; choose another directory with --out")
+        path.mkdir(parents=True, exist_ok=True)
+        _write_text(path / "config.toml", to_toml(config))
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """An existing run. Raises RunError where there is none."""
+        path = Path(path)
+        file = path / "config.toml"
+        if not file.exists():
+            raise RunError(f"no run in {path}: config.toml is missing (start one with `saeql run` or `saeql demo`)")
+        return cls(path, from_dict(RunConfig, tomllib.loads(file.read_text(encoding="utf-8"))))
+
+    # --- places --------------------------------------------------------------------------------------------------
+
+    @property
+    def activations(self) -> Path:
+        """Folder of the shards."""
+        return self.path / "activations"
+
+    @property
+    def evidence(self) -> Evidence:
+        """The Parquet evidence."""
+        return Evidence(self.path / "evidence")
+
+    @property
+    def dictionary_path(self) -> Path:
+        """Folder of the dictionary."""
+        return self.path / "dictionaries" / self.config.dictionary_name
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The model of this run, loaded on first use."""
+        return load_model(self.config.model)
+
+    @property
+    def harvest_info(self) -> HarvestInfo:
+        """What the harvest found. Raises RunError before it has run."""
+        if not (self.activations / HARVEST_FILE).exists():
+            raise RunError(f"{self.path} has no harvested activations yet: `saeql harvest {self.path}` makes them")
+        return HarvestInfo.load(self.activations)
+
+    def dictionary(self) -> SparseAutoencoder:
+        """The trained dictionary; it works on raw activations. Raises DictionaryError before training."""
+        return SparseAutoencoder.load(self.dictionary_path)
+
+    def store(self) -> FeatureStore:
+        """The feature store, opened read-only. Raises StoreError before it is built."""
+        return FeatureStore.open(self.path / "features.duckdb")
+
+    def steerer(self, *, allow_mismatch: bool = False) -> Steerer:
+        """A steerer over this run's model and dictionary. Raises ModelMismatch where they do not belong together."""
+        dictionary = self.dictionary()
+        metadata = dictionary.metadata["saeql"]
+        return Steerer(
+            self.language_model,
+            dictionary,
+            ModelIdentity(**metadata["identity"]),
+            median_norm=metadata["median_norm"],
+            max_activations=self._max_activations(),
+            allow_mismatch=allow_mismatch,
+        )
+
+    def _max_activations(self) -> dict[int, float]:
+        with self.store() as store:
+            table = store.sql("SELECT feature, max_activation FROM features WHERE max_activation > 0")
+        return dict(zip(table["feature"].to_pylist(), table["max_activation"].to_pylist(), strict=True))
+
+    # --- stages --------------------------------------------------------------------------------------------------
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """Finished stages with their seconds and time of completion."""
+        file = self.path / "stages.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def execute(self, stages: tuple[str, ...] = STAGES, *, again: bool = False, resume: bool = True, **options: Any):
+        """Run the stages that are not finished yet, in order, yielding (stage, seconds or None where reused).
+
+        `again` runs the named stages even so. `resume` lets training go on from its last checkpoint.
+        Raises RunError where another process works on this run.
+        """
+        for stage in stages:
+            if stage not in STAGES:
+                raise RunError(f"no stage {stage!r}: there is {', '.join(STAGES)}{suggestion(stage, STAGES)}")
+        with self.locked():
+            for stage in stages:
+                if not again and stage in self.finished():
+                    yield stage, None
+                    continue
+                self._mark_stale(stage)
+                started = time.monotonic()
+                self._run_stage(stage, resume=resume, **options)
+                seconds = time.monotonic() - started
+                self._mark_finished(stage, seconds)
+                yield stage, seconds
+
+    def _run_stage(self, stage: str, *, resume: bool, report_to: str = "none") -> None:
+        if stage == "train":
+            self.train(resume=resume, report_to=report_to)
+        else:
+            {
+                "harvest": self.harvest,
+                "index": self.index,
+                "label": self.label,
+                "evaluate": self.evaluate,
+                "store": self.build_store,
+                "report": self.report,
+            }[stage]()
+
+    def harvest(self) -> HarvestInfo:
+        """corpus -> windows -> activations in shards."""
+        config = self.config
+        return harvest(self.language_model, config.corpus, config.harvest, self.activations, self.evidence)
+
+    def train(self, *, resume: bool = True, report_to: str = "none") -> SparseAutoencoder:
+        """shards -> dictionary folder."""
+        config, info = self.config, self.harvest_info
+        device = pick_device(config.model.device)
+        source = ShardSource(
+            self.activations / "train",
+            batch_tokens=config.train.batch_tokens,
+            norm_limit=info.norm_limit,
+            shuffle_seed=config.seed,
+            block_rows=config.train.shuffle_block_rows,
+            buffer_bytes=config.train.shuffle_buffer_bytes,
+            device=device,
+        )
+        dictionary = build(config.dictionary, info.d_in, seed=config.seed).to(device)
+        name = config.dictionary_name
+        with (
+            progress("train", config.train.num_steps * config.train.batch_tokens, "tok") as advance,
+            MetricsLog(self.path / "metrics.jsonl", report_to, run_name=self.path.name, config=to_dict(config)) as log,
+        ):
+            trainer = Trainer(
+                config.train,
+                {name: dictionary},
+                source,
+                folder=self.path / "checkpoints",
+                on_log=log,
+                on_step=lambda n: advance(n * config.train.batch_tokens),
+                matmul_dtype=_matmul_dtype(config.train.matmul_dtype, device),
+            )
+            if resume and trainer.resume():
+                advance(trainer.step * config.train.batch_tokens)
+            log.keep_until(trainer.step)
+            trainer.fit()
+            trainer.finish()
+        dictionary.metadata = self._metadata(info)
+        dictionary.save(self.dictionary_path)
+        return dictionary
+
+    def _metadata(self, info: HarvestInfo) -> dict[str, Any]:
+        """Metadata of the dictionary: SAELens's keys, then ours."""
+        config, point = self.config, resolve(self.language_model.model, info.identity.hook_point)
+        return {
+            "model_name": info.identity.model_name,
+            "hook_name": point.transformer_lens_name,
+            "hf_hook_name": point.module_path,
+            "hook_head_index": None,
+            "context_size": config.harvest.context_tokens,
+            "prepend_bos": True,
+            "dataset_path": config.corpus.source,
+            "saeql": {
+                "identity": {
+                    "model_name": info.identity.model_name,
+                    "model_sha256": info.identity.model_sha256,
+                    "tokenizer_sha256": info.identity.tokenizer_sha256,
+                    "hook_point": info.identity.hook_point,
+                },
+                "median_norm": info.median_norm,
+                "massive_norm_multiple": info.massive_norm_multiple,
+                "seed": config.seed,
+            },
+        }
+
+    def index(self) -> None:
+        """dictionary + shards -> Parquet evidence."""
+        config, info, dictionary = self.config, self.harvest_info, self.dictionary()
+        info.identity.require(self.language_model.identity)
+        result = index_dictionary(
+            dictionary, config.dictionary_name, self.language_model, self.activations, info, self.evidence, config.index
+        )
+        dictionary.save(self.dictionary_path, density=result.fire_counts["train"] / result.num_rows["train"])
+
+    def label(self) -> None:
+        """evidence -> labels with their held-out scores."""
+        with progress("label", None, "features") as advance:
+            done = 0
+
+            def on_progress(now: int, _total: int) -> None:
+                nonlocal done
+                advance(now - done)
+                done = now
+
+            labels = label_dictionary(
+                self.evidence, dictionary=self.config.dictionary_name, config=self.config.label, on_progress=on_progress
+            )
+        self.evidence.write("labels", labels)
+
+    def evaluate(self) -> None:
+        """dictionary + test documents -> metrics."""
+        config, info = self.config, self.harvest_info
+        info.identity.require(self.language_model.identity)
+        evaluate_dictionary(
+            self.dictionary(),
+            config.dictionary_name,
+            self.language_model,
+            self.activations,
+            info,
+            self.evidence,
+            config.evaluate,
+            seed=config.seed,
+        )
+
+    def build_store(self) -> None:
+        """evidence -> features.duckdb, in one build that is published by rename."""
+        FeatureStore.build(self.path / "features.duckdb", self.evidence)
+
+    def report(self) -> None:
+        """store -> showcase.json and report.html."""
+        from .showcase import make_showcase, write_run_report
+
+        write_run_report(self, make_showcase(self))
+
+    # --- bookkeeping ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold this run against other writers. Raises RunError at once, naming the other's pid."""
+        file = (self.path / ".lock").open("a+")
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise RunError(f"{self.path} is in use by another saeql process (pid {file.read().strip()})") from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+        finally:
+            file.close()
+
+    def _mark_stale(self, stage: str) -> None:
+        first = STAGES.index(stage)
+        kept = {name: value for name, value in self.finished().items() if STAGES.index(name) < first}
+        _write_text(self.path / "stages.json", json.dumps(kept, indent=2) + "\n")
+        if stage in ("harvest",):
+            for file in (self.path / "checkpoints").glob("step-*/*"):
+                file.unlink()
+
+    def _mark_finished(self, stage: str, seconds: float) -> None:
+        record = {"seconds": round(seconds, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        _write_text(
+            self.path / "stages.json", json.dumps({**self.finished(), stage: record}, indent=2) + "\n"
+        )
+
+
+def _matmul_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    if name == "bfloat16" or (name == "auto" and has_fast_bf16(device)):
+        return torch.bfloat16
+    return None
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _first_difference(old: dict, new: dict, where: str = "") -> tuple[str, Any, Any] | None:
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b, full = old.get(key), new.get(key), f"{where}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found = _first_difference(a, b, f"{full}.")
+            if found:
+                return found
+        elif a != b:
+            return full, a, b
+    return None

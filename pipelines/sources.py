@@ -1,0 +1,100 @@
+"""Adapts what the store reads (shards) to what training and indexing consume (ActivationSource)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from saeql.sae.stream import ActivationBatch, BlockShuffle, Cursor
+from saeql.store.shards import ShardReader
+
+
+class ShardSource:
+    """Rows of one split's shards, kept rows only: positions after the first, with a norm up to `norm_limit`.
+
+    `first_positions` keeps those of first positions too.
+
+    `shuffle_seed` None gives one pass in stored order; a seed gives an endless stream, shuffled by blocks and then by
+    rows inside the `buffer_bytes` that are in memory at once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        batch_tokens: int,
+        norm_limit: float,
+        first_positions: bool = False,
+        shuffle_seed: int | None = None,
+        block_rows: int = 1024,
+        buffer_bytes: int = 1_000_000_000,
+        device: torch.device | None = None,
+    ):
+        self.reader = ShardReader(folder)
+        self.d_in = self.reader.d_in
+        self.batch_tokens, self.norm_limit, self.seed = batch_tokens, norm_limit, shuffle_seed
+        self.first_position = 0 if first_positions else 1
+        self.block_rows, self.buffer_bytes = block_rows, buffer_bytes
+        self.device = device or torch.device("cpu")
+
+    @property
+    def num_rows(self) -> int:
+        """Stored rows, left-out ones included."""
+        return self.reader.num_rows
+
+    def batches(self, cursor: Cursor | None = None) -> Iterator[ActivationBatch]:
+        """Batches from `cursor` on: endless where shuffled, else one pass."""
+        return self._in_order() if self.seed is None else self._shuffled(cursor or Cursor())
+
+    def _in_order(self) -> Iterator[ActivationBatch]:
+        for start in range(0, self.num_rows, self.batch_tokens):
+            stop = min(start + self.batch_tokens, self.num_rows)
+            rows = self._read([(start, stop)])
+            if len(rows.acts):
+                yield rows
+
+    def _shuffled(self, cursor: Cursor) -> Iterator[ActivationBatch]:
+        assert self.seed is not None
+        row_bytes = self.d_in * self.reader.bytes_per_value
+        # twice: the blocks as read, and their rows in shuffled order
+        group_rows = max(self.batch_tokens, self.buffer_bytes // (2 * row_bytes))
+        shuffle = BlockShuffle(self.num_rows, self.block_rows, group_rows, self.seed)
+        epoch, group, offset = cursor.epoch, cursor.group, cursor.offset
+        while True:
+            rows = self._read(shuffle.blocks(epoch, group))
+            order = torch.from_numpy(shuffle.rows(epoch, group, len(rows.acts)))
+            # the last, incomplete batch of a group is left out of this epoch; another shuffle picks others next time
+            while offset + self.batch_tokens <= len(order):
+                chosen = order[offset : offset + self.batch_tokens]
+                offset += self.batch_tokens
+                yield _take(rows, chosen, Cursor(epoch, group, offset), self.device)
+            if offset == 0:
+                raise ValueError(f"{len(order)} rows are fewer than one batch of {self.batch_tokens}; lower batch_tokens")
+            offset, group = 0, group + 1
+            if group == shuffle.num_groups:
+                epoch, group = epoch + 1, 0
+
+    def _read(self, blocks: list[tuple[int, int]]) -> ActivationBatch:
+        """Kept rows of the given row ranges."""
+        parts = [self.reader.rows(start, stop) for start, stop in blocks]
+        keep = [(p.positions >= self.first_position) & (p.norms <= self.norm_limit) for p in parts]
+        acts = np.concatenate([p.acts[k] for p, k in zip(parts, keep, strict=True)])
+        tensor = torch.from_numpy(acts)
+        fields = {
+            name: torch.from_numpy(np.concatenate([getattr(p, name)[k] for p, k in zip(parts, keep, strict=True)]))
+            for name in ("token_ids", "document_ids", "window_ids", "positions")
+        }
+        acts_tensor = tensor.view(torch.bfloat16) if acts.dtype == np.uint16 else tensor
+        return ActivationBatch(acts_tensor.to(self.device), **fields, cursor=Cursor())
+
+
+def _take(rows: ActivationBatch, chosen: torch.Tensor, cursor: Cursor, device: torch.device) -> ActivationBatch:
+    return ActivationBatch(
+        acts=rows.acts[chosen.to(rows.acts.device)].to(device),
+        token_ids=rows.token_ids[chosen],
+        document_ids=rows.document_ids[chosen],
+        window_ids=rows.window_ids[chosen],
+        positions=rows.positions[chosen],
+        cursor=cursor,
+    )

@@ -1,0 +1,1 @@
+"""Dictionaries of features: architectures, objective, metrics, stream, trainer, checkpoints and hooks."""

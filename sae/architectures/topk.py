@@ -1,0 +1,24 @@
+"""TopK: keep the k largest pre-activations of every row (Gao et al. 2024, arXiv 2406.04093, section 2.3)."""
+
+import torch
+
+from saeql.kernels.autograd import SparseLatents, topk_encode
+
+from ..model import SparseAutoencoder
+
+
+class TopKAutoencoder(SparseAutoencoder):
+    """`z = ReLU(TopK(W_enc (x - b_dec) + b_enc))`, `x_hat = z W_dec + b_dec`."""
+
+    architecture = "topk"
+
+    def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
+        """The k largest latents of rows x [N, d_in], clipped at zero."""
+        # b_dec is taken off inside the bias, so that no centred copy of x is made
+        bias = self.b_enc - self.W_enc @ self.b_dec
+        return topk_encode(x, self.W_enc, bias, self.config.k, matmul_dtype=matmul_dtype)
+
+    def encode_subset(self, x: torch.Tensor, latents: torch.Tensor, k: int) -> SparseLatents:
+        """The k largest among `latents` (indices [m]) only; the returned indices count within that subset."""
+        W_enc = self.W_enc[latents]
+        return topk_encode(x, W_enc, self.b_enc[latents] - W_enc @ self.b_dec, k)

@@ -1,0 +1,185 @@
+"""Strict configuration: frozen dataclass default < TOML file < `--section.key value`.
+
+A component's config is a frozen dataclass beside its owner; this file turns mappings into them and holds the two that
+belong to training. Nothing here imports torch. Unknown keys and values of the wrong type are errors that name the key.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+ConfigT = TypeVar("ConfigT")
+
+
+class ConfigError(ValueError):
+    """A configuration names an unknown key or holds a value that does not fit; the message names the key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryConfig:
+    """Shape and kind of one dictionary."""
+
+    architecture: str = "topk"
+    """Name of a file in sae/architectures."""
+    d_sae: int = 4608
+    """Number of latents."""
+    k: int = 32
+    """Latents kept for every row."""
+
+    def __post_init__(self) -> None:
+        if self.d_sae < 1:
+            raise ConfigError(f"dictionary.d_sae must be at least 1, got {self.d_sae}")
+        if not 1 <= self.k <= self.d_sae:
+            raise ConfigError(f"dictionary.k must lie between 1 and d_sae ({self.d_sae}), got {self.k}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a dictionary learns. Batches and windows are counted in tokens (rows of activations)."""
+
+    num_steps: int = 1400
+    """Optimizer steps."""
+    batch_tokens: int = 1024
+    """Rows of one step."""
+    lr: float | None = None
+    """Peak learning rate of Adam; unset takes 1.5e-3 / sqrt(d_sae / 4096)."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up from 0."""
+    decay_share: float = 0.3
+    """Last share of the steps, over which the learning rate falls linearly to 0."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decays."""
+    b_dec_init: str = "geometric_median"
+    """Start of the decoder bias: "geometric_median" or "mean" of the first rows."""
+    init_tokens: int = 8192
+    """Rows read for the input scale and the start of b_dec."""
+    dead_after_tokens: int = 100_000
+    """A latent that fired on none of the last so many rows is dead."""
+    auxk_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead latents (arXiv 2406.04093, appendix A.2); 0 turns it off."""
+    shuffle_block_rows: int = 1024
+    """Rows read together from disk: whole blocks are shuffled, then rows inside a group of blocks."""
+    shuffle_buffer_bytes: int = 1_000_000_000
+    """Memory for the rows that are mixed with each other."""
+    matmul_dtype: str = "auto"
+    """Encoder matmul: "float32", "bfloat16", or "auto" (bfloat16 where the processor has it)."""
+    log_every_steps: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every_steps: int = 500
+    """Steps between two checkpoints; the last two are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_tokens", "init_tokens", "shuffle_block_rows", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.decay_share <= 1:
+            raise ConfigError(f"train.decay_share must lie between 0 and 1, got {self.decay_share}")
+        _check_choice("train.b_dec_init", self.b_dec_init, ("geometric_median", "mean"))
+        _check_choice("train.matmul_dtype", self.matmul_dtype, ("auto", "float32", "bfloat16"))
+
+    def peak_lr(self, d_sae: int) -> float:
+        """Peak learning rate for a dictionary of `d_sae` latents."""
+        return self.lr if self.lr is not None else 1.5e-3 / (d_sae / 4096) ** 0.5
+
+
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}{suggestion(value, choices)}")
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """`; did you mean "x"?` where one of `known` is close to `word`, else an empty string."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def from_dict(cls: type[ConfigT], data: Mapping[str, Any], where: str = "") -> ConfigT:
+    """Build dataclass `cls` from nested mappings. Raises ConfigError on unknown keys and wrong types, naming the key."""
+    assert dataclasses.is_dataclass(cls)
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for key, value in data.items():
+        full = f"{where}.{key}" if where else key
+        if key not in names:
+            place = f"[{where}]" if where else "the configuration"
+            raise ConfigError(f'unknown key "{full}": {place} has {", ".join(names)}{suggestion(key, names)}')
+        values[key] = _convert(hints[key], value, full)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f'"{key}" must be a section of keys, got {value!r}')
+        return from_dict(hint, value, key)  # pyright: ignore[reportArgumentType]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        inner = [a for a in args if a is not type(None)]
+        return None if value is None else _convert(inner[0], value, key)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f'"{key}" must be a list, got {value!r}')
+        hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(hints) != len(value):
+            raise ConfigError(f'"{key}" must have {len(hints)} entries, got {len(value)}')
+        return tuple(_convert(h, v, key) for h, v in zip(hints, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f'"{key}" must be {_TYPE_NAMES.get(hint, hint)}, got {value!r}')
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain mapping of a config; unset (None) keys are left out, since TOML has no null."""
+    result = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            result[field.name] = to_dict(value)
+        elif value is not None:
+            result[field.name] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def load_toml(cls: type[ConfigT], path: str | Path | None, overrides: Mapping[str, str] | None = None) -> ConfigT:
+    """Read `cls` from a TOML file with `overrides` (`{"train.lr": "1e-3"}`) laid over it.
+
+    Raises ConfigError where the file is missing, is not TOML, or names an unknown key.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"no configuration file {path}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {error}") from None
+    for dotted, text in (overrides or {}).items():
+        *sections, key = dotted.split(".")
+        place = data
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f'unknown key "{dotted}": "{section}" is not a section')
+        place[key] = _parse_override(text)
+    try:
+        return from_dict(cls, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from None
+
+
+def _parse_override(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

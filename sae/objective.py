@@ -1,0 +1,52 @@
+"""What a dictionary is trained to do: reconstruct, and keep its latents alive."""
+
+from typing import NamedTuple
+
+import torch
+
+from saeql.kernels.autograd import SparseLatents, sparse_decode
+
+from .model import SparseAutoencoder
+
+
+class LossTerms(NamedTuple):
+    """Scalars of one batch, with gradient where one is needed."""
+
+    total: torch.Tensor
+    reconstruction: torch.Tensor  # mean squared error per coordinate, of inputs scaled to unit variance
+    auxiliary: torch.Tensor  # share of the residual that the dead latents leave unexplained; 0 where none is dead
+
+
+def loss_terms(
+    dictionary: SparseAutoencoder,
+    x: torch.Tensor,
+    dead: torch.Tensor | None,
+    *,
+    auxk_coefficient: float,
+    matmul_dtype: torch.dtype | None = None,
+) -> tuple[LossTerms, SparseLatents, torch.Tensor]:
+    """Loss of rows x [N, d_in] (scaled to unit variance per coordinate), the latents, and the residual [N, d_in].
+
+    `dead` holds the indices [m] of dead latents, or None.
+    """
+    latents = dictionary.encode(x, matmul_dtype=matmul_dtype)
+    residual = x - dictionary.decode(latents)
+    reconstruction = residual.square().mean()
+    auxiliary = torch.zeros((), device=x.device)
+    if dead is not None and len(dead) and auxk_coefficient:
+        auxiliary = auxk_loss(dictionary, x, residual.detach(), dead)
+    return LossTerms(reconstruction + auxk_coefficient * auxiliary, reconstruction, auxiliary), latents, residual.detach()
+
+
+def auxk_loss(
+    dictionary: SparseAutoencoder, x: torch.Tensor, residual: torch.Tensor, dead: torch.Tensor
+) -> torch.Tensor:
+    """Normalised error of dead latents at predicting the residual (Gao et al. 2024, arXiv 2406.04093, appendix A.2).
+
+    The top-k runs over the compacted subset `dead` [m] with k_aux = min(m, d_in / 2); both encoder and decoder rows of
+    the dead latents receive its gradient.
+    """
+    k_aux = min(len(dead), max(1, dictionary.d_in // 2))
+    latents = dictionary.encode_subset(x, dead, k_aux)
+    error = residual - sparse_decode(latents, dictionary.W_dec[dead], None)
+    return error.square().sum() / residual.square().sum().clamp_min(1e-12)

@@ -1,0 +1,84 @@
+"""Activation batches, where they come from, and the seeded shuffle that mixes them.
+
+    ActivationSource.batches(cursor)  ->  ActivationBatch, ActivationBatch, ...
+
+The cursor rides on the batch: it names where to go on AFTER that batch, which stays right under prefetch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+CURSOR_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Position in a stream: `offset` rows of `group` in `epoch` have been handed out."""
+
+    epoch: int = 0
+    group: int = 0
+    offset: int = 0
+
+    def state(self) -> dict[str, int]:
+        """Plain form for a checkpoint."""
+        return {"version": CURSOR_VERSION, "epoch": self.epoch, "group": self.group, "offset": self.offset}
+
+    @classmethod
+    def from_state(cls, state: dict[str, int]) -> "Cursor":
+        """Inverse of `state`. Raises ValueError on another version."""
+        if state.get("version") != CURSOR_VERSION:
+            raise ValueError(f"stream cursor has version {state.get('version')}, this saeql reads {CURSOR_VERSION}")
+        return cls(state["epoch"], state["group"], state["offset"])
+
+
+@dataclass(frozen=True)
+class ActivationBatch:
+    """Rows of activations with what each of them was read on."""
+
+    acts: torch.Tensor  # [N, d_in], float32 or bfloat16
+    token_ids: torch.Tensor  # [N], int32
+    document_ids: torch.Tensor  # [N], int32
+    window_ids: torch.Tensor  # [N], int32
+    positions: torch.Tensor  # [N], int16, position in the window
+    cursor: Cursor
+
+
+class ActivationSource(Protocol):
+    """A stream of activation batches, endless for training or one pass for indexing."""
+
+    d_in: int
+
+    def batches(self, cursor: Cursor | None = None) -> Iterator[ActivationBatch]:
+        """Batches from `cursor` (or the start) on."""
+        ...
+
+
+class BlockShuffle:
+    """Order in which rows are visited: blocks shuffled over the whole set, then rows inside a group of blocks.
+
+    A pure function of (seed, epoch, group), so that a cursor of three numbers resumes it exactly. Reading whole blocks
+    keeps disk reads sequential where single rows would be a hundred times slower; a group of many blocks in memory
+    mixes rows of many documents.
+    """
+
+    def __init__(self, num_rows: int, block_rows: int, group_rows: int, seed: int):
+        if num_rows < 1:
+            raise ValueError("there are no rows to shuffle")
+        self.num_rows, self.block_rows, self.seed = num_rows, block_rows, seed
+        self.num_blocks = -(-num_rows // block_rows)
+        self.blocks_per_group = max(1, min(self.num_blocks, group_rows // block_rows))
+        self.num_groups = -(-self.num_blocks // self.blocks_per_group)
+
+    def blocks(self, epoch: int, group: int) -> list[tuple[int, int]]:
+        """(start, stop) rows of the blocks of a group, in the order in which they are read."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_blocks)
+        chosen = order[group * self.blocks_per_group : (group + 1) * self.blocks_per_group]
+        return [(int(b) * self.block_rows, min((int(b) + 1) * self.block_rows, self.num_rows)) for b in chosen]
+
+    def rows(self, epoch: int, group: int, num_rows: int) -> np.ndarray:
+        """Permutation [num_rows] of the rows of a group once they are in memory."""
+        return np.random.default_rng([self.seed, epoch, group, 1]).permutation(num_rows)

@@ -1,0 +1,179 @@
+"""Training: learns, is deterministic, resumes bit for bit, keeps latents alive, refuses what is not finite."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from saeql.sae.architectures import build
+from saeql.sae.checkpoint import CheckpointError, checkpoints
+from saeql.sae.config import DictionaryConfig, TrainConfig
+from saeql.sae.metrics import fvu
+from saeql.sae.model import SparseAutoencoder
+from saeql.sae.objective import auxk_loss, loss_terms
+from saeql.sae.stream import ActivationBatch, Cursor
+from saeql.sae.trainer import Trainer, TrainingError, learning_rate_share
+
+D_IN, D_SAE, K = 24, 64, 4
+CONFIG = TrainConfig(
+    num_steps=120, batch_tokens=64, lr=1e-2, warmup_steps=5, init_tokens=256, dead_after_tokens=640,
+    log_every_steps=10, checkpoint_every_steps=50, matmul_dtype="float32",
+)  # fmt: skip
+
+
+class PlantedSource:
+    """Sparse mixtures of fixed directions, far from the origin; the batch is a function of its number."""
+
+    d_in = D_IN
+
+    def __init__(self, poison_at: int | None = None):
+        generator = torch.Generator().manual_seed(0)
+        self.directions = torch.nn.functional.normalize(torch.randn(40, D_IN, generator=generator), dim=1)
+        self.poison_at = poison_at
+
+    def rows(self, number: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1000 + number)
+        chosen = torch.randint(0, 40, (64, 3), generator=generator)
+        weights = torch.rand(64, 3, generator=generator) + 0.5
+        return 7 + 3 * torch.einsum("nk,nkd->nd", weights, self.directions[chosen])
+
+    def batches(self, cursor: Cursor | None = None) -> Iterator[ActivationBatch]:
+        number = cursor.offset if cursor else 0
+        while True:
+            acts = self.rows(number)
+            if number == self.poison_at:
+                acts[3, 2] = float("nan")
+            number += 1
+            empty = torch.zeros(64, dtype=torch.int32)
+            yield ActivationBatch(acts, empty, empty, empty, empty, Cursor(0, 0, number))
+
+
+def trained(folder: Path | None = None, *, config: TrainConfig = CONFIG, seed: int = 0, **options) -> Trainer:
+    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN, seed=seed)
+    trainer = Trainer(config, {"a": dictionary}, PlantedSource(), folder=folder, **options)
+    trainer.fit()
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in trainer.learners[0].dictionary.state_dict().items()}
+
+
+def test_it_learns_planted_directions_and_works_on_raw_rows():
+    trainer = trained(config=replace(CONFIG, num_steps=600))
+    trainer.finish()
+    dictionary, rows = trainer.learners[0].dictionary, PlantedSource().rows(10_000)
+    with torch.no_grad():
+        assert fvu(rows, dictionary(rows)) < 0.15
+        cosine = PlantedSource().directions @ dictionary.W_dec.t()
+    assert (cosine.max(1).values > 0.9).float().mean() > 0.7
+    torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+def test_the_same_seed_twice_gives_identical_weights_and_another_seed_others():
+    first, second, other = weights(trained()), weights(trained()), weights(trained(seed=1))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first["W_dec"], other["W_dec"])
+
+
+def test_resume_is_bit_identical(tmp_path: Path):
+    whole = trained(tmp_path / "whole")
+    first = trained(tmp_path / "cut", config=replace(CONFIG, checkpoint_every_steps=50))
+    del first
+    # what a run killed after step 100 leaves behind
+    for late in checkpoints(tmp_path / "cut"):
+        if late.name > "step-00000100":
+            for file in late.iterdir():
+                file.unlink()
+            late.rmdir()
+    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN, seed=99)
+    trainer = Trainer(CONFIG, {"a": dictionary}, PlantedSource(), folder=tmp_path / "cut")
+    assert trainer.resume() and trainer.step == 100
+    trainer.fit()
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(trainer).items())
+
+
+def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path):
+    trained(tmp_path)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000100", "step-00000120"]
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path):
+    trained(tmp_path)
+    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
+    other = Trainer(replace(CONFIG, lr=2e-2), {"a": dictionary}, PlantedSource(), folder=tmp_path)
+    with pytest.raises(CheckpointError, match=r"lr = 0.01, this run asks for 0.02"):
+        other.resume()
+    file = checkpoints(tmp_path)[-1] / "tensors.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="does not match its hash"):
+        Trainer(CONFIG, {"a": dictionary}, PlantedSource(), folder=tmp_path).resume()
+
+
+def test_metrics_are_logged_and_describe_the_training():
+    lines: list[dict] = []
+    trained(on_log=lines.append)
+    assert [line["step"] for line in lines] == list(range(10, 121, 10))
+    assert lines[-1]["fvu"] < lines[0]["fvu"] < 1.5
+    assert 0 < lines[-1]["l0"] <= K
+    assert set(lines[0]) >= {"tokens", "dead_share", "lr", "auxk_loss", "tokens_per_second"}
+
+
+def test_rows_that_are_not_finite_end_the_training():
+    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
+    with pytest.raises(TrainingError, match="not finite"):
+        Trainer(CONFIG, {"a": dictionary}, PlantedSource(poison_at=20), folder=None).fit()
+
+
+def test_learning_rate_warms_up_and_decays_to_almost_zero():
+    shares = [learning_rate_share(step, CONFIG) for step in range(CONFIG.num_steps)]
+    assert shares[0] == pytest.approx(1 / 5) and shares[5] == 1 and shares[80] == 1
+    assert shares[-1] == pytest.approx(1 / 36) and all(0 < s <= 1 for s in shares)
+
+
+def dead_dictionary() -> tuple[SparseAutoencoder, torch.Tensor, torch.Tensor]:
+    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
+    dead = torch.tensor([1, 5, 6, 20, 33])
+    with torch.no_grad():
+        dictionary.b_enc[dead] = -1e3
+    return dictionary, dead, torch.randn(64, D_IN, generator=torch.Generator().manual_seed(3))
+
+
+def test_auxiliary_loss_reaches_encoder_and_decoder_of_dead_latents_only():
+    dictionary, dead, x = dead_dictionary()
+    with torch.no_grad():
+        dictionary.b_enc[dead] = 0.5  # dead by count, able to fire
+    auxk_loss(dictionary, x, x.clone(), dead).backward()
+    alive = torch.ones(D_SAE, dtype=torch.bool)
+    alive[dead] = False
+    for parameter in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc):
+        assert parameter.grad is not None
+        assert (parameter.grad[dead].flatten(1) if parameter.dim() > 1 else parameter.grad[dead][:, None]).abs().sum(1).all()
+        assert not parameter.grad[alive].any()
+
+
+def test_objective_matches_dense_autograd():
+    dictionary, dead, x = dead_dictionary()
+    terms, _, residual = loss_terms(dictionary, x, dead, auxk_coefficient=1 / 32)
+    terms.total.backward()
+    got = {name: p.grad.clone() for name, p in dictionary.named_parameters() if p.grad is not None}
+    dense = {name: p.detach().double().requires_grad_() for name, p in dictionary.named_parameters()}
+    pre = (x.double() - dense["b_dec"]) @ dense["W_enc"].t() + dense["b_enc"]
+    values, indices = pre.topk(K, dim=1)
+    acts = torch.zeros_like(pre).scatter(1, indices, values.relu())
+    x_hat = acts @ dense["W_dec"] + dense["b_dec"]
+    error = (x.double() - x_hat).detach()
+    torch.testing.assert_close(residual.double(), error, rtol=1e-4, atol=1e-5)
+    aux_pre = ((x.double() - dense["b_dec"]) @ dense["W_enc"].t() + dense["b_enc"])[:, dead]
+    aux_hat = aux_pre.relu() @ dense["W_dec"][dead]  # k_aux = min(5, 12) = all five
+    auxiliary = (error - aux_hat).square().sum() / error.square().sum()
+    ((x.double() - x_hat).square().mean() + auxiliary / 32).backward()
+    for name, value in got.items():
+        expected = dense[name].grad
+        assert expected is not None
+        torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
