@@ -14,10 +14,10 @@ class FeatureNotFound(StoreError):
 
 
 def one_line(error: BaseException | str) -> str:
-    """The text of `error` without its class prefix, source excerpt and line breaks."""
+    """The text of `error` without DuckDB's excerpt of the query and without line breaks."""
     lines = []
     for line in str(error).splitlines():
-        if line.startswith("LINE ") or line.strip() == "^":
+        if line.startswith("LINE ") or (line.strip() and not line.strip(" ^")):
             continue
         lines.append(line.strip())
     return " ".join(" ".join(lines).split()).strip()
