@@ -153,6 +153,8 @@ def _read_split(
 def _split_of(windows: RowTable, document_ids: np.ndarray, read, num_rows: int, tau: np.ndarray) -> _Split:
     keys, values = read
     keys = np.sort(keys[values > tau[keys // num_rows]])
+    if (np.diff(keys) == 0).any():
+        raise EvidenceError("activations hold a feature twice on one row: were two runs written into one folder?")
     eligible = windows.valid.copy()
     eligible[:, :1] = False
     eligible = eligible.ravel()
