@@ -12,7 +12,7 @@ A label is a predicate (`pipelines/predicates.py`) and its description. Candidat
 (`label_candidates.propose`); the one with the best calibration F1 is taken, or a simpler one within
 `simplicity_margin` of it; where none reaches the thresholds the feature stays 'unexplained'. Only then do test
 activations count: AUROC of the yes/no predicate is (TPR + TNR) / 2 (ties count 1/2), its interval a bootstrap over test
-documents. A label that cannot be scored, because no test row (or every one) is active, is taken back: no label without
+documents (`auroc_interval`). A label that cannot be scored, because no test row (or every one) is active, is taken back: no label without
 its score.
 """
 
@@ -248,11 +248,20 @@ def _auroc(counts: np.ndarray) -> np.ndarray:
         return (tp / (tp + fn) + tn / (tn + fp)) / 2
 
 
-def bootstrap_auroc(counts: np.ndarray, config: LabelConfig) -> tuple[np.ndarray, np.ndarray]:
+def _wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % Wilson interval of hits / n: it has a width even where all or none of the rows are hits."""
+    z2 = 1.96**2
+    centre, half = hits + z2 / 2, 1.96 * np.sqrt(hits * (n - hits) / n + z2 / 4)
+    return (centre - half) / (n + z2), (centre + half) / (n + z2)
+
+
+def auroc_interval(counts: np.ndarray, config: LabelConfig) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of each label's AUROC over draws of documents with replacement, [N] and [N].
 
     Args: `counts` [N, D, 4], see `_count_by_document`. All labels share the draws. A draw without an active row says
-    nothing and is left out. NaN where the active rows lie in fewer than two documents: one document has no spread.
+    nothing and is left out. Where a label holds on none (or all) of the active rows every draw agrees, so the interval
+    is widened to what the active rows alone leave open: Wilson's of the true positive rate. NaN where the active rows
+    lie in fewer than two documents: one document has no spread.
     """
     num_labels, num_documents, _ = counts.shape
     rng = np.random.default_rng(config.seed)
@@ -264,6 +273,11 @@ def bootstrap_auroc(counts: np.ndarray, config: LabelConfig) -> tuple[np.ndarray
             flat = counts[part].transpose(1, 0, 2).reshape(num_documents, -1)
             auroc = _auroc((draws @ flat).reshape(config.num_bootstrap, len(part), 4))  # [B, n]
             low[part], high[part] = np.nanpercentile(auroc, [2.5, 97.5], axis=0)
+    tp, fp, fn, tn = counts[spread].sum(axis=1).T
+    tpr_low, tpr_high = _wilson(tp, tp + fn)
+    tnr = tn / (tn + fp)
+    low[spread] = np.minimum(low[spread], (tpr_low + tnr) / 2)
+    high[spread] = np.maximum(high[spread], (tpr_high + tnr) / 2)
     return low, high
 
 
@@ -275,7 +289,7 @@ def _score(test: _Split, chosen: dict[int, _Choice], config: LabelConfig) -> dic
     for start in range(0, len(features), 256):
         part = features[start : start + 256]
         counts = _count_by_document(test, [chosen[f].predicate for f in part], part)
-        low, high = bootstrap_auroc(counts, config)
+        low, high = auroc_interval(counts, config)
         total = counts.sum(axis=1)  # [n, 4]
         auroc = _auroc(total)
         for i, feature in enumerate(part):

@@ -94,7 +94,7 @@ def test_a_text_that_the_windows_lack_holds_nowhere():
 
 
 def test_disjoint_classes_are_disjoint_and_every_test_is_total():
-    texts = ["", " ", "\n", " \n", "a", "A", " I", "AB", "aB", "é", "Ω", "漢", "7", " 1999", "1,000", "a1", ".", "...", 
+    texts = ["", " ", "\n", " \n", "a", "A", " I", "AB", "aB", "é", "Ω", "漢", "7", " 1999", "1,000", "a1", ".", "...",
              "?!", ":", '"', "'s", " (", "[]", "-", "—", "€", "<|x|>", "</s>", "\u202e", "\x00", "\ufffd"]  # fmt: skip
     held = np.array([[TOKEN_CLASSES[name][1](t) for name in DISJOINT_CLASSES] for t in texts])
     assert held.sum(axis=1).max() == 1
