@@ -12,8 +12,8 @@ A label is a predicate (`pipelines/predicates.py`) and its description. Candidat
 (`label_candidates.propose`); the one with the best calibration F1 is taken, or a simpler one within
 `simplicity_margin` of it; where none reaches the thresholds the feature stays 'unexplained'. Only then do test
 activations count: AUROC of the yes/no predicate is (TPR + TNR) / 2 (ties count 1/2), its interval a bootstrap over test
-documents (`auroc_interval`). A label that cannot be scored, because no test row (or every one) is active, is taken back: no label without
-its score.
+documents (`auroc_interval`). A label that cannot be scored, because no test row (or every one) is active, is taken
+back: no label without its score.
 """
 
 from collections.abc import Callable, Sequence

@@ -14,6 +14,7 @@ word.
 """
 
 import json
+import unicodedata
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -23,8 +24,9 @@ from .token_classes import TOKEN_CLASSES, RowTable, Vocabulary
 
 
 def quoted(text: str) -> str:
-    """Token text in double quotes, control characters escaped."""
-    return json.dumps(text, ensure_ascii=False)
+    """Token text in double quotes; control, format (bidi) and unassigned characters escaped as in JSON."""
+    readable = json.dumps(text, ensure_ascii=False)
+    return "".join(json.dumps(c)[1:-1] if unicodedata.category(c)[0] == "C" else c for c in readable)
 
 
 def _check_texts(value: object, what: str) -> None:

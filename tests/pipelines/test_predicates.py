@@ -153,3 +153,8 @@ def test_short_windows_are_padded_and_the_padding_holds_nothing():
     assert windows.tokens.tolist() == [[0, 1, 0], [1, -1, -1]]
     assert Position(9).rows(windows).tolist() == [[True] * 3, [True, False, False]]
     assert Neighbour(-1, Token("b")).rows(windows).tolist() == [[False, False, True], [False] * 3]
+
+
+def test_labels_escape_what_would_disturb_a_terminal():
+    assert Token("\u202e\n\x1b").describe() == r'token "\u202e\n\u001b"'
+    assert Token(" é漢").describe() == 'token " é漢"'
