@@ -21,7 +21,7 @@ from saeql.store.shards import ShardReader
 from .harvest import HarvestInfo
 from .models import LanguageModel
 from .progress import progress
-from .sources import ShardSource
+from .sources import ShardSource, window_column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +136,10 @@ def _ce_metrics(
     seed: int,
 ) -> list[dict]:
     reader = ShardReader(folder)
-    every = reader.token_ids()  # [W, T]
+    every = window_column(reader, "token_ids")  # [W, T]
     num = min(config.ce_windows or len(every), len(every))
     chosen = np.unique(np.linspace(0, len(every) - 1, num).round().astype(int))
-    windows, owners = every[chosen], reader.document_ids()[chosen]
+    windows, owners = every[chosen], window_column(reader, "document_ids")[chosen]
     replacements: dict[str, Replacement] = {
         "model": None,
         "spliced": lambda rows: dictionary(rows.float()).to(rows.dtype),

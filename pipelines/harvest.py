@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from saeql.store.shards import ShardReader, ShardWriter
 from .corpus import CorpusConfig, CorpusError, Document, documents
 from .models import LanguageModel, ModelIdentity
 from .progress import progress
+from .sources import window_column
 
 HARVEST_FILE = "harvest.json"
 _MEDIAN_ROWS = 8192
@@ -131,18 +133,12 @@ def harvest(
     d_in = probe_width(language_model)
     _require_room(folder, corpus, d_in)
     reading = _Reading(language_model, corpus, config)
-    writers = {split: _writer(folder / split, split, language_model, config, d_in) for split in SPLITS}
-    try:
-        with progress("harvest", corpus.max_tokens or None, "tok") as advance:
-            for batch in reading.batches():
-                _run_batch(language_model, batch, reading, writers)
-                advance(len(batch) * config.context_tokens)
-        for writer in writers.values():
-            writer.close()
-    except BaseException:
-        for writer in writers.values():
-            writer.abort()
-        raise
+    with ExitStack() as stack:
+        writers = {s: stack.enter_context(_writer(folder / s, s, language_model, config, d_in)) for s in SPLITS}
+        advance = stack.enter_context(progress("harvest", corpus.max_tokens or None, "tok"))
+        for batch in reading.batches():
+            _run_batch(language_model, batch, reading, writers)
+            advance(len(batch) * config.context_tokens)
     reading.require_every_split()
     info = HarvestInfo(
         identity=language_model.identity,
@@ -185,7 +181,13 @@ def _writer(folder: Path, split: str, lm: LanguageModel, config: HarvestConfig, 
         context_tokens=config.context_tokens,
         attributes=attributes,
         windows_per_shard=config.windows_per_shard,
+        dtype=_stored_dtype(lm),
     )
+
+
+def _stored_dtype(lm: LanguageModel) -> str:
+    """bfloat16 models are stored as such, others as float32: nothing that the model computed is rounded away."""
+    return "bfloat16" if lm.model.dtype == torch.bfloat16 else "float32"
 
 
 @torch.no_grad()
@@ -197,8 +199,7 @@ def _run_batch(
     with capture(lm.model, [name]) as reader:
         acts = reader.run(torch.from_numpy(token_ids).long().to(lm.device))[name]
     norms = acts.float().norm(dim=-1).cpu().numpy()
-    stored = acts.to(torch.bfloat16).view(torch.uint16).cpu().numpy() if acts.dtype == torch.bfloat16 else None
-    values = stored if stored is not None else acts.float().cpu().numpy()
+    values = (acts.view(torch.uint16) if _stored_dtype(lm) == "bfloat16" else acts.float()).cpu().numpy()
     first = len(reading.windows)
     window_ids = np.arange(first, first + len(batch), dtype=np.int32)
     for split, writer in writers.items():
@@ -287,7 +288,7 @@ class _Reading:
         evidence.write("split_rows", pa.Table.from_pylist([self._split_rows(s, folder, info) for s in SPLITS]))
 
     def _split_rows(self, split: str, folder: Path, info: HarvestInfo) -> dict:
-        norms = ShardReader(folder / split).norms()  # [W, T]
+        norms = window_column(ShardReader(folder / split), "norms")  # [W, T]
         num_massive = int((norms[:, 1:] > info.norm_limit).sum())
         return {
             "split": split,
@@ -301,5 +302,5 @@ class _Reading:
 
 
 def _median_norm(reader: ShardReader) -> float:
-    norms = reader.norms()[:, 1:].ravel()[:_MEDIAN_ROWS]
+    norms = window_column(reader, "norms")[:, 1:].ravel()[:_MEDIAN_ROWS]
     return float(np.median(norms))

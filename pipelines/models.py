@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from saeql.kernels.launch import fast_matmul_dtype
 from saeql.sae.config import ConfigError, suggestion
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
@@ -108,15 +109,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matmuls are faster than fp32 ones there."""
-    if device.type == "cuda":
-        return True
-    from saeql.kernels.launch import cpu_has_bf16
-
-    return cpu_has_bf16()
-
-
 def load_model(config: ModelConfig) -> LanguageModel:
     """Load the model and tokenizer of `config`, in evaluation mode.
 
@@ -130,8 +122,8 @@ def load_model(config: ModelConfig) -> LanguageModel:
     logging.disable_progress_bar()
     device = pick_device(config.device)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    if config.dtype == "auto" and has_fast_bf16(device):
-        dtype = torch.bfloat16
+    if config.dtype == "auto":
+        dtype = fast_matmul_dtype(device) or torch.float32
     folder = model_folder(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from saeql.kernels.launch import fast_matmul_dtype
 from saeql.sae.architectures import build
 from saeql.sae.config import from_dict, suggestion, to_dict
 from saeql.sae.hooks import resolve
@@ -37,7 +38,7 @@ from .evaluate import evaluate_dictionary
 from .harvest import HARVEST_FILE, HarvestInfo, harvest
 from .index import index_dictionary
 from .label import label_dictionary
-from .models import LanguageModel, ModelIdentity, has_fast_bf16, load_model, pick_device
+from .models import LanguageModel, ModelIdentity, load_model, pick_device
 from .progress import progress
 from .sources import ShardSource
 from .steer import Steerer
@@ -109,6 +110,11 @@ class Run:
     def dictionary_path(self) -> Path:
         """Folder of the dictionary."""
         return self.path / "dictionaries" / self.config.dictionary_name
+
+    @property
+    def metrics_path(self) -> Path:
+        """The training curve."""
+        return self.path / "metrics.jsonl"
 
     @cached_property
     def language_model(self) -> LanguageModel:
@@ -211,7 +217,7 @@ class Run:
         name = config.dictionary_name
         with (
             progress("train", config.train.num_steps * config.train.batch_tokens, "tok") as advance,
-            MetricsLog(self.path / "metrics.jsonl", report_to, run_name=self.path.name, config=to_dict(config)) as log,
+            MetricsLog(self.metrics_path, report_to, run_name=self.path.name, config=to_dict(config)) as log,
         ):
             trainer = Trainer(
                 config.train,
@@ -300,7 +306,8 @@ class Run:
 
     def report(self) -> None:
         """store -> showcase.json and report.html."""
-        from .showcase import make_showcase, write_run_report
+        from .run_report import write_run_report
+        from .showcase import make_showcase
 
         write_run_report(self, make_showcase(self))
 
@@ -339,9 +346,7 @@ class Run:
 
 
 def _matmul_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    if name == "bfloat16" or (name == "auto" and has_fast_bf16(device)):
-        return torch.bfloat16
-    return None
+    return fast_matmul_dtype(device) if name == "auto" else getattr(torch, name)
 
 
 def _write_text(path: Path, text: str) -> None:

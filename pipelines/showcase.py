@@ -122,7 +122,7 @@ def steering_example(store: FeatureStore, steerer: Steerer) -> dict[str, Any]:
         SELECT f.feature, f.label, f.promotes, max(e.effect) AS effect FROM features f
         JOIN logit_effects e ON e.dictionary = f.dictionary AND e.feature = f.feature AND e.direction = 'promoted'
         WHERE f.kind = 'lexical' AND f.auroc_low > 0.7
-          AND len(list_filter(f.promotes, t -> len(trim(t)) > 3 AND contains(lower(f.label), lower(trim(t))))) > 0
+          AND len([t FOR t IN f.promotes IF len(trim(t)) > 3 AND contains(lower(f.label), lower(trim(t)))]) > 0
         GROUP BY ALL ORDER BY effect DESC, f.feature LIMIT $num
     """
     candidates = store.sql(query, {"num": NUM_STEERING_CANDIDATES}).to_pylist()

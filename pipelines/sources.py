@@ -37,6 +37,8 @@ class ShardSource:
         self.first_position = 0 if first_positions else 1
         self.block_rows, self.buffer_bytes = block_rows, buffer_bytes
         self.device = device or torch.device("cpu")
+        self._offsets = np.cumsum([0, *(record.rows for record in self.reader.records)])
+        self._cache: dict[int, dict[str, np.ndarray]] = {}
 
     @property
     def num_rows(self) -> int:
@@ -56,7 +58,7 @@ class ShardSource:
 
     def _shuffled(self, cursor: Cursor) -> Iterator[ActivationBatch]:
         assert self.seed is not None
-        row_bytes = self.d_in * self.reader.bytes_per_value
+        row_bytes = self.d_in * (2 if self.reader.dtype == "bfloat16" else 4)
         # twice: the blocks as read, and their rows in shuffled order
         group_rows = max(self.batch_tokens, self.buffer_bytes // (2 * row_bytes))
         shuffle = BlockShuffle(self.num_rows, self.block_rows, group_rows, self.seed)
@@ -76,17 +78,45 @@ class ShardSource:
                 epoch, group = epoch + 1, 0
 
     def _read(self, blocks: list[tuple[int, int]]) -> ActivationBatch:
-        """Kept rows of the given row ranges."""
-        parts = [self.reader.rows(start, stop) for start, stop in blocks]
-        keep = [(p.positions >= self.first_position) & (p.norms <= self.norm_limit) for p in parts]
-        acts = np.concatenate([p.acts[k] for p, k in zip(parts, keep, strict=True)])
-        tensor = torch.from_numpy(acts)
-        fields = {
-            name: torch.from_numpy(np.concatenate([getattr(p, name)[k] for p, k in zip(parts, keep, strict=True)]))
-            for name in ("token_ids", "document_ids", "window_ids", "positions")
-        }
-        acts_tensor = tensor.view(torch.bfloat16) if acts.dtype == np.uint16 else tensor
-        return ActivationBatch(acts_tensor.to(self.device), **fields, cursor=Cursor())
+        """Kept rows of the given row ranges, copied into memory."""
+        parts = [part for start, stop in blocks for part in self._parts(start, stop)]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        acts = torch.from_numpy(joined.pop("acts"))
+        acts = acts.view(torch.bfloat16) if acts.dtype == torch.uint16 else acts
+        fields = {name: torch.from_numpy(values) for name, values in joined.items()}
+        return ActivationBatch(acts.to(self.device), **fields, cursor=Cursor())
+
+    def _parts(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+        """Kept rows of one range over the stored rows, one piece for every shard that it touches."""
+        first = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        for shard in range(first, len(self.reader)):
+            base = int(self._offsets[shard])
+            low, high = max(start - base, 0), min(stop - base, self.reader.records[shard].rows)
+            if low >= high:
+                return
+            columns = self._columns(shard)
+            keep = (columns["positions"][low:high] >= self.first_position) & (columns["norms"][low:high] <= self.norm_limit)
+            kept = {name: values[low:high][keep] for name, values in columns.items() if name != "norms"}
+            yield {"acts": self.reader.rows(shard, low, high)[keep], **kept}
+
+    def _columns(self, shard: int) -> dict[str, np.ndarray]:
+        """What a row was read on, kept in memory once read: 18 bytes a row beside the 2 d_in of its activations."""
+        if shard not in self._cache:
+            reader = self.reader
+            self._cache[shard] = {
+                "token_ids": reader.token_ids(shard),
+                "document_ids": reader.document_ids(shard),
+                "window_ids": np.repeat(reader.window_ids(shard), reader.context_tokens),
+                "positions": reader.positions(shard).astype(np.int16),
+                "norms": reader.norms(shard),
+            }
+        return self._cache[shard]
+
+
+def window_column(reader: ShardReader, name: str) -> np.ndarray:
+    """A column of all shards by window, [W, T]: "token_ids", "document_ids" or "norms"."""
+    parts = [getattr(reader, name)(shard) for shard in range(len(reader))]
+    return np.concatenate(parts).reshape(-1, reader.context_tokens)
 
 
 def _take(rows: ActivationBatch, chosen: torch.Tensor, cursor: Cursor, device: torch.device) -> ActivationBatch:

@@ -110,7 +110,12 @@ def from_dict(cls: type[ConfigT], data: Mapping[str, Any], where: str = "") -> C
             place = f"[{where}]" if where else "the configuration"
             raise ConfigError(f'unknown key "{full}": {place} has {", ".join(names)}{suggestion(key, names)}')
         values[key] = _convert(hints[key], value, full)
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:  # a component's own check
+        raise ConfigError(f"[{where}] {error}") from None
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

@@ -14,11 +14,8 @@ class TopKAutoencoder(SparseAutoencoder):
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """The k largest latents of rows x [N, d_in], clipped at zero."""
-        # b_dec is taken off inside the bias, so that no centred copy of x is made
-        bias = self.b_enc - self.W_enc @ self.b_dec
-        return topk_encode(x, self.W_enc, bias, self.config.k, matmul_dtype=matmul_dtype)
+        return topk_encode(x, self.W_enc, self.b_enc, self.config.k, b_dec=self.b_dec, matmul_dtype=matmul_dtype)
 
     def encode_subset(self, x: torch.Tensor, latents: torch.Tensor, k: int) -> SparseLatents:
         """The k largest among `latents` (indices [m]) only; the returned indices count within that subset."""
-        W_enc = self.W_enc[latents]
-        return topk_encode(x, W_enc, self.b_enc[latents] - W_enc @ self.b_dec, k)
+        return topk_encode(x, self.W_enc[latents], self.b_enc[latents], k, b_dec=self.b_dec)

@@ -1,0 +1,101 @@
+"""report.html of a run: gathers the page's data from the store, the training curve and the showcase."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from saeql.store.feature_store import FeatureStore
+
+from .report import (
+    Example,
+    FeatureDetail,
+    LabelledFeature,
+    Metric,
+    ReportData,
+    SqlExample,
+    SteeringExample,
+    TrainingPoint,
+    write_report,
+)
+from .showcase import DEFINITIONS, Showcase
+from .tracking import read_metrics
+
+if TYPE_CHECKING:
+    from .run import Run
+
+REPORT_FILE = "report.html"
+MAX_LABEL_ROWS = 1000
+NUM_EXAMPLES = 6
+
+
+def write_run_report(run: "Run", showcase: Showcase) -> None:
+    """Write `report.html` of a run whose store is built."""
+    with run.store() as store:
+        data = ReportData(
+            title=showcase.title,
+            facts=_facts(run),
+            metrics=[_metric(m) for m in showcase.metrics if m["metric"] in DEFINITIONS],
+            training=[
+                TrainingPoint(m["step"], m["fvu"], m["dead_share"], m["lr"]) for m in read_metrics(run.metrics_path)
+            ],
+            densities=store.sql("SELECT density FROM features ORDER BY feature")["density"].to_numpy().astype(np.float64),
+            label_counts=showcase.label_counts,
+            labels=_labels(store),
+            features=[_detail(store, row) for row in showcase.features],
+            rows_left_out=_rows_left_out(run, showcase),
+            sql=SqlExample(**showcase.sql),
+            steering=[_steering(showcase.steering)],
+            timings=[(stage, record["seconds"]) for stage, record in run.finished().items()],
+        )
+    write_report(run.path / REPORT_FILE, data)
+
+
+def _metric(row: dict[str, Any]) -> Metric:
+    name = row["metric"]
+    return Metric(name, row["value"], DEFINITIONS[name], "test documents", row["n"], row["low"], row["high"])
+
+
+def _facts(run: "Run") -> list[tuple[str, str]]:
+    config, info = run.config, run.harvest_info
+    return [
+        ("model", info.identity.model_name),
+        ("model sha256", info.identity.model_sha256),
+        ("tokenizer sha256", info.identity.tokenizer_sha256),
+        ("hook point", info.identity.hook_point),
+        ("activations", f"{info.d_in} wide, {info.dtype}, windows of {info.context_tokens} tokens"),
+        ("text", config.corpus.source),
+        ("dictionary", f"{config.dictionary.architecture}, d_sae {config.dictionary.d_sae}, k {config.dictionary.k}"),
+        ("training", f"{config.train.num_steps} steps of {config.train.batch_tokens} tokens, seed {config.seed}"),
+    ]
+
+
+def _labels(store: FeatureStore) -> list[LabelledFeature]:
+    query = """
+        SELECT feature, label, kind, auroc, auroc_low, auroc_high, n_active, density FROM features
+        WHERE kind != 'none' ORDER BY auroc_low DESC, feature LIMIT $num
+    """
+    return [LabelledFeature(*row.values()) for row in store.sql(query, {"num": MAX_LABEL_ROWS}).to_pylist()]
+
+
+def _detail(store: FeatureStore, row: dict[str, Any]) -> FeatureDetail:
+    examples = [
+        Example(e.title or f"document {e.document_id}", e.tokens, e.activations)
+        for e in store.examples(row["feature"], limit=NUM_EXAMPLES)
+    ]
+    return FeatureDetail(row["feature"], row["label"], row["promotes"], row["suppresses"], examples)
+
+
+def _rows_left_out(run: "Run", showcase: Showcase) -> list[tuple[str, int]]:
+    total = {key: sum(r[key] for r in showcase.rows) for key in showcase.rows[0] if key.startswith("num_")}
+    multiple = run.harvest_info.massive_norm_multiple
+    return [
+        ("all rows", total["num_rows"]),
+        ("first positions of windows", total["num_first_position_rows"]),
+        (f"rows with a norm above {multiple:g} x the median", total["num_massive_rows"]),
+        ("tokens of incomplete last windows", run.harvest_info.num_dropped_tail_tokens),
+    ]
+
+
+def _steering(example: dict[str, Any]) -> SteeringExample:
+    names = ("prompt", "baseline", "steered", "feature", "label", "strength")
+    return SteeringExample(**{name: example[name] for name in names})
