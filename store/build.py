@@ -180,7 +180,7 @@ class _Build:
         )
 
     def load_activations(self) -> None:
-        """The one big sort. Raises StoreError for a row that no window has."""
+        """The one big sort."""
         self.execute(
             """
             INSERT INTO evidence.activations
@@ -202,6 +202,13 @@ class _Build:
         self.check_activations()
 
     def check_activations(self) -> None:
+        """Raises StoreError for activations of a dictionary, window or feature that the other evidence does not have."""
+        stored = self.rows("SELECT count(*) FROM evidence.activations")[0][0]
+        given = self.connection.execute("SELECT count(*) FROM read_parquet($f)", {"f": self.files("activations")}).fetchall()
+        if given[0][0] != stored:
+            raise StoreError(
+                f"{given[0][0] - stored} activations belong to no dictionary of the evidence table 'dictionaries': index again"
+            )
         lost = self.rows("SELECT count(*), min(window_id) FROM evidence.activations WHERE document_id IS NULL")[0]
         if lost[0]:
             raise StoreError(f"{lost[0]} activations lie outside the windows, first in window {lost[1]}: index again")
