@@ -107,11 +107,13 @@ class FeatureStore:
     ) -> pa.Table:
         """Rows of one SQL statement over the views; it cannot write. Raises SQLError with a one-line message.
 
-        A result cut at `max_rows` has `{b"truncated": b"true"}` in its schema metadata. The time limit interrupts DuckDB
+        A result cut at `max_rows` has `{b"truncated": b"true"}` in its schema metadata. The time limit stops DuckDB
         between blocks of rows: one huge scalar call can outlast it, so run statements of strangers in a process of
         its own.
         """
-        return run_statement(self._connection, self.path, query, params, max_rows=max_rows, timeout_seconds=timeout_seconds)
+        return run_statement(
+            self._connection, self.path, query, params, max_rows=max_rows, timeout_seconds=timeout_seconds
+        )
 
     def search(
         self, text: str, *, limit: int = 10, where: str | None = None, dictionary: str | None = None
@@ -163,8 +165,8 @@ class FeatureStore:
     ) -> list[dict[str, Any]]:
         """Rows of the view `logit_effects`, `limit` of each direction, promoted first. Raises FeatureNotFound."""
         query = (
-            "SELECT * FROM logit_effects WHERE {this} AND rank < $limit AND direction = coalesce($direction, direction) "
-            "ORDER BY direction, rank"
+            "SELECT * FROM logit_effects WHERE {this} AND rank < $limit "
+            "AND direction = coalesce($direction, direction) ORDER BY direction, rank"
         )
         return self._of_feature(query, feature, dictionary, direction=direction, limit=limit)
 
@@ -175,7 +177,9 @@ class FeatureStore:
     def metrics(self, dictionary: str | None = None) -> list[dict[str, Any]]:
         """Rows of the view `metrics`, of every dictionary where none is named."""
         name = None if dictionary is None else self._dictionary(dictionary)[0]
-        query = "SELECT * FROM metrics WHERE dictionary = coalesce($name, dictionary) ORDER BY dictionary, split, metric"
+        query = (
+            "SELECT * FROM metrics WHERE dictionary = coalesce($name, dictionary) ORDER BY dictionary, split, metric"
+        )
         return self._rows(query, {"name": name})
 
     def _rows(self, query: str, params: Params = None) -> list[dict[str, Any]]:

@@ -97,3 +97,38 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_size(folder: Path, record: ShardRecord) -> None:
+    """Raise ShardError where the shard's file is missing or has another size than its record."""
+    path = folder / record.file
+    if not path.is_file():
+        raise ShardError(f"{path} is missing, the manifest lists it: harvest again")
+    actual = path.stat().st_size
+    if actual != record.bytes:
+        what = "truncated" if actual < record.bytes else "too long"
+        raise ShardError(
+            f"{path} is {what}: {actual} bytes, the manifest says {record.bytes}: harvest this shard again"
+        )
+
+
+def verify_file(folder: Path, record: ShardRecord) -> None:
+    """Raise ShardError where the shard's content is not what was published, with the ranges of bytes that differ."""
+    check_size(folder, record)
+    sha256, blocks = hash_file(folder / record.file, record.block_bytes)
+    if sha256 == record.sha256:
+        return
+    bad = [i for i, (now, then) in enumerate(zip(blocks, record.block_crc32, strict=True)) if now != then]
+    ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in _ranges(bad, record)) or "that no block hash shows"
+    raise ShardError(f"{folder / record.file} differs from the manifest in bytes {ranges}: harvest this shard again")
+
+
+def _ranges(blocks: list[int], record: ShardRecord) -> list[tuple[int, int]]:
+    """Byte ranges [start, stop) of the ascending `blocks`, neighbours joined."""
+    ranges: list[tuple[int, int]] = []
+    for block in blocks:
+        start, stop = block * record.block_bytes, min((block + 1) * record.block_bytes, record.bytes)
+        if ranges and ranges[-1][1] == start:
+            start = ranges.pop()[0]
+        ranges.append((start, stop))
+    return ranges

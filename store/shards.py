@@ -12,7 +12,6 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,17 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .manifest import BLOCK_BYTES, ShardError, ShardRecord, append_record, hash_file, read_manifest, sync_folder
+from .manifest import (
+    BLOCK_BYTES,
+    ShardError,
+    ShardRecord,
+    append_record,
+    check_size,
+    hash_file,
+    read_manifest,
+    sync_folder,
+    verify_file,
+)
 
 __all__ = ["ShardError", "ShardReader", "ShardRecord", "ShardWriter", "Windows"]
 
@@ -98,7 +107,7 @@ class ShardWriter:
     ) -> None:
         """Take W windows; arrays must not be changed afterwards. Waits while the disk is behind.
 
-        Raises ShardError for a wrong shape or type, and whatever stopped the background thread (OSError for a full disk).
+        Raises ShardError for a wrong shape or type, and what stopped the background thread (OSError for a full disk).
         """
         self._raise_error()
         if self._closed:
@@ -146,7 +155,9 @@ class ShardWriter:
         }
         for name, (array, shape, dtype) in expected.items():
             if array.shape != shape or array.dtype != dtype:
-                raise ShardError(f"{name} is {array.dtype} {list(array.shape)}, this writer takes {dtype} {list(shape)}")
+                raise ShardError(
+                    f"{name} is {array.dtype} {list(array.shape)}, this writer takes {dtype} {list(shape)}"
+                )
         return Windows(acts, token_ids, document_ids, window_ids, norms)
 
     def _hand_over(self) -> None:
@@ -310,32 +321,12 @@ class ShardReader:
 
         Raises ShardError naming the first bad file and the bytes of it that differ.
         """
-        checked = 0
-        for shard in range(len(self)):
-            checked += self._verify_shard(shard)
-        return checked
-
-    def _verify_shard(self, shard: int) -> int:
-        record, path = self.records[shard], self.path(shard)
-        self._check_size(shard)
-        sha256, blocks = hash_file(path, record.block_bytes)
-        if sha256 == record.sha256:
-            return record.bytes
-        bad = [i for i, (a, b) in enumerate(zip(blocks, record.block_crc32, strict=True)) if a != b]
-        ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in _ranges(bad, record))
-        raise ShardError(f"{path}: content differs from the manifest in bytes {ranges}: harvest this shard again")
-
-    def _check_size(self, shard: int) -> None:
-        record, path = self.records[shard], self.path(shard)
-        if not path.is_file():
-            raise ShardError(f"{path} is missing, the manifest lists it: harvest again")
-        actual = path.stat().st_size
-        if actual != record.bytes:
-            what = "truncated" if actual < record.bytes else "too long"
-            raise ShardError(f"{path} is {what}: {actual} bytes, the manifest says {record.bytes}: harvest this shard again")
+        for record in self.records:
+            verify_file(self.folder, record)
+        return sum(record.bytes for record in self.records)
 
     def _open(self, shard: int) -> h5py.File:
-        self._check_size(shard)
+        check_size(self.folder, self.records[shard])
         try:
             return h5py.File(self.path(shard), "r")
         except OSError as error:
@@ -352,14 +343,3 @@ class ShardReader:
         if not isinstance(dataset, h5py.Dataset) or dataset.shape != shape or dataset.dtype != dtype:
             raise ShardError(f"{self.path(shard)}: {name} is not the {dtype} {list(shape)} that the manifest promises")
         return dataset
-
-
-def _ranges(blocks: list[int], record: ShardRecord) -> Iterator[tuple[int, int]]:
-    """Byte ranges [start, stop) of neighbouring `blocks`."""
-    for place, block in enumerate(blocks):
-        if place and blocks[place - 1] == block - 1:
-            continue
-        last = block
-        while last + 1 in blocks:
-            last += 1
-        yield block * record.block_bytes, min((last + 1) * record.block_bytes, record.bytes)

@@ -52,7 +52,11 @@ def test_evidence_that_is_damaged_or_missing_is_named(bare_evidence: Evidence, t
 
 @pytest.mark.parametrize(
     ("column", "value", "message"),
-    [("dictionary", "nosuch", "no dictionary"), ("window_id", 10_000, "outside the windows"), ("feature", 40, "feature 40")],
+    [
+        ("dictionary", "nosuch", "no dictionary"),
+        ("window_id", 10_000, "outside the windows"),
+        ("feature", 40, "feature 40"),
+    ],
 )
 def test_activations_must_fit_the_other_evidence(
     bare_evidence: Evidence, tmp_path: Path, column: str, value: object, message: str
@@ -90,7 +94,10 @@ def test_migrations_apply_once_and_in_order() -> None:
         assert migrations.applied_version(connection) == 0
         assert migrations.apply(connection) == list(migrations.migrations())
         assert migrations.apply(connection) == []
-        more = (*migrations.migrations(), Migration(migrations.schema_version() + 1, "more", "CREATE TABLE more (i INTEGER)"))
+        more = (
+            *migrations.migrations(),
+            Migration(migrations.schema_version() + 1, "more", "CREATE TABLE more (i INTEGER)"),
+        )
         assert [m.name for m in migrations.apply(connection, more)] == ["more"]
         assert migrations.applied_version(connection) == migrations.schema_version() + 1
         with pytest.raises(StoreError, match="upgrade saeql"):
@@ -98,10 +105,11 @@ def test_migrations_apply_once_and_in_order() -> None:
 
 
 def test_a_migration_that_fails_leaves_no_trace() -> None:
-    steps = (Migration(1, "one", "CREATE TABLE one (i INTEGER)"), Migration(2, "two", "CREATE TABLE two (i INTEGER); FAIL"))
+    good = Migration(1, "one", "CREATE TABLE one (i INTEGER)")
+    bad = Migration(2, "two", "CREATE TABLE two (i INTEGER); SELECT nosuch")
     with duckdb.connect() as connection:
         with pytest.raises(duckdb.Error):
-            migrations.apply(connection, (steps[0], Migration(2, "two", "CREATE TABLE two (i INTEGER); SELECT nosuch")))
+            migrations.apply(connection, (good, bad))
         assert migrations.applied_version(connection) == 1
         assert [t[0] for t in connection.execute("SELECT table_name FROM duckdb_tables() ORDER BY 1").fetchall()] == [
             "meta",

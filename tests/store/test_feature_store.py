@@ -13,8 +13,8 @@ VIEWS = {
     "dictionaries": "dictionary fvu l0 dead_share ce_increase ce_recovered config d_in d_sae k hook_point",
     "features": "dictionary feature label kind auroc auroc_low auroc_high f1 n_active n_inactive density test_density "
     "mean_activation max_activation p50 p90 p99 token_entropy num_documents top_tokens promotes suppresses",
-    "examples": "dictionary feature split kind decile rank window_id document_id position activation tokens activations "
-    "focus title",
+    "examples": "dictionary feature split kind decile rank window_id document_id position activation tokens "
+    "activations focus title",
     "documents": "document_id split title source num_tokens sha256",
     "labels": "dictionary feature label kind predicate auroc f1 calibration_f1",
     "neighbours": "dictionary feature rank neighbour cosine neighbour_label",
@@ -86,7 +86,8 @@ def test_views_count_what_the_evidence_has(store: FeatureStore, evidence: Eviden
     for view in ("documents", "labels", "neighbours", "logit_effects", "activations", "metrics", "windows"):
         assert store.sql(f"SELECT count(*) AS n FROM {view}")["n"][0].as_py() == evidence.read(view).num_rows
     assert store.sql("SELECT count(*) AS n FROM features")["n"][0].as_py() == 80
-    wrong = "SELECT count(*) AS n FROM activations a JOIN tokens t USING (window_id, position) WHERE a.token_id <> t.token_id"
+    joined = "activations a JOIN tokens t USING (window_id, position)"
+    wrong = f"SELECT count(*) AS n FROM {joined} WHERE a.token_id <> t.token_id OR a.document_id <> t.document_id"
     assert store.sql(wrong)["n"][0].as_py() == 0
 
 

@@ -12,7 +12,7 @@ from saeql.store.feature_store import FeatureStore
 @pytest.fixture(scope="module")
 def rows(evidence: Evidence) -> dict[str, np.ndarray]:
     """Activations of dictionary topk, one array a column, with the document of each."""
-    table = evidence.read("activations").to_pandas() if False else evidence.read("activations")
+    table = evidence.read("activations")
     columns = {n: np.array(table[n].to_pylist()) for n in table.column_names}
     mine = columns.pop("dictionary") == "topk"
     columns = {n: c[mine] for n, c in columns.items()}
