@@ -6,7 +6,7 @@ activations is computed over chunks of features of about `CHUNK_ROWS` rows.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import duckdb
 from . import migrations
 from .errors import StoreError, one_line
 from .evidence import Evidence
+from .records import TABLES
 from .words import WORDS_OF, stem_table
 
 CHUNK_ROWS = 8_000_000
@@ -64,10 +65,8 @@ def build_store(
 
 
 @contextmanager
-def _connect(
-    file: Path, spill: Path, threads: int | None, memory_limit: str
-) -> Iterator[duckdb.DuckDBPyConnection]:
-    config = {
+def _connect(file: Path, spill: Path, threads: int | None, memory_limit: str) -> Iterator[duckdb.DuckDBPyConnection]:
+    config: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": memory_limit,
         "temp_directory": str(spill),
         "autoinstall_known_extensions": "false",
@@ -96,6 +95,10 @@ def _publish(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
+def _columns(table: str) -> str:
+    return ", ".join(TABLES[table].names)
+
+
 class _Build:
     """The steps of one build, in order, on one connection."""
 
@@ -118,8 +121,8 @@ class _Build:
             step()
         self.on_step("done", len(steps), len(steps))
 
-    def execute(self, sql: str, params: dict[str, object] | None = None) -> None:
-        self.connection.execute(sql, params) if params else self.connection.execute(sql)
+    def execute(self, sql: str, params: Mapping[str, object] | None = None) -> None:
+        self.connection.execute(sql, dict(params)) if params else self.connection.execute(sql)
 
     def rows(self, sql: str) -> list[tuple]:
         return self.connection.execute(sql).fetchall()
@@ -133,12 +136,16 @@ class _Build:
 
     def load_small_tables(self) -> None:
         self.execute(
-            "INSERT INTO evidence.dictionaries SELECT file_row_number, * EXCLUDE (file_row_number) "
+            "INSERT INTO evidence.dictionaries BY NAME "
+            f"SELECT file_row_number AS dictionary_id, {_columns('dictionaries')} "
             "FROM read_parquet($files, file_row_number = true)",
             {"files": self.files("dictionaries")},
         )
         for table in ("documents", "vocabulary", "split_rows"):
-            self.execute(f"INSERT INTO evidence.{table} FROM read_parquet($files)", {"files": self.files(table)})
+            self.execute(
+                f"INSERT INTO evidence.{table} BY NAME SELECT {_columns(table)} FROM read_parquet($files)",
+                {"files": self.files(table)},
+            )
         for table in ("logit_effects", "neighbours", *OPTIONAL_TABLES):
             if table not in OPTIONAL_TABLES or self.evidence.has(table):
                 self.load_by_dictionary(table)
@@ -171,16 +178,17 @@ class _Build:
         extra = ", rank" if table in ("logit_effects", "neighbours") else ""
         self.execute(
             f"""
-            INSERT INTO evidence.{table}
+            INSERT INTO evidence.{table} BY NAME
             SELECT dictionary_id, e.* EXCLUDE (dictionary)
-            FROM read_parquet($files) e JOIN (SELECT dictionary, dictionary_id FROM evidence.dictionaries) USING (dictionary)
+            FROM (SELECT {_columns(table)} FROM read_parquet($files)) e
+            JOIN (SELECT dictionary, dictionary_id FROM evidence.dictionaries) USING (dictionary)
             ORDER BY dictionary_id, {order}{extra}
             """,
             {"files": self.files(table)},
         )
 
     def load_activations(self) -> None:
-        """The one big sort. Raises StoreError for a row that no window has."""
+        """The one big sort."""
         self.execute(
             """
             INSERT INTO evidence.activations
@@ -202,6 +210,13 @@ class _Build:
         self.check_activations()
 
     def check_activations(self) -> None:
+        """Raises StoreError for a dictionary, window or feature that the other evidence does not have."""
+        stored = self.rows("SELECT count(*) FROM evidence.activations")[0][0]
+        given = self.connection.execute(
+            "SELECT count(*) FROM read_parquet($f)", {"f": self.files("activations")}
+        ).fetchall()
+        if given[0][0] != stored:
+            raise StoreError(f"{given[0][0] - stored} activations belong to no dictionary of the evidence: index again")
         lost = self.rows("SELECT count(*), min(window_id) FROM evidence.activations WHERE document_id IS NULL")[0]
         if lost[0]:
             raise StoreError(f"{lost[0]} activations lie outside the windows, first in window {lost[1]}: index again")
@@ -214,8 +229,9 @@ class _Build:
             raise StoreError(f"an activation of {name} names feature {feature}, it has {d_sae}: index again")
         total, groups = self.rows("SELECT sum(num_activations), count(*) FROM derived.row_groups")[0]
         scattered = self.rows(
-            "SELECT count(*) FROM derived.row_groups a POSITIONAL JOIN (SELECT first_row AS next_row FROM derived.row_groups "
-            "OFFSET 1) b WHERE b.next_row <> a.first_row + a.num_activations"
+            "SELECT count(*) FROM derived.row_groups a POSITIONAL JOIN "
+            "(SELECT first_row AS next_row FROM derived.row_groups OFFSET 1) b "
+            "WHERE b.next_row <> a.first_row + a.num_activations"
         )[0][0]
         assert not scattered, f"{scattered} of {groups} groups of {total} activations are not contiguous"
 
@@ -236,7 +252,8 @@ class _Build:
                 f"""
                 CREATE OR REPLACE TEMP VIEW chunk AS SELECT rowid AS row_id, * FROM evidence.activations WHERE {where};
                 CREATE OR REPLACE TEMP VIEW chunk_features AS
-                SELECT {dictionary_id}::USMALLINT AS dictionary_id, f::INTEGER AS feature FROM range({first}, {last + 1}) r(f);
+                SELECT {dictionary_id}::USMALLINT AS dictionary_id, f::INTEGER AS feature
+                FROM range({first}, {last + 1}) r(f);
                 """
             )
             self.execute(statistics)

@@ -1,4 +1,4 @@
-"""The evidence folder: one Parquet file a table (`records.TABLES`), `activations` in parts so that many ranks can write.
+"""The evidence folder: one Parquet file a table (`records.TABLES`), `activations` in parts for many ranks to write.
 
 Every file is written under a temporary name and renamed, so a file that exists is whole.
 """

@@ -6,7 +6,8 @@ It is built once from the Parquet evidence (`build.py`) and read-only from then 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pyarrow as pa
 
@@ -55,14 +56,22 @@ class Example:
 class FeatureStore:
     """Reads one store. Safe to share between threads; close it, or use it as a context manager.
 
-    A store that has been rebuilt is a new file: a reader goes on with the old one until it is closed and opened again.
+    A store that has been rebuilt is a new file: a reader goes on with the old one until every reader of this program is
+    closed, and opening the new one before that is refused (DuckDB would hand out the old one).
     """
+
+    _readers: ClassVar["WeakSet[FeatureStore]"] = WeakSet()
 
     def __init__(self, path: Path, memory_limit: str, threads: int | None):
         self.path = path
+        self._file = _identity(path)
+        for other in list(FeatureStore._readers):
+            if other._file[0] == self._file[0] and other._file != self._file:
+                raise StoreError(f"{path} was rebuilt while this program had it open: close the old reader first")
         self._connection = connect_read_only(path, memory_limit=memory_limit, threads=threads)
         rows = self._rows("SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id")
         self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
+        FeatureStore._readers.add(self)
 
     @classmethod
     def build(
@@ -84,6 +93,7 @@ class FeatureStore:
 
     def close(self) -> None:
         """Let go of the file."""
+        FeatureStore._readers.discard(self)
         self._connection.close()
 
     def __enter__(self) -> "FeatureStore":
@@ -97,11 +107,13 @@ class FeatureStore:
     ) -> pa.Table:
         """Rows of one SQL statement over the views; it cannot write. Raises SQLError with a one-line message.
 
-        A result cut at `max_rows` has `{b"truncated": b"true"}` in its schema metadata. The time limit interrupts DuckDB
+        A result cut at `max_rows` has `{b"truncated": b"true"}` in its schema metadata. The time limit stops DuckDB
         between blocks of rows: one huge scalar call can outlast it, so run statements of strangers in a process of
         its own.
         """
-        return run_statement(self._connection, query, params, max_rows=max_rows, timeout_seconds=timeout_seconds)
+        return run_statement(
+            self._connection, self.path, query, params, max_rows=max_rows, timeout_seconds=timeout_seconds
+        )
 
     def search(
         self, text: str, *, limit: int = 10, where: str | None = None, dictionary: str | None = None
@@ -153,8 +165,8 @@ class FeatureStore:
     ) -> list[dict[str, Any]]:
         """Rows of the view `logit_effects`, `limit` of each direction, promoted first. Raises FeatureNotFound."""
         query = (
-            "SELECT * FROM logit_effects WHERE {this} AND rank < $limit AND direction = coalesce($direction, direction) "
-            "ORDER BY direction, rank"
+            "SELECT * FROM logit_effects WHERE {this} AND rank < $limit "
+            "AND direction = coalesce($direction, direction) ORDER BY direction, rank"
         )
         return self._of_feature(query, feature, dictionary, direction=direction, limit=limit)
 
@@ -165,11 +177,13 @@ class FeatureStore:
     def metrics(self, dictionary: str | None = None) -> list[dict[str, Any]]:
         """Rows of the view `metrics`, of every dictionary where none is named."""
         name = None if dictionary is None else self._dictionary(dictionary)[0]
-        query = "SELECT * FROM metrics WHERE dictionary = coalesce($name, dictionary) ORDER BY dictionary, split, metric"
+        query = (
+            "SELECT * FROM metrics WHERE dictionary = coalesce($name, dictionary) ORDER BY dictionary, split, metric"
+        )
         return self._rows(query, {"name": name})
 
     def _rows(self, query: str, params: Params = None) -> list[dict[str, Any]]:
-        return run_statement(self._connection, query, params).to_pylist()
+        return run_statement(self._connection, self.path, query, params).to_pylist()
 
     def _of_feature(self, query: str, feature: int, dictionary: str | None, **params: object) -> list[dict[str, Any]]:
         """Rows of `query`, in which `{this}` is the condition that names the feature."""
@@ -186,6 +200,15 @@ class FeatureStore:
         if name not in self._known:
             raise FeatureNotFound(f"{self.path} has no dictionary {name!r}: it has {', '.join(self._known)}")
         return name, self._known[name]
+
+
+def _identity(path: Path) -> tuple[Path, int, int] | tuple[Path]:
+    """The file's name and what it names now."""
+    where = path.resolve()
+    if not where.exists():
+        return (where,)
+    found = where.stat()
+    return where, found.st_dev, found.st_ino
 
 
 def _search_hit(row: dict[str, Any]) -> SearchHit:

@@ -14,8 +14,12 @@ import duckdb
 from .errors import StoreError
 
 _BOOK_KEEPING = """
-CREATE TABLE IF NOT EXISTS meta (schema_version INTEGER NOT NULL, engine_version VARCHAR NOT NULL, created TIMESTAMP NOT NULL);
-CREATE TABLE IF NOT EXISTS migrations (version INTEGER NOT NULL, name VARCHAR NOT NULL, applied TIMESTAMP NOT NULL);
+CREATE TABLE IF NOT EXISTS meta (
+    schema_version INTEGER NOT NULL, engine_version VARCHAR NOT NULL, created TIMESTAMP NOT NULL
+);
+CREATE TABLE IF NOT EXISTS migrations (
+    version INTEGER NOT NULL, name VARCHAR NOT NULL, applied TIMESTAMP NOT NULL
+);
 COMMENT ON TABLE meta IS 'What made this store: schema version, DuckDB version, time (UTC).';
 """
 
@@ -31,13 +35,13 @@ class Migration:
 
 def sql_text(name: str) -> str:
     """Text of `sql/<name>.sql`."""
-    return (resources.files(__package__) / "sql" / f"{name}.sql").read_text(encoding="utf-8")
+    return (resources.files("saeql.store") / "sql" / f"{name}.sql").read_text(encoding="utf-8")
 
 
 @cache
 def migrations() -> tuple[Migration, ...]:
     """Every migration this code knows, in order."""
-    names = sorted(f.name for f in (resources.files(__package__) / "sql").iterdir() if f.name[:3].isdigit())
+    names = sorted(f.name for f in (resources.files("saeql.store") / "sql").iterdir() if f.name[:3].isdigit())
     found = []
     for expected, name in enumerate(names, start=1):
         stem = name.removesuffix(".sql")
@@ -63,7 +67,7 @@ def applied_version(connection: duckdb.DuckDBPyConnection) -> int:
 def apply(connection: duckdb.DuckDBPyConnection, steps: tuple[Migration, ...] | None = None) -> list[Migration]:
     """Bring the open file to the newest schema and return what was applied, in order.
 
-    A migration that fails leaves the file as the one before it left it. Raises StoreError for a file newer than `steps`.
+    A migration that fails leaves the file as the one before it left it. Raises StoreError for a newer file.
     """
     steps = migrations() if steps is None else steps
     have = applied_version(connection)
@@ -91,8 +95,8 @@ def check_not_newer(have: int, known: int, name: str) -> None:
     """Raise StoreError where a file is at a schema version that this code does not know."""
     if have > known:
         raise StoreError(
-            f"{name} has schema version {have}, this saeql knows up to {known}: upgrade saeql, or rebuild the store from "
-            "its evidence with `saeql index`"
+            f"{name} has schema version {have}, this saeql knows up to {known}: upgrade saeql, or rebuild the store "
+            "from its evidence with `saeql index`"
         )
 
 

@@ -13,7 +13,7 @@ from .errors import SQLError, StoreError, one_line
 
 Params = Sequence[Any] | dict[str, Any] | None
 
-#: What a reader may say; MULTI is how DuckDB sees PIVOT. This only makes the message clear, read-only mode is the guard.
+#: What a reader may say; MULTI is how DuckDB sees PIVOT. This makes the message clear; read-only mode is the guard.
 _READING = {"SELECT", "EXPLAIN", "MULTI"}
 _BATCH_ROWS = 65_536
 
@@ -25,7 +25,7 @@ def connect_read_only(path: Path, *, memory_limit: str, threads: int | None) -> 
     """
     if not path.is_file():
         raise StoreError(f"{path} does not exist: build it with `saeql index`")
-    config = {
+    config: dict[str, str | bool | int | float | list[str]] = {
         "enable_external_access": "false",
         "autoinstall_known_extensions": "false",
         "autoload_known_extensions": "false",
@@ -41,8 +41,10 @@ def connect_read_only(path: Path, *, memory_limit: str, threads: int | None) -> 
     except duckdb.Error as error:
         raise StoreError(f"cannot open {path}: {_open_failure(one_line(error))}") from error
     try:
-        connection.execute("SET enable_progress_bar = false")
-        connection.execute("SET lock_configuration = true")
+        # a second connection of this program to the same file shares the first one's settings, locked already
+        if connection.execute("SELECT current_setting('lock_configuration')").fetchone() != (True,):
+            connection.execute("SET enable_progress_bar = false")
+            connection.execute("SET lock_configuration = true")
         _check_schema(connection, path)
     except duckdb.Error as error:
         connection.close()
@@ -67,13 +69,12 @@ def _check_schema(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
         raise StoreError(f"{path} is a DuckDB file but not a feature store: build one with `saeql index`")
     migrations.check_not_newer(have, known, str(path))
     if have < known:
-        raise StoreError(
-            f"{path} has schema version {have}, this saeql reads {known}: rebuild it from its evidence with `saeql index`"
-        )
+        raise StoreError(f"{path} has schema version {have}, this saeql reads {known}: rebuild it with `saeql index`")
 
 
 def run_statement(
     connection: duckdb.DuckDBPyConnection,
+    path: Path,
     query: str,
     params: Params = None,
     *,
@@ -82,7 +83,8 @@ def run_statement(
 ) -> pa.Table:
     """Run one reading statement on a cursor of its own and return its rows.
 
-    A table cut at `max_rows` says so in its schema metadata, `{b"truncated": b"true"}`. Raises SQLError with one line.
+    A table cut at `max_rows` says so in its schema metadata, `{b"truncated": b"true"}`. Raises SQLError with one line,
+    and StoreError where the file itself turns out to be damaged.
     """
     cursor = connection.cursor()
     deadline = _Deadline(cursor, timeout_seconds)
@@ -93,7 +95,13 @@ def run_statement(
     except (duckdb.Error, pa.ArrowException, OSError, RuntimeError) as error:
         if deadline.passed:
             raise SQLError(f"the query ran longer than {timeout_seconds:g} s and was stopped") from error
-        raise SQLError(_refusal(one_line(error))) from error
+        message = one_line(error)
+        # nothing but the store's own file can be read, so a failed read is a damaged file
+        if isinstance(error, (duckdb.IOException, duckdb.FatalException)) or "Corrupt database file" in message:
+            raise StoreError(
+                f"{path} is damaged, rebuild it from its evidence with `saeql index`: {message}"
+            ) from error
+        raise SQLError(_refusal(message)) from error
     finally:
         cursor.close()
 

@@ -136,7 +136,9 @@ def _write_text(evidence: Evidence, size: Size, random: np.random.Generator) -> 
 
 def _write_dictionaries(evidence: Evidence, size: Size, random: np.random.Generator) -> None:
     names = list(size.dictionaries)
-    text = {c: ["x"] * len(names) for c in ("architecture", "model_name", "model_sha256", "tokenizer_sha256", "hook_point")}
+    text = {
+        c: ["x"] * len(names) for c in ("architecture", "model_name", "model_sha256", "tokenizer_sha256", "hook_point")
+    }
     numbers = {"d_in": [576] * len(names), "d_sae": [size.features] * len(names), "k": [32] * len(names)}
     evidence.write(
         "dictionaries", pa.table({"dictionary": names, **text, **numbers, "config": [json.dumps({})] * len(names)})
@@ -197,7 +199,9 @@ def _write_activations(
     table = pa.table(
         {
             "dictionary": pa.DictionaryArray.from_arrays(np.zeros(len(first), np.int32), [name]).cast(pa.string()),
-            "split": pa.DictionaryArray.from_arrays(split.astype(np.int32), ["calibration", "test", "train"]).cast(pa.string()),
+            "split": pa.DictionaryArray.from_arrays(split.astype(np.int32), ["calibration", "test", "train"]).cast(
+                pa.string()
+            ),
             "feature": feature,
             "window_id": window,
             "position": position,
@@ -215,7 +219,9 @@ def _write_labels(evidence: Evidence, size: Size) -> None:
     for name in size.dictionaries:
         for feature in range(size.features):
             explained = feature == 3 or feature % 4 == 0
-            label = "rivers and streams" if feature == 3 else f"the token {token_text(feature % size.vocabulary).strip()}"
+            label = (
+                "rivers and streams" if feature == 3 else f"the token {token_text(feature % size.vocabulary).strip()}"
+            )
             rows.append(
                 {
                     "dictionary": name,

@@ -1,0 +1,134 @@
+"""The manifest of a shard folder: `manifest.jsonl`, one line a published shard. A shard not in it does not exist.
+
+Lines are appended whole under a file lock and fsynced, so several writers may share a folder; a last line without its
+line end is a writer that died, and is not a line.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.jsonl"
+BLOCK_BYTES = 8 * 2**20
+
+
+class ShardError(ValueError):
+    """A shard or its manifest is damaged, or does not fit what it is asked for; the message names the file."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One line of the manifest."""
+
+    file: str
+    rows: int
+    windows: int
+    bytes: int
+    sha256: str  # of the whole file
+    block_bytes: int
+    block_crc32: list[int]  # one a block of block_bytes, the last may be shorter
+    dtype: str  # logical type of acts: 'bfloat16' | 'float32'
+    d_in: int
+    context_tokens: int
+    attributes: dict[str, Any]  # what the writer was told: model, hook point, split, ...
+
+
+def hash_file(path: Path, block_bytes: int = BLOCK_BYTES) -> tuple[str, list[int]]:
+    """SHA-256 of the file and the CRC-32 of each of its blocks, in one pass."""
+    digest, blocks = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(block_bytes):
+            digest.update(block)
+            blocks.append(zlib.crc32(block))
+    return digest.hexdigest(), blocks
+
+
+def read_manifest(folder: Path) -> list[ShardRecord]:
+    """Every published shard in the order of publishing. Raises ShardError for a line that is no record."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
+    names = {f.name for f in fields(ShardRecord)}
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            values = json.loads(line)
+            record = ShardRecord(**{k: v for k, v in values.items() if k in names})
+            if Path(record.file).name != record.file:
+                raise ValueError(f"{record.file!r} is not a file of this folder")
+            records.append(record)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ShardError(f"{path}: line {number} is not a shard record: {error}") from error
+    return records
+
+
+def append_record(folder: Path, record: ShardRecord) -> None:
+    """Publish `record`. A line that an earlier writer left unfinished is cut off first."""
+    line = json.dumps(asdict(record), sort_keys=True).encode() + b"\n"
+    path = folder / MANIFEST
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        os.ftruncate(descriptor, end)
+        try:
+            written = os.pwrite(descriptor, line, end)
+            if written != len(line):
+                os.pwrite(descriptor, line[written:], end + written)
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, end)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's names durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_size(folder: Path, record: ShardRecord) -> None:
+    """Raise ShardError where the shard's file is missing or has another size than its record."""
+    path = folder / record.file
+    if not path.is_file():
+        raise ShardError(f"{path} is missing, the manifest lists it: harvest again")
+    actual = path.stat().st_size
+    if actual != record.bytes:
+        what = "truncated" if actual < record.bytes else "too long"
+        raise ShardError(
+            f"{path} is {what}: {actual} bytes, the manifest says {record.bytes}: harvest this shard again"
+        )
+
+
+def verify_file(folder: Path, record: ShardRecord) -> None:
+    """Raise ShardError where the shard's content is not what was published, with the ranges of bytes that differ."""
+    check_size(folder, record)
+    sha256, blocks = hash_file(folder / record.file, record.block_bytes)
+    if sha256 == record.sha256:
+        return
+    bad = [i for i, (now, then) in enumerate(zip(blocks, record.block_crc32, strict=True)) if now != then]
+    ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in _ranges(bad, record)) or "that no block hash shows"
+    raise ShardError(f"{folder / record.file} differs from the manifest in bytes {ranges}: harvest this shard again")
+
+
+def _ranges(blocks: list[int], record: ShardRecord) -> list[tuple[int, int]]:
+    """Byte ranges [start, stop) of the ascending `blocks`, neighbours joined."""
+    ranges: list[tuple[int, int]] = []
+    for block in blocks:
+        start, stop = block * record.block_bytes, min((block + 1) * record.block_bytes, record.bytes)
+        if ranges and ranges[-1][1] == start:
+            start = ranges.pop()[0]
+        ranges.append((start, stop))
+    return ranges
