@@ -177,8 +177,6 @@ def search(
     )
 
 
-
-
 @app.command
 def show(
     run: RunPath,
@@ -202,8 +200,13 @@ def show(
 @app.command
 def sql(
     run: RunPath,
-    query: Annotated[str, Parameter(help="SQL over the views dictionaries, features, examples, documents, labels, "
-                                         "neighbours, logit_effects, activations, metrics.")],
+    query: Annotated[
+        str,
+        Parameter(
+            help="SQL over the views dictionaries, features, examples, documents, labels, "
+            "neighbours, logit_effects, activations, metrics."
+        ),
+    ],
     *,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
     csv: Annotated[bool, Parameter(help="Print CSV.", negative="")] = False,
@@ -228,12 +231,18 @@ def steer(
     *,
     feature: Annotated[int, Parameter(help="Feature id.")],
     prompt: Annotated[str, Parameter(help="Text to continue.")],
-    strength: Annotated[float, Parameter(help="add: share of the median activation norm (0.1 to 0.5); clamp: multiple "
-                                              "of the feature's largest activation.")] = 0.4,
+    strength: Annotated[
+        float,
+        Parameter(
+            help="add: share of the median activation norm (0.1 to 0.5); clamp: multiple "
+            "of the feature's largest activation."
+        ),
+    ] = 0.4,
     mode: Annotated[str, Parameter(help="add, clamp or ablate.")] = "add",
     tokens: Annotated[int, Parameter(help="Tokens to write.")] = 40,
-    allow_mismatch: Annotated[bool, Parameter(help="Steer a model that the dictionary was not trained on.",
-                                              negative="")] = False,
+    allow_mismatch: Annotated[
+        bool, Parameter(help="Steer a model that the dictionary was not trained on.", negative="")
+    ] = False,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
 ) -> None:
     """Continue a prompt with and without a feature, side by side.

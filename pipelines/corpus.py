@@ -163,7 +163,8 @@ def _wikipedia() -> Iterator[tuple[str, str]]:
     from gensim.corpora import wikicorpus
 
     with bz2.open(path) as dump:
-        for title, markup, _ in wikicorpus.extract_pages(dump, filter_namespaces=("0",)):
+        pages = wikicorpus.extract_pages(dump, filter_namespaces=("0",))  # pyright: ignore[reportArgumentType]
+        for title, markup, _ in pages:
             if not markup.lstrip().lower().startswith("#redirect"):
                 yield title, _clean_wikitext(wikicorpus.filter_wiki(markup))
 

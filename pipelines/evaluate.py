@@ -153,9 +153,7 @@ def _ce_metrics(
     n = int(ce["model"].count.sum())
     base, spliced = ce["model"], ce["spliced"]
     rows = [_row(f"ce_{name}", value.mean, n) for name, value in ce.items()]
-    increase = bootstrap_ratio(
-        spliced.total - base.total, base.count, num_draws=config.num_bootstrap, seed=seed
-    )
+    increase = bootstrap_ratio(spliced.total - base.total, base.count, num_draws=config.num_bootstrap, seed=seed)
     rows.append(_row("ce_increase", spliced.mean - base.mean, n, increase))
     for name, metric in (("mean", "ce_recovered"), ("zero", "ce_recovered_zero")):
         kept, lost = ce[name].total - spliced.total, ce[name].total - base.total

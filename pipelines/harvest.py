@@ -191,9 +191,7 @@ def _stored_dtype(lm: LanguageModel) -> str:
 
 
 @torch.no_grad()
-def _run_batch(
-    lm: LanguageModel, batch: list[_Window], reading: "_Reading", writers: dict[str, ShardWriter]
-) -> None:
+def _run_batch(lm: LanguageModel, batch: list[_Window], reading: "_Reading", writers: dict[str, ShardWriter]) -> None:
     name = lm.identity.hook_point
     token_ids = np.stack([w.token_ids for w in batch])
     with capture(lm.model, [name]) as reader:

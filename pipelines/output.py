@@ -105,8 +105,8 @@ def print_feature(
     out.print(Text(f"promotes     {cell(card['promotes'])}"))
     out.print(Text(f"suppresses   {cell(card['suppresses'])}"))
     for row in near:
-        text = f"{'neighbour':<12} {row['neighbour']:>6}  cosine {row['cosine']:.3f}  {visible(str(row['neighbour_label']))}"
-        out.print(Text(text))
+        label = visible(str(row["neighbour_label"]))
+        out.print(Text(f"neighbour    {row['neighbour']:>6}  cosine {row['cosine']:.3f}  {label}"))
     out.print(Text(f"\ntop examples ({split})", "bold"))
     for example in examples:
         out.print(Text(f"{example.activation:8.2f}  ").append_text(highlighted(example)))

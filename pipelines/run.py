@@ -1,14 +1,14 @@
 """A run: one directory, the stages that fill it, and what can be asked of it afterwards.
 
-    config.toml            the configuration as resolved
-    activations/<split>/   shards, and harvest.json
-    checkpoints/           what a resume needs
-    dictionaries/<name>/   cfg.json, sae_weights.safetensors, sparsity.safetensors
-    evidence/*.parquet     what was found
-    features.duckdb        the feature store, one build of the evidence
-    metrics.jsonl          training curve
-    report.html            everything on one page
-    stages.json            which stages are finished
+config.toml            the configuration as resolved
+activations/<split>/   shards, and harvest.json
+checkpoints/           what a resume needs
+dictionaries/<name>/   cfg.json, sae_weights.safetensors, sparsity.safetensors
+evidence/*.parquet     what was found
+features.duckdb        the feature store, one build of the evidence
+metrics.jsonl          training curve
+report.html            everything on one page
+stages.json            which stages are finished
 """
 
 import fcntl
@@ -340,9 +340,7 @@ class Run:
 
     def _mark_finished(self, stage: str, seconds: float) -> None:
         record = {"seconds": round(seconds, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        _write_text(
-            self.path / "stages.json", json.dumps({**self.finished(), stage: record}, indent=2) + "\n"
-        )
+        _write_text(self.path / "stages.json", json.dumps({**self.finished(), stage: record}, indent=2) + "\n")
 
 
 def _matmul_dtype(name: str, device: torch.device) -> torch.dtype | None:

@@ -38,7 +38,9 @@ def write_run_report(run: "Run", showcase: Showcase) -> None:
             training=[
                 TrainingPoint(m["step"], m["fvu"], m["dead_share"], m["lr"]) for m in read_metrics(run.metrics_path)
             ],
-            densities=store.sql("SELECT density FROM features ORDER BY feature")["density"].to_numpy().astype(np.float64),
+            densities=store.sql("SELECT density FROM features ORDER BY feature")["density"]
+            .to_numpy()
+            .astype(np.float64),
             label_counts=showcase.label_counts,
             labels=_labels(store),
             features=[_detail(store, row) for row in showcase.features],

@@ -27,7 +27,7 @@ STRENGTH = 0.4
 NUM_FEATURES = 10
 NUM_STEERING_CANDIDATES = 8
 
-SQL_EXAMPLE = """SELECT feature, label, round(auroc, 3) AS auroc, n_active, round(density, 5) AS density, promotes[1:4] AS promotes
+SQL_EXAMPLE = """SELECT feature, label, round(auroc, 3) AS auroc, n_active, density, promotes[1:4] AS promotes
 FROM features
 WHERE kind = 'structural' AND auroc_low > 0.8
 ORDER BY f1 DESC
@@ -100,14 +100,12 @@ def make_showcase(run: "Run") -> Showcase:
 
 
 def chosen_features(store: FeatureStore, num: int = NUM_FEATURES) -> list[dict[str, Any]]:
-    """Labelled features with the surest scores, half of each kind where there are enough, one a label."""
+    """Labelled features that score best among those whose labels begin alike ("word", "token", "words", "a", ...)."""
     query = """
-        SELECT * EXCLUDE (place, same) FROM (
-            SELECT *, row_number() OVER (PARTITION BY kind ORDER BY auroc_low DESC, feature) AS place
-            FROM (SELECT *, row_number() OVER (PARTITION BY label ORDER BY auroc_low DESC, feature) AS same FROM features
-                  WHERE kind != 'none' AND n_active >= 20)
-            WHERE same = 1)
-        ORDER BY place, kind LIMIT $num
+        SELECT * EXCLUDE (place) FROM (
+            SELECT *, row_number() OVER (PARTITION BY kind, split_part(label, ' ', 1) ORDER BY f1 DESC, feature) AS place
+            FROM features WHERE kind != 'none' AND n_active >= 30)
+        ORDER BY place, f1 DESC LIMIT $num
     """
     return store.sql(query, {"num": num}).to_pylist()
 
@@ -116,7 +114,7 @@ def steering_example(store: FeatureStore, steerer: Steerer) -> dict[str, Any]:
     """A prompt continued with and without a feature.
 
     Of the features whose promoted tokens hold a word of their own label, the few with the strongest logit effect are
-    tried, and the one that brings most of its promoted tokens into the text is shown: the clearest case, not a typical one.
+    tried, and the one that brings most of its promoted tokens into the text is shown: the clearest, not a typical one.
     """
     query = """
         SELECT f.feature, f.label, f.promotes, max(e.effect) AS effect FROM features f
@@ -127,7 +125,9 @@ def steering_example(store: FeatureStore, steerer: Steerer) -> dict[str, Any]:
     """
     candidates = store.sql(query, {"num": NUM_STEERING_CANDIDATES}).to_pylist()
     if not candidates:
-        query = "SELECT feature, label, promotes FROM features WHERE num_documents > 0 ORDER BY max_activation DESC LIMIT 1"
+        query = (
+            "SELECT feature, label, promotes FROM features WHERE num_documents > 0 ORDER BY max_activation DESC LIMIT 1"
+        )
         candidates = store.sql(query).to_pylist()
     baseline = steerer.generate(PROMPT, [])
     tried = []
@@ -166,7 +166,9 @@ def print_showcase(run: "Run") -> None:
     out.print(Text(f"\n{NUM_FEATURES} labelled features of {sum(shown.label_counts.values())} ({counts})", "bold"))
     for row in shown.features:
         text = f"{row['feature']:>6}  {visible(row['label']):<44.44} AUROC {row['auroc']:.3f} (n {row['n_active']})  "
-        out.print(Text(text).append_text(highlighted(_narrow(Example(**row["example"])))), overflow="ellipsis", no_wrap=True)
+        out.print(
+            Text(text).append_text(highlighted(_narrow(Example(**row["example"])))), overflow="ellipsis", no_wrap=True
+        )
     out.print(Text("\nasked in SQL", "bold"))
     out.print(Text(shown.sql["query"], "cyan"))
     print_records(shown.sql["columns"], shown.sql["rows"], "table")

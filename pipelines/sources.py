@@ -72,7 +72,9 @@ class ShardSource:
                 offset += self.batch_tokens
                 yield _take(rows, chosen, Cursor(epoch, group, offset), self.device)
             if offset == 0:
-                raise ValueError(f"{len(order)} rows are fewer than one batch of {self.batch_tokens}; lower batch_tokens")
+                raise ValueError(
+                    f"{len(order)} rows are fewer than one batch of {self.batch_tokens}; lower batch_tokens"
+                )
             offset, group = 0, group + 1
             if group == shuffle.num_groups:
                 epoch, group = epoch + 1, 0
@@ -95,7 +97,9 @@ class ShardSource:
             if low >= high:
                 return
             columns = self._columns(shard)
-            keep = (columns["positions"][low:high] >= self.first_position) & (columns["norms"][low:high] <= self.norm_limit)
+            keep = (columns["positions"][low:high] >= self.first_position) & (
+                columns["norms"][low:high] <= self.norm_limit
+            )
             kept = {name: values[low:high][keep] for name, values in columns.items() if name != "norms"}
             yield {"acts": self.reader.rows(shard, low, high)[keep], **kept}
 

@@ -87,7 +87,9 @@ class Steerer:
     def _max_activation(self, feature: int) -> float:
         largest = self.max_activations.get(feature, 0.0)
         if largest <= 0:
-            raise SteerError(f"feature {feature} never fired on training documents: it has no scale to clamp to; use add")
+            raise SteerError(
+                f"feature {feature} never fired on training documents: it has no scale to clamp to; use add"
+            )
         return largest
 
     @torch.no_grad()

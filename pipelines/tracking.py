@@ -60,7 +60,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _tracker(
     name: str, folder: Path, run_name: str, config: dict[str, Any]
-) -> tuple[Callable[[dict[str, float], int], None], Callable[[], None]]:
+) -> tuple[Callable[[dict[str, Any], int], None], Callable[[], None]]:
     """Functions that send one line of numbers and that end the tracker's run."""
     if name == "none":
         return lambda numbers, step: None, lambda: None
@@ -68,7 +68,7 @@ def _tracker(
         if name == "tensorboard":
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
-            def write(numbers: dict[str, float], step: int) -> None:
+            def write(numbers: dict[str, Any], step: int) -> None:
                 for key, value in numbers.items():
                     writer.add_scalar(key, value, step)
 

@@ -99,7 +99,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 
 def from_dict(cls: type[ConfigT], data: Mapping[str, Any], where: str = "") -> ConfigT:
-    """Build dataclass `cls` from nested mappings. Raises ConfigError on unknown keys and wrong types, naming the key."""
+    """Dataclass `cls` from nested mappings. Raises ConfigError on unknown keys and wrong types, naming the key."""
     assert dataclasses.is_dataclass(cls)
     hints = get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]

@@ -79,7 +79,7 @@ def _child(layer: nn.Module, names: tuple[str, ...]) -> str | None:
 
 
 def resolve(model: nn.Module, name: str) -> HookPoint:
-    """Find hook point `name`. Raises HookPointError, listing those that exist, where the model has none of that name."""
+    """Hook point `name`. Raises HookPointError, listing those that exist, where the model has none of that name."""
     match = _FRIENDLY.fullmatch(name)
     if match:
         path, layers = layer_stack(model)

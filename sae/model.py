@@ -30,7 +30,7 @@ SAELENS_VERSION = "6.54.12"
 
 
 class DictionaryError(ValueError):
-    """A dictionary folder is missing, truncated, or its config and weights disagree; the message names file and field."""
+    """A dictionary folder is missing, damaged, or its config and weights disagree; the message names file and field."""
 
 
 class SparseAutoencoder(nn.Module):
@@ -132,9 +132,8 @@ class SparseAutoencoder(nn.Module):
             if name not in weights:
                 raise DictionaryError(f"{folder / WEIGHTS_FILE} has no tensor {name}")
             if tuple(weights[name].shape) != shape:
-                raise DictionaryError(
-                    f"{folder / WEIGHTS_FILE}: {name} has shape {tuple(weights[name].shape)}, {CONFIG_FILE} says {shape}"
-                )
+                found = tuple(weights[name].shape)
+                raise DictionaryError(f"{folder / WEIGHTS_FILE}: {name} has shape {found}, {CONFIG_FILE} says {shape}")
             if not torch.isfinite(weights[name]).all():
                 raise DictionaryError(f"{folder / WEIGHTS_FILE}: {name} holds values that are not finite")
         weights["W_enc"] = weights["W_enc"].t().contiguous()
@@ -174,9 +173,7 @@ def _from_config(folder: Path, config: dict[str, Any]) -> SparseAutoencoder:
         if config.get(key, value) != value:
             raise DictionaryError(f"{path}: {key} = {config[key]!r} is not supported, only {value!r}")
     try:
-        settings = DictionaryConfig(
-            architecture=config["architecture"], d_sae=int(config["d_sae"]), k=int(config["k"])
-        )
+        settings = DictionaryConfig(architecture=config["architecture"], d_sae=int(config["d_sae"]), k=int(config["k"]))
         return architecture(settings.architecture)(settings, int(config["d_in"]))
     except (ConfigError, TypeError, ValueError) as error:
         raise DictionaryError(f"{path}: {error}") from None

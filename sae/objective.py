@@ -35,7 +35,11 @@ def loss_terms(
     auxiliary = torch.zeros((), device=x.device)
     if dead is not None and len(dead) and auxk_coefficient:
         auxiliary = auxk_loss(dictionary, x, residual.detach(), dead)
-    return LossTerms(reconstruction + auxk_coefficient * auxiliary, reconstruction, auxiliary), latents, residual.detach()
+    return (
+        LossTerms(reconstruction + auxk_coefficient * auxiliary, reconstruction, auxiliary),
+        latents,
+        residual.detach(),
+    )
 
 
 def auxk_loss(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from saeql.kernels.fused_adam import AdamState, adam_step
+from saeql.kernels.fused_adam import AdamStep, Moments, adam_rows
 
 from .checkpoint import Checkpoint, CheckpointError, load_latest, save_checkpoint
 from .config import TrainConfig, to_dict
@@ -58,7 +58,7 @@ class _Learner:
 
     name: str
     dictionary: SparseAutoencoder
-    adam: dict[str, AdamState]
+    moments: dict[str, Moments]  # by parameter name
     idle_tokens: torch.Tensor  # [d_sae], rows since the latent last fired
     window: "_Window" = field(default_factory=lambda: _Window())
 
@@ -162,16 +162,12 @@ class Trainer:
         for parameter in dictionary.parameters():
             parameter.grad = None
         terms.total.backward()
+        adam = AdamStep(self.step + 1, lr, *config.adam_betas)
         for name, parameter in dictionary.named_parameters():
             assert parameter.grad is not None, name
-            adam_step(
-                parameter.data,
-                parameter.grad,
-                learner.adam[name],
-                lr=lr,
-                betas=config.adam_betas,
-                unit_norm=name == "W_dec",
-            )
+            unit_norm = name == "W_dec"
+            moments = learner.moments[name]
+            adam_rows(parameter.data, parameter.grad, moments, adam, project=unit_norm, renormalize=unit_norm)
         active = latents.values.detach() > 0
         learner.idle_tokens += len(x)
         learner.idle_tokens[latents.indices[active].long()] = 0
@@ -198,7 +194,8 @@ class Trainer:
                     "l0": window.num_active / window.num_rows,
                     "dead_share": dead_share(idle),
                     "auxk_loss": window.auxiliary / window.num_steps,
-                    "lr": self.config.peak_lr(learner.dictionary.d_sae) * learning_rate_share(self.step - 1, self.config),
+                    "lr": self.config.peak_lr(learner.dictionary.d_sae)
+                    * learning_rate_share(self.step - 1, self.config),
                     "tokens_per_second": round(rate, 1),
                 }
             )
@@ -213,16 +210,13 @@ class Trainer:
             "config": to_dict(self.config),
             "scale": self.scaling.scale,
             "cursor": self.cursor.state(),
-            "adam_steps": {},
         }
         for learner in self.learners:
             prefix = learner.name
             for name, parameter in learner.dictionary.named_parameters():
-                adam = learner.adam[name]
                 tensors[f"{prefix}.{name}"] = parameter.data
-                tensors[f"{prefix}.{name}.exp_avg"] = adam.exp_avg
-                tensors[f"{prefix}.{name}.exp_avg_sq"] = adam.exp_avg_sq
-                state["adam_steps"][f"{prefix}.{name}"] = adam.step
+                for moment, tensor in learner.moments[name]._asdict().items():
+                    tensors[f"{prefix}.{name}.{moment}"] = tensor
             tensors[f"{prefix}.idle_tokens"] = learner.idle_tokens
         return save_checkpoint(self.folder, Checkpoint(self.step, tensors, state))
 
@@ -248,10 +242,8 @@ class Trainer:
                 if key not in tensors or tensors[key].shape != parameter.shape:
                     raise CheckpointError(f"{self.folder}: the checkpoint does not hold {key} {tuple(parameter.shape)}")
                 parameter.data.copy_(tensors[key])
-                adam = learner.adam[name]
-                adam.exp_avg.copy_(tensors[f"{key}.exp_avg"])
-                adam.exp_avg_sq.copy_(tensors[f"{key}.exp_avg_sq"])
-                adam.step = checkpoint.state["adam_steps"][key]
+                for moment, tensor in learner.moments[name]._asdict().items():
+                    tensor.copy_(tensors[f"{key}.{moment}"])
             learner.idle_tokens.copy_(tensors[f"{learner.name}.idle_tokens"])
         self.step, self.cursor = checkpoint.step, Cursor.from_state(checkpoint.state["cursor"])
         return True
@@ -266,8 +258,6 @@ def learning_rate_share(step: int, config: TrainConfig) -> float:
 
 
 def _learner(name: str, dictionary: SparseAutoencoder) -> _Learner:
-    adam = {key: AdamState.zeros_like(p.data) for key, p in dictionary.named_parameters()}
+    moments = {key: Moments.like(p.data) for key, p in dictionary.named_parameters()}
     idle = torch.zeros(dictionary.d_sae, dtype=torch.int64, device=dictionary.W_enc.device)
-    return _Learner(name, dictionary, adam, idle)
-
-
+    return _Learner(name, dictionary, moments, idle)

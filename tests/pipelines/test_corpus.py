@@ -16,7 +16,7 @@ def write(path: Path, texts: list[str]) -> Path:
 def test_a_document_never_changes_side(tmp_path: Path):
     texts = [f"document number {n}" for n in range(400)]
     first = {d.text: d.split for d in documents(CorpusConfig(source=str(write(tmp_path / "a.jsonl", texts))))}
-    turned = texts[::-1] + ["another one"]
+    turned = [*reversed(texts), "another one"]
     second = {d.text: d.split for d in documents(CorpusConfig(source=str(write(tmp_path / "b.jsonl", turned))))}
     assert all(second[text] == split for text, split in first.items())
 
@@ -54,7 +54,13 @@ def test_a_folder_of_text_files(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "is empty"), ("\n\n", "is empty"), ("{}\n", 'no text field "text"'), ("[1]\n", "no text field"), ("x\n", "line 1")],
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ("{}\n", 'no text field "text"'),
+        ("[1]\n", "no text field"),
+        ("x\n", "line 1"),
+    ],
 )
 def test_unusable_text_is_named(tmp_path: Path, content: str, message: str):
     file = tmp_path / "a.jsonl"

@@ -54,7 +54,7 @@ def test_residual_stream_is_what_transformers_reports(model: torch.nn.Module):
 def test_layers_after_the_deepest_are_not_run(model: torch.nn.Module):
     ran = []
     layers = resolve(model, "resid_post.2").module_path.rsplit(".", 1)[0]
-    for n, layer in enumerate(model.get_submodule(layers)):
+    for n, layer in enumerate(model.get_submodule(layers).children()):
         layer.register_forward_pre_hook(lambda *_args, n=n: ran.append(n))
     with capture(model, ["resid_post.1", "mlp_out.0"]) as reader:
         assert set(reader.run(IDS)) == {"resid_post.1", "mlp_out.0"}
@@ -99,12 +99,16 @@ def test_editing_the_last_layer_to_zero_leaves_only_the_final_norm(model: torch.
 def test_unknown_hook_point_lists_those_that_exist(model: torch.nn.Module):
     with pytest.raises(HookPointError, match=r"resid_post\.0 to resid_post\.2"):
         resolve(model, "resid_post.3")
-    with pytest.raises(HookPointError, match='did you mean "resid_post.1"'):
+    with pytest.raises(HookPointError, match=r'did you mean "resid_post\.1"'):
         resolve(model, "resid_pots.1")
     assert len(hook_points(model)) == 12
 
 
 def test_module_paths_are_hook_points_too():
     point = resolve(llama(), "model.layers.1.mlp")
-    assert (point.module_path, point.layer, point.transformer_lens_name) == ("model.layers.1.mlp", 1, "model.layers.1.mlp")
+    assert (point.module_path, point.layer, point.transformer_lens_name) == (
+        "model.layers.1.mlp",
+        1,
+        "model.layers.1.mlp",
+    )
     assert resolve(llama(), "resid_post.1").transformer_lens_name == "blocks.1.hook_resid_post"

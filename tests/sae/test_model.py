@@ -98,7 +98,12 @@ def damage(folder: Path, what: str) -> None:
     if what == "missing":
         del weights["b_dec"]
     save_file(weights, folder / "sae_weights.safetensors")
-    changes = {"shape": ("d_sae", 41), "architecture": ("architecture", "topkk"), "k": ("k", 41), "norm": ("normalize_activations", "layer_norm")}  # fmt: skip
+    changes = {
+        "shape": ("d_sae", 41),
+        "architecture": ("architecture", "topkk"),
+        "k": ("k", 41),
+        "norm": ("normalize_activations", "layer_norm"),
+    }
     if what in changes:
         config[changes[what][0]] = changes[what][1]
     (folder / "cfg.json").write_text(json.dumps(config))
@@ -118,14 +123,16 @@ def damage(folder: Path, what: str) -> None:
         ("norm", r"normalize_activations = 'layer_norm' is not supported"),
     ],
 )
-def test_damaged_directories_name_file_and_field(dictionary: SparseAutoencoder, tmp_path: Path, what: str, message: str):
+def test_damaged_directories_name_file_and_field(
+    dictionary: SparseAutoencoder, tmp_path: Path, what: str, message: str
+):
     damage(dictionary.save(tmp_path), what)
     with pytest.raises(DictionaryError, match=message):
         SparseAutoencoder.load(tmp_path)
 
 
 def test_no_directory(tmp_path: Path):
-    with pytest.raises(DictionaryError, match="cfg.json is missing"):
+    with pytest.raises(DictionaryError, match=r"cfg\.json is missing"):
         SparseAutoencoder.load(tmp_path / "nothing")
 
 

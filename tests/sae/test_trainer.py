@@ -153,7 +153,7 @@ def test_auxiliary_loss_reaches_encoder_and_decoder_of_dead_latents_only():
     alive[dead] = False
     for parameter in (dictionary.W_enc, dictionary.W_dec, dictionary.b_enc):
         assert parameter.grad is not None
-        assert (parameter.grad[dead].flatten(1) if parameter.dim() > 1 else parameter.grad[dead][:, None]).abs().sum(1).all()
+        assert parameter.grad[dead].reshape(len(dead), -1).abs().sum(1).all()
         assert not parameter.grad[alive].any()
 
 
