@@ -28,8 +28,8 @@ OPTIONAL_TABLES = ("labels", "metrics")
 _MACROS = f"""
 CREATE OR REPLACE TEMP MACRO words_of(text) AS {WORDS_OF};
 CREATE OR REPLACE TEMP MACRO mix(x) AS xor(x::UBIGINT, x::UBIGINT >> 15) % 2147483647 * 2246822519 % 2147483647;
-CREATE OR REPLACE TEMP MACRO pick_hash(feature, window_id, position) AS
-    mix(mix(feature::UBIGINT * 40503 + window_id::UBIGINT * 2654435761 % 2147483647) + position::UBIGINT * 48271);
+CREATE OR REPLACE TEMP MACRO pick_hash(feature, window_id, place) AS
+    mix(mix(feature::UBIGINT * 40503 + window_id::UBIGINT * 2654435761 % 2147483647) + place::UBIGINT * 48271);
 """
 
 
