@@ -5,6 +5,7 @@ activations is computed over chunks of features of about `CHUNK_ROWS` rows.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,8 +29,8 @@ OPTIONAL_TABLES = ("labels", "metrics")
 _MACROS = f"""
 CREATE OR REPLACE TEMP MACRO words_of(text) AS {WORDS_OF};
 CREATE OR REPLACE TEMP MACRO mix(x) AS xor(x::UBIGINT, x::UBIGINT >> 15) % 2147483647 * 2246822519 % 2147483647;
-CREATE OR REPLACE TEMP MACRO pick_hash(feature, window_id, position) AS
-    mix(mix(feature::UBIGINT * 40503 + window_id::UBIGINT * 2654435761 % 2147483647) + position::UBIGINT * 48271);
+CREATE OR REPLACE TEMP MACRO pick_hash(feature, window_id, place) AS
+    mix(mix(feature::UBIGINT * 40503 + window_id::UBIGINT * 2654435761 % 2147483647) + place::UBIGINT * 48271);
 """
 
 
@@ -49,8 +50,8 @@ def build_store(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    leftovers = [temporary, Path(f"{temporary}.wal")]
     spill = Path(f"{temporary}.spill")
+    _remove_leftovers(path)
     try:
         with _connect(temporary, spill, threads, memory_limit) as connection:
             _Build(connection, evidence, on_step or (lambda name, done, total: None)).run()
@@ -58,10 +59,34 @@ def build_store(
     except duckdb.Error as error:
         raise StoreError(f"cannot build {path} from {evidence.folder}: {one_line(error)}") from error
     finally:
-        for leftover in leftovers:
-            leftover.unlink(missing_ok=True)
-        shutil.rmtree(spill, ignore_errors=True)
+        _remove(temporary)
     return path
+
+
+def _remove(temporary: Path) -> None:
+    """Remove a build's temporary file and what DuckDB puts beside it."""
+    temporary.unlink(missing_ok=True)
+    Path(f"{temporary}.wal").unlink(missing_ok=True)
+    shutil.rmtree(f"{temporary}.spill", ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed builds of `path` on this machine left; builds that still run keep theirs."""
+    name = re.compile(rf"{re.escape(path.name)}\.tmp\.(\d+)")
+    for file in list(path.parent.iterdir()):
+        found = name.match(file.name)
+        if found is not None and not _is_running(int(found.group(1))):
+            _remove(path.with_name(found.group(0)))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager

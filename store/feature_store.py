@@ -69,7 +69,13 @@ class FeatureStore:
             if other._file[0] == self._file[0] and other._file != self._file:
                 raise StoreError(f"{path} was rebuilt while this program had it open: close the old reader first")
         self._connection = connect_read_only(path, memory_limit=memory_limit, threads=threads)
-        rows = self._rows("SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id")
+        try:
+            rows = self._rows(
+                "SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id"
+            )
+        except StoreError:
+            self._connection.close()
+            raise
         self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
         FeatureStore._readers.add(self)
 
@@ -191,7 +197,7 @@ class FeatureStore:
         if not 0 <= feature < d_sae:
             raise FeatureNotFound(f"{name} has no feature {feature}: its features are 0 to {d_sae - 1}")
         this = "dictionary = $dictionary AND feature = $feature"
-        return self._rows(query.format(this=this), {"dictionary": name, "feature": feature, **params})
+        return self._rows(query.format(this=this), {"dictionary": name, "feature": int(feature), **params})
 
     def _dictionary(self, dictionary: str | None) -> tuple[str, tuple[int, int]]:
         if not self._known:

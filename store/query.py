@@ -86,7 +86,10 @@ def run_statement(
     A table cut at `max_rows` says so in its schema metadata, `{b"truncated": b"true"}`. Raises SQLError with one line,
     and StoreError where the file itself turns out to be damaged.
     """
-    cursor = connection.cursor()
+    try:
+        cursor = connection.cursor()
+    except duckdb.Error as error:
+        raise StoreError(f"{path} has been closed: open it again") from error
     deadline = _Deadline(cursor, timeout_seconds)
     try:
         statement = _only_statement(cursor, query)

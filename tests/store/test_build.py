@@ -1,5 +1,8 @@
 """The store file: whole or not there, the schema it is at, and files that are no store."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
@@ -32,6 +35,32 @@ def test_a_build_that_fails_leaves_the_old_store(bare_evidence: Evidence, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         FeatureStore.build(path, bare_evidence, on_step=fail)
     assert path.read_bytes() == before
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["evidence", path.name]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from saeql.store.evidence import Evidence
+from saeql.store.feature_store import FeatureStore
+def kill(name, done, total):
+    if name == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+FeatureStore.build(sys.argv[1], Evidence(sys.argv[2]), on_step=kill)
+"""
+
+
+@pytest.mark.parametrize("stage", ["activations", "checkpoint"])
+def test_a_killed_build_leaves_the_old_store_and_the_next_one_cleans_up(
+    bare_evidence: Evidence, tmp_path: Path, stage: str
+) -> None:
+    path = FeatureStore.build(tmp_path / "s.duckdb", bare_evidence)
+    before = path.read_bytes()
+    killed = subprocess.run([sys.executable, "-c", KILLED, path, bare_evidence.folder, stage], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.glob("s.duckdb.tmp.*"))) > 0
+    FeatureStore.build(path, bare_evidence)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["evidence", path.name]
 
 

@@ -1,6 +1,7 @@
 """Reading a store: views, search, features, and SQL that must not get through."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -183,10 +184,29 @@ def test_sql_params_cap_and_kinds(store: FeatureStore) -> None:
     assert not store.sql("SELECT 1", max_rows=1).schema.metadata
     for query in ("DESCRIBE features", "SUMMARIZE features", "SHOW TABLES", "EXPLAIN SELECT 1", "FROM documents"):
         assert store.sql(query).num_rows > 0
-    assert store.sql("PIVOT (SELECT split, kind FROM examples) ON split USING count(*)").num_rows == 2
+    assert (
+        store.sql("PIVOT (SELECT split, kind FROM examples) ON split IN ('train', 'test') USING count(*)").num_rows == 2
+    )
 
 
 def test_sql_is_stopped_at_its_deadline(store: FeatureStore) -> None:
     with pytest.raises(SQLError, match=r"longer than 0\.3 s"):
         store.sql("SELECT count(*) FROM range(10000000) a, range(10000000) b", timeout_seconds=0.3)
     assert store.sql("SELECT 1 AS x")["x"].to_pylist() == [1]
+
+
+def test_threads_share_a_store(store: FeatureStore) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(
+            pool.map(lambda i: (store.feature(i % 40)["feature"], store.search("river")[0].feature), range(80))
+        )
+    assert found == [(i % 40, 3) for i in range(80)]
+
+
+def test_a_closed_store_says_so(store_path: Path) -> None:
+    with FeatureStore.open(store_path) as store:
+        pass
+    with pytest.raises(StoreError, match="has been closed"):
+        store.feature(0)
+    with pytest.raises(StoreError, match="has been closed"):
+        store.sql("SELECT 1")
