@@ -16,6 +16,7 @@ app = App(
     help_format="plaintext",
     print_error=False,
     exit_on_error=False,
+    result_action="return_value",
 )
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
@@ -293,10 +294,10 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Entry point. What a user can mend ends in one line on stderr and exit code 2, everything else in a traceback."""
     try:
-        app()
+        app(argv)
     except cyclopts.CycloptsError as error:
         sys.exit(_fail(error))
     except KeyboardInterrupt:

@@ -103,7 +103,8 @@ def chosen_features(store: FeatureStore, num: int = NUM_FEATURES) -> list[dict[s
     """Labelled features that score best among those whose labels begin alike ("word", "token", "words", "a", ...)."""
     query = """
         SELECT * EXCLUDE (place) FROM (
-            SELECT *, row_number() OVER (PARTITION BY kind, split_part(label, ' ', 1) ORDER BY f1 DESC, feature) AS place
+            SELECT *, row_number() OVER (PARTITION BY kind, split_part(label, ' ', 1)
+                                         ORDER BY f1 DESC, feature) AS place
             FROM features WHERE kind != 'none' AND n_active >= 30)
         ORDER BY place, f1 DESC LIMIT $num
     """

@@ -211,7 +211,7 @@ class ShardWriter:
     def _write(self, temporary: Path, shard: list[Windows]) -> None:
         windows = sum(map(len, shard))
         rows = windows * self.context_tokens
-        with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+        with _CheckedFile(temporary) as disk, h5py.File(disk, "w", libver=("v110", "v110")) as file:
             file.attrs["saeql"] = json.dumps({"context_tokens": self.context_tokens, "attributes": self.attributes})
             columns = {
                 "acts": file.create_dataset("acts", (rows, self.d_in), DTYPES[self.dtype]),
@@ -230,6 +230,49 @@ class ShardWriter:
                     columns[name][lines] = getattr(part, name).reshape(-1)
                 columns["window_ids"][start:stop] = part.window_ids
                 start = stop
+
+
+class _CheckedFile:
+    """What h5py writes through. After the first failed write it takes and drops everything, so that HDF5 closes in peace
+    (left with a file that it cannot close, it crashes at the end of the process), and raises that failure when left.
+    """
+
+    def __init__(self, path: Path):
+        self._file = path.open("w+b", buffering=0)
+        self._error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data)
+        try:
+            while self._error is None and len(view):
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            self._error = error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> None:
+        if self._error is None:
+            self._file.truncate(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: memoryview) -> int:
+        return self._file.readinto(buffer)
+
+    def flush(self) -> None:
+        """Unbuffered: nothing to do."""
+
+    def __enter__(self) -> "_CheckedFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        if self._error is not None:
+            raise self._error
 
 
 def _named(error: Exception, path: Path) -> Exception:

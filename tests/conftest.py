@@ -100,3 +100,13 @@ def tiny_config(tiny_model_folder: Path, tiny_corpus: Path, tmp_path_factory: py
     file = tmp_path_factory.mktemp("config") / "tiny.toml"
     file.write_text(TINY_CONFIG.format(model=tiny_model_folder, corpus=tiny_corpus))
     return file
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny configuration, made by the command line. Tests must not change it."""
+    from saeql.pipelines.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    main(["run", str(tiny_config), "--out", str(folder)])
+    return folder
