@@ -189,12 +189,18 @@ class _Chart:
     y_ticks: list[tuple[float, str]]
     line: str = ""  # points of a polyline
     bars: list[tuple[float, float, float, float, str]] = field(default_factory=list)  # x, y, width, height, title
-    width: int = 640
-    height: int = 260
-    left: int = 64
-    right: int = 624
+    width: int = 960
+    height: int = 300
+    left: int = 76
     top: int = 14
-    bottom: int = 208
+
+    @property
+    def right(self) -> int:
+        return self.width - 34
+
+    @property
+    def bottom(self) -> int:
+        return self.height - 52
 
     def x(self, value: float, ticks: Sequence[float]) -> float:
         return round(self.left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (self.right - self.left), 1)
@@ -203,22 +209,26 @@ class _Chart:
         return round(self.bottom - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (self.bottom - self.top), 1)
 
 
-def line_chart(xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str) -> _Chart | None:
+def line_chart(
+    xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str, width: int = 960, height: int = 300
+) -> _Chart | None:
     """A curve through the finite points, thinned to `MAX_CHART_POINTS`; None where fewer than two are finite."""
     points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
     if len(points) < 2:
         return None
     if len(points) > MAX_CHART_POINTS:
         points = [points[i] for i in np.linspace(0, len(points) - 1, MAX_CHART_POINTS).astype(int)]
-    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points))
+    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points), 5 if width > 600 else 3)
     y_ticks = _ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
-    chart = _Chart(x_label, y_label, [], [])
+    chart = _Chart(x_label, y_label, [], [], width=width, height=height)
     return _Chart(
         x_label,
         y_label,
         [(chart.x(t, x_ticks), number(round(t) if float(t).is_integer() else t)) for t in x_ticks],
         [(chart.y(t, y_ticks), f"{t:.3g}") for t in y_ticks],
         line=" ".join(f"{chart.x(x, x_ticks)},{chart.y(y, y_ticks)}" for x, y in points),
+        width=width,
+        height=height,
     )
 
 
@@ -286,8 +296,8 @@ def render(data: ReportData) -> str:
     steps = [p.step for p in data.training]
     charts = {
         "fvu": line_chart(steps, [p.fvu for p in data.training], "training step", "variance unexplained (FVU)"),
-        "dead": line_chart(steps, [p.dead for p in data.training], "training step", "share of dead features"),
-        "lr": line_chart(steps, [p.lr for p in data.training], "training step", "learning rate"),
+        "dead": line_chart(steps, [p.dead for p in data.training], "training step", "share of dead features", 470, 240),
+        "lr": line_chart(steps, [p.lr for p in data.training], "training step", "learning rate", 470, 240),
         "density": density_chart(np.asarray(data.densities, np.float64)),
     }
     return environment.get_template("report.html").render(

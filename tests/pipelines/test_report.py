@@ -195,6 +195,7 @@ def test_all_sections_show_their_numbers():
         'token " bank"', "0.973", "0.951 to 0.988", "1,304", "unexplained",
         "·banks", "·quickly", "Thames", "Rhine", "↵",
         "ORDER BY auroc DESC LIMIT 2;",
+        "2044",
         "My favourite place is", " a small town in the hills.", "where boats rest.", "strength 6.00",
         "1,441", "norm above 10 x the median",
         "8 min 32 s", "350 ms", "12 min 18 s",
