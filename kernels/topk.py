@@ -6,6 +6,7 @@ elements are looked at again.
 """
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch import Tensor
 from .launch import INTERPRETED, Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
 from .sparse_matmul import SparseLatents, sampled_dot
 
-# Below glibc's largest mmap threshold (32 MiB), so that the next chunk and the next step get the same warm pages again.
-CPU_CHUNK_BYTES = 24 * 2**20
+CPU_CHUNK_BYTES = 64 * 2**20
 GPU_CHUNK_BYTES = 2**30
+
+_thread = threading.local()
 
 
 def row_topk_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +116,7 @@ def group_max_fwd_kernel(
     g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     cols = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     scores = tl.load(scores_ptr + n * columns + cols, mask=cols < columns, other=-float("inf")).to(tl.float32)
-    out = tl.max(scores, axis=1).to(group_max_ptr.dtype.element_ty)
+    out = tl.max(scores, axis=1).to(group_max_ptr.dtype.element_ty)  # pyright: ignore[reportAttributeAccessIssue]
     tl.store(group_max_ptr + n * num_groups + g, out, mask=g < num_groups)
 
 
@@ -253,13 +255,24 @@ def row_topk(scores: Tensor, k: int, *, backend: Backend | None = None) -> tuple
     return _triton_row_topk(scores.contiguous(), k) if name == "triton" else _torch_row_topk(scores, k)
 
 
+def _workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, columns], uninitialised. On a CPU the thread keeps it: the page faults of a new one cost half a top-k."""
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    words = -(-rows * columns * dtype.itemsize // 8) * 2
+    buffer: Tensor | None = getattr(_thread, "buffer", None)
+    if buffer is None or buffer.numel() < words:
+        buffer = _thread.buffer = torch.empty(words, dtype=torch.float32)
+    return buffer.view(dtype)[: rows * columns].view(rows, columns)
+
+
 def _encode_chunks(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend) -> tuple[Tensor, Tensor]:
     """Pre-activations live one chunk of rows at a time, in one buffer."""
     n, d_sae = x.shape[0], W.shape[0]
     limit = CPU_CHUNK_BYTES if x.device.type == "cpu" else GPU_CHUNK_BYTES
     chunks = -(-n * d_sae * x.element_size() // limit)
     rows = min(n, max(128, -(-n // max(1, chunks))))
-    pre = torch.empty(rows, d_sae, dtype=x.dtype, device=x.device)
+    pre = _workspace(rows, d_sae, x.dtype, x.device)
     parts: list[tuple[Tensor, Tensor]] = []
     for part in x.split(max(rows, 1)):
         out = pre[: part.shape[0]]

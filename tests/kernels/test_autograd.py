@@ -1,4 +1,5 @@
 import math
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -177,6 +178,7 @@ def test_backward_allocates_nothing_of_size_n_k_d_or_n_d_sae() -> None:
 
 def test_forward_holds_one_chunk_of_pre_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saeql.kernels.topk.CPU_CHUNK_BYTES", 128 * 256 * 4)
+    monkeypatch.setattr("saeql.kernels.topk._thread", threading.local())
     leaves = make_leaves(1024, 8, 256, torch.float32, "cpu")
     with LargestTensor() as largest:
         topk_encode(leaves["x"], leaves["W_enc"], leaves["b_enc"], 4)
