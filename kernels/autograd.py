@@ -3,8 +3,9 @@
     latents = topk_encode(x, W_enc, b_enc, k)            [N, d_in] -> values and indices [N, k]
     x_hat = sparse_decode(latents, W_dec, b_dec)         -> [N, d_out]
 
-A trainer that runs its own backward calls `encode_topk`, `sparse_decode`, `decode_grads`, `encode_grads` under `no_grad`; one that
-has no use for the gradients of the weights themselves lets `fused_adam.sparse_adam` make and apply them at once.
+A trainer that runs its own backward calls `encode_topk`, `sparse_decode`, `decode_grads` and `encode_grads` under
+`no_grad`; one that has no use for the gradients of the weights themselves lets `fused_adam.sparse_adam` make and apply
+them at once, which is fastest.
 """
 
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ def decode_grads(
     bias: bool = True,
     backend: Backend | None = None,
 ) -> DecodeGrads:
-    """Gradients of `sparse_decode` given that of its output, `grad_out` [N, d_out]; a False leaves that one None."""
+    """Gradients of `sparse_decode` given that of its output, `grad_out` [N, d_out]; what is switched off is None."""
     guard(grad_out=(grad_out, "N d_out"), W_dec=(W_dec, "d_sae d_out"), values=(latents.values, "N k"))
     return DecodeGrads(
         value_grads(latents, W_dec, grad_out, backend=backend) if values else None,
@@ -66,8 +67,8 @@ def encode_grads(
 ) -> EncodeGrads:
     """Gradients of the encoder given those of its values, `grad_values` [N, k] (already 0 where a value is 0).
 
-    `x` [N, d_in] is what was multiplied by W_enc, any bias taken off. The gradient of such a bias is -(b_enc @ W_enc) of
-    the returned b_enc: no need to ask for that of x.
+    `x` [N, d_in] is what was multiplied by W_enc, any bias taken off. The gradient of such a bias is
+    -(b_enc @ W_enc) of the returned b_enc: no need to ask for that of x.
     """
     guard(x=(x, "N d_in"), W_enc=(W_enc, "d_sae d_in"), grad_values=(grad_values, "N k"))
     entries = latents.with_values(grad_values)
@@ -100,7 +101,8 @@ class _TopkEncode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_values: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_values = grad_outputs[0]
         centred, W_enc, values, indices = ctx.saved_tensors
         latents = SparseLatents(values, indices, W_enc.shape[0], ctx.cache)
         need_x, need_W, need_b, need_b_dec = ctx.needs_input_grad[:4]
@@ -128,7 +130,8 @@ class _SparseDecode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_out = grad_outputs[0]
         values, indices, W_dec = ctx.saved_tensors
         latents = SparseLatents(values, indices, W_dec.shape[0], ctx.cache)
         need_values, _, need_W, need_b = ctx.needs_input_grad[:4]
@@ -150,8 +153,8 @@ def topk_encode(
 ) -> SparseLatents:
     """The k largest of each row of (x - b_dec) @ W_enc.T + b_enc, through a ReLU (Gao et al., arXiv 2406.04093, TopK).
 
-    x [N, d_in], W_enc [d_sae, d_in], b_enc [d_sae], b_dec [d_in] or None; the values of the result are differentiable in
-    all four. Passing `b_dec` here rather than subtracting it first saves the gradient of x. For `matmul_dtype` see
+    x [N, d_in], W_enc [d_sae, d_in], b_enc [d_sae], b_dec [d_in] or None; the values of the result are differentiable
+    in all four. Passing `b_dec` here rather than subtracting it first saves the gradient of x. For `matmul_dtype` see
     `topk.encode_topk`. To encode with some latents only, index both: `topk_encode(x, W_enc[dead], b_enc[dead], k_aux)`;
     gradients reach the whole weight. Raises ValueError for shapes or a k that do not fit.
     """
@@ -166,8 +169,8 @@ def sparse_decode(
 ) -> Tensor:
     """[N, d_out]: row n is the sum of values[n, j] * W_dec[indices[n, j]], plus b_dec [d_out].
 
-    Differentiable in the values, W_dec [d_sae, d_out] and b_dec. The gradient of a value that is 0 is 0, which is that of
-    the ReLU before it. Raises ValueError for shapes that do not fit.
+    Differentiable in the values, W_dec [d_sae, d_out] and b_dec. The gradient of a value that is 0 is 0, which is
+    that of the ReLU before it. Raises ValueError for shapes that do not fit.
     """
     if W_dec.shape[0] != latents.d_sae:
         raise ValueError(f"W_dec: expected d_sae = {latents.d_sae} rows as in latents, got shape {list(W_dec.shape)}")

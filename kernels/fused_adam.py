@@ -1,11 +1,12 @@
 """Adam on weights whose rows are latents, fused with what a dictionary does to its decoder rows around the step.
 
     adam_rows      one weight and its gradient: projection, Adam, renormalisation
-    sparse_adam    both weights straight from the sparse entries: their gradients are made, used and dropped a few rows at
-                   a time and are never in memory as [d_sae, d]
+    sparse_adam    both weights straight from the sparse entries: their gradients are made, used and dropped a few
+                   rows at a time and are never in memory as [d_sae, d]
 
-Projection takes from a row's gradient its component along the row; renormalisation puts the row back on the unit sphere
-after the step. Adam is that of Kingma and Ba (arXiv 1412.6980), bias-corrected, without weight decay, moments in float32.
+Projection takes from a row's gradient its component along the row; renormalisation puts the row back on the unit
+sphere after the step. Adam is that of Kingma and Ba (arXiv 1412.6980), bias-corrected, without weight decay, its
+moments in float32.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import Backend, choose_backend, guard, next_power_of_2, tl, triton
+from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
 from .sparse_matmul import IndexTranspose, SparseLatents, embedding_sum, scatter_sum_reference, transpose_indices
 
 # Rows a CPU block handles at a time: gradient, weight and both moments of a block stay in the cache between passes.
@@ -125,7 +126,19 @@ def adam_rows_fwd_kernel(
     w = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
     w = adam_row(
-        w, g, first_ptr + at, second_ptr + at, mask, lr, beta1, beta2, eps, correction1, correction2, PROJECT, RENORMALIZE
+        w,
+        g,
+        first_ptr + at,
+        second_ptr + at,
+        mask,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        correction1,
+        correction2,
+        PROJECT,
+        RENORMALIZE,
     )
     tl.store(weight_ptr + at, w.to(weight_ptr.dtype.element_ty), mask=mask)
 
@@ -167,7 +180,19 @@ def sparse_adam_bwd_kernel(
     at = f * d + cols
     w = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
     w = adam_row(
-        w, g, first_ptr + at, second_ptr + at, mask, lr, beta1, beta2, eps, correction1, correction2, PROJECT, RENORMALIZE
+        w,
+        g,
+        first_ptr + at,
+        second_ptr + at,
+        mask,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        correction1,
+        correction2,
+        PROJECT,
+        RENORMALIZE,
     )
     tl.store(weight_ptr + at, w.to(weight_ptr.dtype.element_ty), mask=mask)
 
@@ -185,7 +210,8 @@ def _triton_adam_rows(
     weight: Tensor, grad: Tensor, moments: Moments, adam: AdamStep, project: bool, renormalize: bool
 ) -> None:
     (rows, d), block = weight.shape, next_power_of_2(weight.shape[1])
-    adam_rows_fwd_kernel[(rows,)](
+    launch(
+        adam_rows_fwd_kernel, (rows,),
         weight, grad, moments.first, moments.second, d, *_scalars(adam),
         PROJECT=project, RENORMALIZE=renormalize, BLOCK_D=block, num_warps=_warps(block),
     )  # fmt: skip
@@ -202,7 +228,8 @@ def _triton_sparse_adam(
     renormalize: bool,
 ) -> None:
     (d_sae, d), block = weight.shape, next_power_of_2(weight.shape[1])
-    sparse_adam_bwd_kernel[(d_sae,)](
+    launch(
+        sparse_adam_bwd_kernel, (d_sae,),
         weights, transpose.tokens, transpose.offsets, dense, weight, moments.first, moments.second, d, *_scalars(adam),
         PROJECT=project, RENORMALIZE=renormalize, BLOCK_T=4, BLOCK_D=block, num_warps=_warps(block),
     )  # fmt: skip
@@ -216,7 +243,7 @@ def _torch_adam_block(
     if project:
         along = torch.linalg.vecdot(grad, w) / torch.linalg.vecdot(w, w).clamp_min_(TINY)
         grad.addcmul_(w, along[:, None], value=-1)
-    torch._fused_adam_(
+    torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
         [w], [grad], [moments.first], [moments.second], [], [step], lr=adam.lr, beta1=adam.beta1, beta2=adam.beta2,
         weight_decay=0.0, eps=adam.eps, amsgrad=False, maximize=False,
     )  # fmt: skip
@@ -252,8 +279,9 @@ def adam_rows(
 ) -> None:
     """One Adam step in place on `weight` [rows, d] (or a bias [rows]) and its moments, given `grad` of the same shape.
 
-    `project` first takes out of each row's gradient its component along the row, `renormalize` makes each row a unit
-    vector after the step; both need a 2-D weight. `grad` is left as it is. Raises ValueError for shapes that do not fit.
+    `project` first takes out of each row's gradient its component along the row, `renormalize` makes each row a
+    unit vector after the step; both need a 2-D weight. `grad` is left as it is. Raises ValueError for shapes that do
+    not fit.
     """
     _check_moments("weight", weight, moments)
     if grad.shape != weight.shape:
@@ -309,7 +337,7 @@ def _torch_sparse_adam(
     tokens, offsets = entries.transpose.tokens, entries.transpose.offsets
     rows = min(_block_rows(weight) for weight in weights)
     sources = ((entries.grad_values, entries.x, False, False), (entries.values, entries.grad_out, project, renormalize))
-    bounds = offsets[::rows].tolist() + [tokens.shape[0]]
+    bounds = [*offsets[::rows].tolist(), tokens.shape[0]]
     for i, start in enumerate(range(0, weights[0].shape[0], rows)):
         at, own = slice(start, start + rows), slice(bounds[i], bounds[i + 1])
         bags = offsets[start : start + rows + 1] - bounds[i]
@@ -347,9 +375,9 @@ def sparse_adam(
 ) -> None:
     """One Adam step in place on W_enc [d_sae, d_in] and W_dec [d_sae, d_out] from the sparse terms of a loss.
 
-    Equal to summing the terms' `scatter_sum` gradients and calling `adam_rows` on each weight; `project` and `renormalize`
-    concern W_dec alone. A latent of a compacted subset must carry its index in the full dictionary here. To clip
-    gradients, scale `grad_values` and `grad_out` beforehand. Raises ValueError for shapes that do not fit.
+    Equal to summing the terms' `scatter_sum` gradients and calling `adam_rows` on each weight; `project` and
+    `renormalize` concern W_dec alone. A latent of a compacted subset must carry its index in the full dictionary
+    here. To clip gradients, scale `grad_values` and `grad_out` first. Raises ValueError for shapes that do not fit.
     """
     _check_moments("W_enc", W_enc, enc)
     _check_moments("W_dec", W_dec, dec)

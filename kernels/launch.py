@@ -6,12 +6,12 @@ Every op of this folder exists three times:
 - `torch`      sparse and pure PyTorch, on every machine: the default wherever the tensors are not on CUDA;
 - `reference`  naive and dense, for tests.
 
-The choice is, in this order: the op's `backend=` argument, the innermost `with backend(name)`, the device of the tensors.
+The choice is, in this order: the op's `backend=` argument, the innermost `with backend(name)`, the tensors' device.
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal, TypeAlias, cast
 
@@ -100,14 +100,22 @@ def guard(**arguments: tuple[Tensor | None, str]) -> None:
             raise ValueError(f"{name}: is on {device}, but {first[0]} is on {first[1]}")
 
 
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Run a Triton kernel on the device of its first argument; an empty grid is nothing to do."""
+    if 0 in grid:
+        return
+    with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+        kernel[grid](*args, **meta)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
 def fast_matmul_dtype(device: torch.device | str) -> torch.dtype | None:
     """bfloat16 where the device multiplies it faster than float32, else None: a value for `matmul_dtype`."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
     probes = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return torch.bfloat16 if device.type == "cpu" and any(probe() for probe in probes if probe is not None) else None
+    return torch.bfloat16 if kind == "cpu" and any(probe() for probe in probes if probe is not None) else None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import Backend, choose_backend, guard, next_power_of_2, tl, triton
+from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
 
 
 class IndexTranspose(NamedTuple):
@@ -34,8 +34,8 @@ class IndexTranspose(NamedTuple):
 class SparseLatents:
     """The kept activations of N tokens: `values` [N, k] >= 0 and `indices` [N, k] below `d_sae`.
 
-    The indices of a row are distinct. A value of 0 marks an entry that is off. `transpose` is computed at the first use and shared by
-    every copy made with `with_values`.
+    The indices of a row are distinct. A value of 0 marks an entry that is off. `transpose` is computed at the first use
+    and shared by every copy made with `with_values`.
     """
 
     values: Tensor
@@ -169,7 +169,8 @@ def _triton_gather_sum(values: Tensor, indices: Tensor, W: Tensor, bias: Tensor 
     out = torch.empty(n, d, dtype=W.dtype, device=W.device)
     block = min(512, next_power_of_2(d))
     grid = (n, -(-d // block))
-    gather_sum_fwd_kernel[grid](
+    launch(
+        gather_sum_fwd_kernel, grid,
         values, indices, W, W if bias is None else bias, out, k, d,
         HAS_BIAS=bias is not None, BLOCK_K=min(8, next_power_of_2(k)), BLOCK_D=block, num_warps=4,
     )  # fmt: skip
@@ -180,8 +181,18 @@ def _triton_sampled_dot(dense: Tensor, W: Tensor, indices: Tensor) -> Tensor:
     (n, k), d = indices.shape, W.shape[1]
     out = torch.empty(n, k, dtype=dense.dtype, device=W.device)
     block_k = min(16, next_power_of_2(k))
-    sampled_dot_fwd_kernel[(n, -(-k // block_k))](
-        dense, W, indices, out, k, d, BLOCK_K=block_k, BLOCK_D=min(256, next_power_of_2(d)), num_warps=4
+    launch(
+        sampled_dot_fwd_kernel,
+        (n, -(-k // block_k)),
+        dense,
+        W,
+        indices,
+        out,
+        k,
+        d,
+        BLOCK_K=block_k,
+        BLOCK_D=min(256, next_power_of_2(d)),
+        num_warps=4,
     )
     return out
 
@@ -190,8 +201,18 @@ def _triton_scatter_sum(weights: Tensor, transpose: IndexTranspose, dense: Tenso
     d_sae, d = transpose.offsets.shape[0] - 1, dense.shape[1]
     out = torch.empty(d_sae, d, dtype=dense.dtype, device=dense.device)
     block = min(512, next_power_of_2(d))
-    scatter_sum_fwd_kernel[(d_sae, -(-d // block))](
-        weights, transpose.tokens, transpose.offsets, dense, out, d, BLOCK_T=8, BLOCK_D=block, num_warps=4
+    launch(
+        scatter_sum_fwd_kernel,
+        (d_sae, -(-d // block)),
+        weights,
+        transpose.tokens,
+        transpose.offsets,
+        dense,
+        out,
+        d,
+        BLOCK_T=8,
+        BLOCK_D=block,
+        num_warps=4,
     )
     return out
 
@@ -267,5 +288,6 @@ def latent_sum(latents: SparseLatents) -> Tensor:
     """[d_sae]: the sum of the values of each latent over all tokens: the gradient of an encoder bias."""
     transpose = latents.transpose
     weights = latents.values.reshape(-1)[transpose.order]
-    return torch.segment_reduce(weights.float() if weights.dtype == torch.bfloat16 else weights, "sum",
-                                offsets=transpose.offsets.long(), unsafe=True, initial=0.0).to(weights.dtype)  # fmt: skip
+    wide = weights.float() if weights.dtype == torch.bfloat16 else weights
+    sums = torch.segment_reduce(wide, "sum", offsets=transpose.offsets.long(), unsafe=True, initial=0.0)
+    return sums.to(weights.dtype)

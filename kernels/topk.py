@@ -6,16 +6,18 @@ elements are looked at again.
 """
 
 import math
+import threading
 
 import torch
 from torch import Tensor
 
-from .launch import Backend, choose_backend, guard, next_power_of_2, tl, triton
+from .launch import INTERPRETED, Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
 from .sparse_matmul import SparseLatents, sampled_dot
 
-# Below glibc's largest mmap threshold (32 MiB), so that the next chunk and the next step get the same warm pages again.
-CPU_CHUNK_BYTES = 24 * 2**20
+CPU_CHUNK_BYTES = 64 * 2**20
 GPU_CHUNK_BYTES = 2**30
+
+_thread = threading.local()
 
 
 def row_topk_reference(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -31,9 +33,10 @@ def encode_topk_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tu
 @triton.jit
 def order_key(x, BITS: tl.constexpr):
     """Unsigned integers in the order of the floats `x`, NaN last; 0 is left free for padding."""
-    bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+    x = x.to(tl.float32)
+    bits = x.to(tl.uint32, bitcast=True)
     key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
-    key = tl.where(x != x, 0xFFFFFFFF, key).to(tl.uint32)
+    key = tl.where(x != x, 0xFFFFFFFF, key).to(tl.uint32)  # pyright: ignore[reportAttributeAccessIssue]
     return key >> (32 - BITS)
 
 
@@ -52,7 +55,7 @@ def kth_largest_key(key, k, BITS: tl.constexpr):
 
 @triton.jit
 def kept_slots(key, t, k):
-    """Where each key goes among the k kept: those above t in order, then as many equal to t as fit. Others get k or more."""
+    """Where each key goes among the k kept: those above t in order, then as many equal to t as fit. Others: >= k."""
     above = (key > t).to(tl.int32)
     equal = (key == t).to(tl.int32)
     slot = tl.where(above != 0, tl.cumsum(above, 0) - 1, tl.sum(above, axis=0) + tl.cumsum(equal, 0) - 1)
@@ -71,6 +74,7 @@ def encode_group_max_fwd_kernel(
     d,
     num_groups,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -83,6 +87,8 @@ def encode_group_max_fwd_kernel(
         cols = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_ptr + n[:, None] * d + cols[None, :], mask=(n < N)[:, None] & (cols < d)[None, :], other=0.0)
         w = tl.load(W_ptr + f[None, :] * d + cols[:, None], mask=(f < d_sae)[None, :] & (cols < d)[:, None], other=0.0)
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     acc += tl.load(b_ptr + f, mask=f < d_sae, other=0.0).to(tl.float32)[None, :]
     pre = acc.to(pre_ptr.dtype.element_ty)
@@ -92,8 +98,9 @@ def encode_group_max_fwd_kernel(
     padded = tl.where((f < d_sae)[None, :], pre.to(tl.float32), -float("inf"))
     group_max = tl.max(tl.reshape(padded, [BLOCK_N, BLOCK_F // GROUP, GROUP]), axis=2)
     g = tl.program_id(1) * (BLOCK_F // GROUP) + tl.arange(0, BLOCK_F // GROUP)
-    out = group_max_ptr + n[:, None] * num_groups + g[None, :]
-    tl.store(out, group_max.to(group_max_ptr.dtype.element_ty), mask=(n < N)[:, None] & (g < num_groups)[None, :])
+    out = group_max.to(group_max_ptr.dtype.element_ty)  # pyright: ignore[reportAttributeAccessIssue]
+    at = group_max_ptr + n[:, None] * num_groups + g[None, :]
+    tl.store(at, out, mask=(n < N)[:, None] & (g < num_groups)[None, :])
 
 
 @triton.jit
@@ -109,7 +116,7 @@ def group_max_fwd_kernel(
     g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     cols = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     scores = tl.load(scores_ptr + n * columns + cols, mask=cols < columns, other=-float("inf")).to(tl.float32)
-    out = tl.max(scores, axis=1).to(group_max_ptr.dtype.element_ty)
+    out = tl.max(scores, axis=1).to(group_max_ptr.dtype.element_ty)  # pyright: ignore[reportAttributeAccessIssue]
     tl.store(group_max_ptr + n * num_groups + g, out, mask=g < num_groups)
 
 
@@ -144,12 +151,12 @@ def topk_select_fwd_kernel(
     inside_2d = (j < kept_groups)[:, None] & (cols_2d < columns)
     cols = tl.reshape(cols_2d, [BLOCK_K * GROUP])
     inside = tl.reshape(inside_2d, [BLOCK_K * GROUP])
-    scores = tl.load(scores_ptr + n * columns + cols, mask=inside, other=0.0)
+    scores = tl.load(scores_ptr + n * columns + cols, mask=inside, other=0.0).to(tl.float32)
     key = tl.where(inside, order_key(scores, BITS), 0)
     slot = kept_slots(key, kth_largest_key(key, k, BITS), k)
     if RELU:
         scores = tl.maximum(scores, 0.0)
-    tl.store(values_ptr + n * k + slot, scores, mask=slot < k)
+    tl.store(values_ptr + n * k + slot, scores.to(values_ptr.dtype.element_ty), mask=slot < k)
     tl.store(indices_ptr + n * k + slot, cols.to(tl.int64), mask=slot < k)
 
 
@@ -164,10 +171,11 @@ def _select(scores: Tensor, group_max: Tensor, k: int, group: int, relu: bool) -
     chosen = torch.empty(n, block_k, dtype=torch.int32, device=scores.device)
     values = torch.empty(n, k, dtype=scores.dtype, device=scores.device)
     indices = torch.empty(n, k, dtype=torch.int64, device=scores.device)
-    topk_select_fwd_kernel[(n,)](
+    launch(
+        topk_select_fwd_kernel, (n,),
         scores, group_max, chosen, values, indices, columns, group_max.shape[1], k,
         RELU=relu, BITS=16 if scores.dtype == torch.bfloat16 else 32, GROUP=group, BLOCK_G=block_g, BLOCK_K=block_k,
-        num_warps=4 if max(block_g, block_k * group) <= 2048 else 8,
+        num_warps=max(4, min(16, max(block_g, block_k * group) // 512)),
     )  # fmt: skip
     return values, indices
 
@@ -177,8 +185,16 @@ def _triton_row_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     num_groups = -(-columns // group)
     group_max = torch.empty(n, num_groups, dtype=scores.dtype, device=scores.device)
     block = min(next_power_of_2(num_groups), max(1, 2048 // group))
-    group_max_fwd_kernel[(n, -(-num_groups // block))](
-        scores, group_max, columns, num_groups, GROUP=group, BLOCK_G=block, num_warps=4
+    launch(
+        group_max_fwd_kernel,
+        (n, -(-num_groups // block)),
+        scores,
+        group_max,
+        columns,
+        num_groups,
+        GROUP=group,
+        BLOCK_G=block,
+        num_warps=4,
     )
     return _select(scores, group_max, k, group, relu=False)
 
@@ -191,9 +207,12 @@ def _triton_encode_chunk(x: Tensor, W: Tensor, b: Tensor, k: int, pre: Tensor) -
     half = x.dtype in (torch.bfloat16, torch.float16)
     block_n, block_f, block_d = (128, 128, 64) if half else (64, 64, 32)
     block_f = max(block_f, group)
-    encode_group_max_fwd_kernel[(-(-n // block_n), -(-d_sae // block_f))](
+    launch(
+        encode_group_max_fwd_kernel, (-(-n // block_n), -(-d_sae // block_f)),
         x, W, b, pre, group_max, n, d_sae, d, num_groups,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", GROUP=group,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        # The interpreter would multiply the bit patterns of bfloat16.
+        WIDEN=INTERPRETED, GROUP=group,
         BLOCK_N=block_n, BLOCK_F=block_f, BLOCK_D=block_d, num_warps=8 if half else 4, num_stages=3,
     )  # fmt: skip
     return _select(pre, group_max, k, group, relu=True)
@@ -236,13 +255,24 @@ def row_topk(scores: Tensor, k: int, *, backend: Backend | None = None) -> tuple
     return _triton_row_topk(scores.contiguous(), k) if name == "triton" else _torch_row_topk(scores, k)
 
 
+def _workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, columns], uninitialised. On a CPU the thread keeps it: the page faults of a new one cost half a top-k."""
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    words = -(-rows * columns * dtype.itemsize // 8) * 2
+    buffer: Tensor | None = getattr(_thread, "buffer", None)
+    if buffer is None or buffer.numel() < words:
+        buffer = _thread.buffer = torch.empty(words, dtype=torch.float32)
+    return buffer.view(dtype)[: rows * columns].view(rows, columns)
+
+
 def _encode_chunks(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend) -> tuple[Tensor, Tensor]:
     """Pre-activations live one chunk of rows at a time, in one buffer."""
     n, d_sae = x.shape[0], W.shape[0]
     limit = CPU_CHUNK_BYTES if x.device.type == "cpu" else GPU_CHUNK_BYTES
     chunks = -(-n * d_sae * x.element_size() // limit)
     rows = min(n, max(128, -(-n // max(1, chunks))))
-    pre = torch.empty(rows, d_sae, dtype=x.dtype, device=x.device)
+    pre = _workspace(rows, d_sae, x.dtype, x.device)
     parts: list[tuple[Tensor, Tensor]] = []
     for part in x.split(max(rows, 1)):
         out = pre[: part.shape[0]]
