@@ -4,7 +4,7 @@
     x_hat = sparse_decode(latents, W_dec, b_dec)         -> [N, d_out]
 
 A trainer that runs its own backward calls `encode_topk`, `sparse_decode`, `decode_grads` and `encode_grads` under
-`no_grad`; one that has no use for the gradients of the weights themselves lets `fused_adam.sparse_adam` make and apply
+`no_grad`; one that has no use for the gradients of the weights themselves lets `sparse_adam` make and apply
 them at once, which is fastest.
 """
 

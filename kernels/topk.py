@@ -175,7 +175,7 @@ def _select(scores: Tensor, group_max: Tensor, k: int, group: int, relu: bool) -
         topk_select_fwd_kernel, (n,),
         scores, group_max, chosen, values, indices, columns, group_max.shape[1], k,
         RELU=relu, BITS=16 if scores.dtype == torch.bfloat16 else 32, GROUP=group, BLOCK_G=block_g, BLOCK_K=block_k,
-        num_warps=max(4, min(16, max(block_g, block_k * group) // 512)),
+        num_warps=max(4, min(8, max(block_g, block_k * group) // 512)),
     )  # fmt: skip
     return values, indices
 
@@ -219,14 +219,17 @@ def _triton_encode_chunk(x: Tensor, W: Tensor, b: Tensor, k: int, pre: Tensor) -
 
 
 def _torch_row_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Groups are columns a fixed stride apart: their maxima are then a reduction over rows, which vectorises."""
+    """Groups are columns a fixed stride apart: their maxima are then a reduction over rows, which vectorises.
+
+    Calls itself for the best groups; sizes as measured, k = 32 of 9216 columns in 0.6 of the time of `torch.topk`.
+    """
     n, columns = scores.shape
-    size = int(0.7 * math.sqrt(columns / k))
-    if size < 4:
+    size = int(0.5 * math.sqrt(columns / k))
+    if size < 3:
         return torch.topk(scores, k, dim=1, sorted=False)
     num_groups = columns // size
     grouped = scores[:, : size * num_groups].unflatten(1, (size, num_groups))
-    best = grouped.amax(1).topk(k, dim=1, sorted=False).indices  # [N, k]
+    best = _torch_row_topk(grouped.amax(1), k)[1]  # [N, k]
     strides = torch.arange(0, size * num_groups, num_groups, device=scores.device)
     cols = (best[:, None, :] + strides[:, None]).view(n, -1)
     if columns > size * num_groups:

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saeql.kernels import fused_adam, sparse_matmul, topk
+from saeql.kernels import fused_adam, sparse_adam, sparse_matmul, topk
 
 D, D_SAE, K = 768, 32768, 32
 BF16, FP32, INT, LONG, NUM, FLOAT = "*bf16", "*fp32", "*i32", "*i64", "i32", "fp32"
@@ -45,7 +45,7 @@ def cases(dtype: str) -> dict[str, tuple[Any, ...]]:
         "encode_tf32": encode(dtype, D, *((8, 128, 128, 64) if half else (4, 64, 64, 32)), "tf32"),
         "group_max": (topk.group_max_fwd_kernel, [dtype, dtype, NUM, NUM], {"GROUP": 32, "BLOCK_G": 64}, four),
         "select": select(dtype, K, 4),
-        "select_k288": select(dtype, 288, 16),
+        "select_k288": select(dtype, 288, 8),
         "gather_sum": (
             sparse_matmul.gather_sum_fwd_kernel,
             [dtype, LONG, dtype, dtype, dtype, NUM, NUM],
@@ -71,7 +71,7 @@ def cases(dtype: str) -> dict[str, tuple[Any, ...]]:
             eight,
         ),
         "sparse_adam": (
-            fused_adam.sparse_adam_bwd_kernel,
+            sparse_adam.sparse_adam_bwd_kernel,
             [dtype, INT, INT, dtype, dtype, FP32, FP32, *ADAM],
             {**unit, "BLOCK_T": 4, "BLOCK_D": 1024},
             eight,

@@ -1,13 +1,10 @@
-import copy
-
 import pytest
 import torch
 from kernel_checks import assert_near, randn
 from torch import Tensor
 
-from saeql.kernels.fused_adam import AdamStep, Moments, SparseGrad, adam_rows, adam_rows_reference, sparse_adam
+from saeql.kernels.fused_adam import AdamStep, Moments, adam_rows, adam_rows_reference
 from saeql.kernels.launch import Backend
-from saeql.kernels.sparse_matmul import SparseLatents, scatter_sum
 
 FLAGS = pytest.mark.parametrize(("project", "renormalize"), [(False, False), (True, True)], ids=["plain", "unit"])
 
@@ -16,15 +13,6 @@ def moments_of(weight: Tensor, seed: int) -> Moments:
     """Not zero, so that their decay shows."""
     first, second = (0.01 * randn(*weight.shape, seed=seed + i, device=weight.device) for i in range(2))
     return Moments(first, second.square())
-
-
-def make_term(n: int, k: int, d_sae: int, d: int, device: str, seed: int, dtype: torch.dtype) -> SparseGrad:
-    generator = torch.Generator().manual_seed(seed)
-    indices = (torch.rand(n, d_sae, generator=generator) - torch.arange(d_sae) / d_sae).topk(k).indices.to(device)
-    values = randn(n, k, seed=seed, dtype=dtype, device=device).relu()
-    grad_values = randn(n, k, seed=seed + 1, dtype=dtype, device=device) * (values > 0)
-    x, grad_out = (randn(n, d, seed=seed + i, dtype=dtype, device=device) for i in (2, 3))
-    return SparseGrad(SparseLatents(values, indices, d_sae), grad_values, x, grad_out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -77,42 +65,6 @@ def test_rows_of_zeros_stay_finite(backend: Backend, device: str) -> None:
     assert torch.equal(weight, torch.zeros_like(weight))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@FLAGS
-def test_sparse_adam(
-    project: bool, renormalize: bool, dtype: torch.dtype, backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("saeql.kernels.fused_adam.CPU_BLOCK_BYTES", 63 * 4 * 7)  # several blocks, the last one short
-    term = make_term(11, 5, 24, 63, device, seed=0, dtype=dtype)
-    W_enc, W_dec = (randn(24, 63, seed=20 + i, dtype=dtype, device=device) for i in range(2))
-    enc, dec, adam = moments_of(W_enc, 30), moments_of(W_dec, 40), AdamStep(step=4, lr=0.1)
-    wide = [(W.double(), Moments(*(m.double() for m in ms))) for W, ms in ((W_enc, enc), (W_dec, dec))]
-    latents = term.latents.with_values(term.latents.values.double())
-    grad_enc = scatter_sum(latents.with_values(term.grad_values.double()), term.x.double(), backend="reference")
-    grad_dec = scatter_sum(latents, term.grad_out.double(), backend="reference")
-    adam_rows_reference(wide[0][0], grad_enc, wide[0][1], adam)
-    adam_rows_reference(wide[1][0], grad_dec, wide[1][1], adam, project=project, renormalize=renormalize)
-    sparse_adam([term], W_enc, enc, W_dec, dec, adam, project=project, renormalize=renormalize, backend=backend)
-    for weight, moments, (expected, expected_moments) in ((W_enc, enc, wide[0]), (W_dec, dec, wide[1])):
-        assert_near(weight, expected)
-        # The torch backend rounds a bf16 gradient once more before it is squared.
-        assert_near(moments.first, expected_moments.first, dtype)
-        assert_near(moments.second, expected_moments.second, dtype)
-
-
-def test_sparse_adam_sums_its_terms(backend: Backend, device: str) -> None:
-    terms = [make_term(n, k, 20, 16, device, seed=n, dtype=torch.float32) for n, k in ((6, 3), (4, 7))]
-    start = [randn(20, 16, seed=i, device=device) for i in range(2)]
-    results = []
-    for name in (backend, "reference"):
-        W_enc, W_dec = copy.deepcopy(start)
-        enc, dec = Moments.like(W_enc), Moments.like(W_dec)
-        sparse_adam(terms, W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
-        results.append((*enc, *dec, W_enc, W_dec))
-    for actual, expected in zip(*results, strict=True):
-        assert_near(actual, expected)
-
-
 def test_arguments_that_do_not_fit_are_named() -> None:
     W, adam = torch.zeros(5, 4), AdamStep(1, lr=0.1)
     with pytest.raises(ValueError, match=r"grad: expected shape \[5, 4\]"):
@@ -123,8 +75,3 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         adam_rows(W[0], W[0], Moments.like(W[0]), adam, project=True)
     with pytest.raises(ValueError, match="step: counts from 1"):
         AdamStep(0, lr=0.1)
-    with pytest.raises(ValueError, match="terms: expected at least one"):
-        sparse_adam([], W, Moments.like(W), W, Moments.like(W), adam)
-    term = make_term(6, 3, 20, 4, "cpu", seed=0, dtype=torch.float32)
-    with pytest.raises(ValueError, match="latents: expected d_sae = 5"):
-        sparse_adam([term], W, Moments.like(W), W, Moments.like(W), adam)
