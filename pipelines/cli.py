@@ -309,6 +309,7 @@ def main(argv: list[str] | None = None) -> None:
         # every exception class that saeql defines is a message to its user
         is_ours = type(error).__module__.startswith("saeql.")
         is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+        is_disk = is_disk or "No space left on device" in str(error)  # libraries that hide the number
         if not is_ours and not is_disk:
             raise
         sys.exit(_fail(error))

@@ -94,7 +94,7 @@ def print_feature(
     if card["auroc"] is not None:
         out.print(
             f"receipt      AUROC {card['auroc']:.3f} on test documents (95 % interval {card['auroc_low']:.3f} to "
-            f"{card['auroc_high']:.3f}), F1 {card['f1']:.3f}, n = {card['n_active']} active, {card['n_inactive']} not"
+            f"{card['auroc_high']:.3f}), F1 {card['f1']:.3f}, n = {card['n_active']} strongly active, {card['n_inactive']} not"
         )
     out.print(
         f"fires        on {card['density']:.4%} of train rows, {card['test_density']:.4%} of test rows; "

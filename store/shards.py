@@ -260,6 +260,9 @@ class _CheckedFile:
     def tell(self) -> int:
         return self._file.tell()
 
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size)
+
     def readinto(self, buffer: memoryview) -> int:
         return self._file.readinto(buffer)
 

@@ -44,7 +44,7 @@ COMMENT ON COLUMN features.kind IS '''lexical'', ''structural'' or ''none''.';
 COMMENT ON COLUMN features.auroc IS 'How well the label''s predicate separates active from inactive test rows; null where not scored.';
 COMMENT ON COLUMN features.auroc_low IS 'Lower end of the 95 % interval, bootstrap over documents.';
 COMMENT ON COLUMN features.auroc_high IS 'Upper end of the 95 % interval, bootstrap over documents.';
-COMMENT ON COLUMN features.n_active IS 'Test rows on which the feature is active, of those scored.';
+COMMENT ON COLUMN features.n_active IS 'Test rows of the label''s score on which the feature exceeds label.active_fraction (a quarter) of its largest train activation.';
 COMMENT ON COLUMN features.n_inactive IS 'Test rows it was scored against.';
 COMMENT ON COLUMN features.density IS 'Share of kept train rows on which the feature is active.';
 COMMENT ON COLUMN features.test_density IS 'Share of kept test rows on which the feature is active.';
