@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .launch import Backend, choose_backend, launch, next_power_of_2, tl, triton
 
-# What a CPU block takes of one weight at a time: gradient, weight and both moments of a block stay in the cache between passes.
+# Of a weight, at a time: the gradient, weight and moments of a block then stay in the cache between passes.
 CPU_BLOCK_BYTES = 2 * 2**20
 TINY = 1e-30
 
