@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ app = App(
     help="Sparse autoencoders you can query and act on: harvest, train, explain, SQL, steer.\n\n"
     "Start with `saeql demo`: a real model and real text, no network.",
     version_flags=["--version"],
+    version=lambda: version("saeql"),
     help_format="plaintext",
     print_error=False,
     exit_on_error=False,

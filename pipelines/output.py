@@ -93,8 +93,9 @@ def print_feature(
     out.print(Text(f"label        {visible(card['label'])}  ({card['kind']})"))
     if card["auroc"] is not None:
         out.print(
-            f"receipt      AUROC {card['auroc']:.3f} on test documents (95 % interval {card['auroc_low']:.3f} to "
-            f"{card['auroc_high']:.3f}), F1 {card['f1']:.3f}, n = {card['n_active']} strongly active, {card['n_inactive']} not"
+            f"receipt      AUROC {card['auroc']:.3f} on test documents (95 % interval {cell(card['auroc_low'])} to "
+            f"{cell(card['auroc_high'])}), F1 {card['f1']:.3f}, "
+            f"n = {card['n_active']} strongly active, {card['n_inactive']} not"
         )
     out.print(
         f"fires        on {card['density']:.4%} of train rows, {card['test_density']:.4%} of test rows; "

@@ -34,7 +34,7 @@ def write_run_report(run: "Run", showcase: Showcase) -> None:
         data = ReportData(
             title=showcase.title,
             facts=_facts(run),
-            metrics=[_metric(m) for m in showcase.metrics if m["metric"] in DEFINITIONS],
+            metrics=[_metric(m) for m in showcase.metrics],
             training=[
                 TrainingPoint(m["step"], m["fvu"], m["dead_share"], m["lr"]) for m in read_metrics(run.metrics_path)
             ],
@@ -54,7 +54,7 @@ def write_run_report(run: "Run", showcase: Showcase) -> None:
 
 def _metric(row: dict[str, Any]) -> Metric:
     name = row["metric"]
-    return Metric(name, row["value"], DEFINITIONS[name], "test documents", row["n"], row["low"], row["high"])
+    return Metric(name, row["value"], DEFINITIONS[name], n=row["n"], low=row["low"], high=row["high"])
 
 
 def _facts(run: "Run") -> list[tuple[str, str]]:

@@ -51,7 +51,7 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Showcase:
-    """Plain data of the final screen."""
+    """Plain data of the final screen. `metrics` are rows of the view metrics in the order of `DEFINITIONS`."""
 
     title: str
     metrics: list[dict[str, Any]]
@@ -84,7 +84,10 @@ def make_showcase(run: "Run") -> Showcase:
         counts = store.sql("SELECT kind, count(*) AS n FROM features GROUP BY kind ORDER BY n DESC")
         showcase = Showcase(
             title=f"{run.config.dictionary_name} of {identity.model_name} at {identity.hook_point}",
-            metrics=store.metrics(),
+            metrics=sorted(
+                (m for m in store.metrics() if m["metric"] in DEFINITIONS),
+                key=lambda m: list(DEFINITIONS).index(m["metric"]),
+            ),
             label_counts=dict(zip(counts["kind"].to_pylist(), counts["n"].to_pylist(), strict=True)),
             features=features,
             sql={
@@ -154,12 +157,7 @@ def print_showcase(run: "Run") -> None:
     shown, out = Showcase.load(run.path), console()
     out.print()
     out.print(Panel(Text(shown.title, "bold"), expand=False))
-    wanted = [m for m in shown.metrics if m["metric"] in DEFINITIONS]
-    order = list(DEFINITIONS)
-    rows = [
-        [m["metric"], m["value"], _interval(m), DEFINITIONS[m["metric"]]]
-        for m in sorted(wanted, key=lambda m: order.index(m["metric"]))
-    ]
+    rows = [[m["metric"], m["value"], _interval(m), DEFINITIONS[m["metric"]]] for m in shown.metrics]
     print_records(["metric", "value", "95 % interval", "on test documents"], rows, "table")
     left_out = sum(r["num_massive_rows"] for r in shown.rows), sum(r["num_first_position_rows"] for r in shown.rows)
     out.print(Text(f"left out: {left_out[0]} massive-norm rows, {left_out[1]} first positions of windows", "dim"))

@@ -47,7 +47,7 @@ class TrainConfig:
     batch_tokens: int = 1024
     """Rows of one step."""
     lr: float | None = None
-    """Peak learning rate of Adam; unset takes 1.5e-3 / sqrt(d_sae / 4096)."""
+    """Peak learning rate of Adam; unset takes 2e-3 / sqrt(d_sae / 4096)."""
     warmup_steps: int = 50
     """Steps of linear warm-up from 0."""
     decay_share: float = 0.3
@@ -84,7 +84,7 @@ class TrainConfig:
 
     def peak_lr(self, d_sae: int) -> float:
         """Peak learning rate for a dictionary of `d_sae` latents."""
-        return self.lr if self.lr is not None else 1.5e-3 / (d_sae / 4096) ** 0.5
+        return self.lr if self.lr is not None else 2e-3 / (d_sae / 4096) ** 0.5
 
 
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:

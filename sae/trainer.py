@@ -107,7 +107,7 @@ class Trainer:
         for batch in self.source.batches(self.cursor):
             assert self.scaling is not None
             x = self.scaling.apply(batch.acts)
-            self._train_step(x)
+            self.train_step(x)
             self.cursor = batch.cursor
             if self.on_step:
                 self.on_step(1)
@@ -141,7 +141,8 @@ class Trainer:
 
     # --- one step ------------------------------------------------------------------------------------------------
 
-    def _train_step(self, x: torch.Tensor) -> None:
+    def train_step(self, x: torch.Tensor) -> None:
+        """One optimizer step of every dictionary on scaled rows x [N, d_in]."""
         lr_share = learning_rate_share(self.step, self.config)
         for learner in self.learners:
             self._learn(learner, x, self.config.peak_lr(learner.dictionary.d_sae) * lr_share)

@@ -102,8 +102,8 @@ NEIGHBOURS = pa.schema(
 )
 
 #: One row a feature, `unexplained` included: made on train, chosen on calibration, every score here read on test.
-#: For labels a feature is *active* on a row where its activation exceeds `label.active_fraction` (a quarter) of its largest
-#: train activation; every other row at a position after the first is inactive, rows of weak activation included.
+#: For labels a feature is *active* on a row where its activation exceeds `label.active_fraction` (a quarter) of its
+#: largest train activation; every other row after a window's first is inactive, rows of weak activation included.
 LABELS = pa.schema(
     [
         ("dictionary", pa.string()),

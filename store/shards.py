@@ -233,8 +233,9 @@ class ShardWriter:
 
 
 class _CheckedFile:
-    """What h5py writes through. After the first failed write it takes and drops everything, so that HDF5 closes in peace
-    (left with a file that it cannot close, it crashes at the end of the process), and raises that failure when left.
+    """What h5py writes through. After the first failed write it drops everything, and raises that failure when left.
+
+    HDF5 left with a file that it cannot close crashes at the end of the process.
     """
 
     def __init__(self, path: Path):

@@ -1,7 +1,6 @@
 """The command line: every command works and is documented, and what a user can mend is one line and exit code 2."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -99,7 +98,9 @@ BAD_CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), BAD_CONFIGS, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    ("overrides", "message"), BAD_CONFIGS, ids=lambda v: next(iter(v)) if isinstance(v, dict) else ""
+)
 def test_bad_configurations(
     overrides: dict[str, str], message: str, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -122,7 +123,9 @@ def test_bad_requests_to_a_finished_run(tiny_run: Path, tiny_config: Path, capsy
     assert re.search(r'density|"densty"', fails(capsys, "sql", tiny_run, "SELECT densty FROM features"))
     assert "saeql: " in fails(capsys, "sql", tiny_run, "SELEC 1")
     assert "saeql: " in fails(capsys, "search", tiny_run, "river", "--where", "nonsense > 3")
-    assert "already holds a run with seed = 3, not 4" in fails(capsys, "run", tiny_config, "--out", tiny_run, "--seed", 4)
+    assert "already holds a run with seed = 3, not 4" in fails(
+        capsys, "run", tiny_config, "--out", tiny_run, "--seed", 4
+    )
     assert "unexpected argument" in fails(capsys, "run", tiny_config, "stray", "--out", tiny_run)
     assert "no run in" in fails(capsys, "show", tiny_run.parent, 1)
     assert "did you mean" in fails(capsys, "serch", tiny_run, "x").lower()
@@ -134,12 +137,10 @@ def test_a_directory_with_other_things_in_it_is_left_alone(
 ):
     (tmp_path / "thesis.txt").write_text("important")
     assert "is not empty and holds no run" in fails(capsys, "run", tiny_config, "--out", tmp_path)
-    assert os.listdir(tmp_path) == ["thesis.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_unfinished_runs_say_what_is_missing(
-    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_unfinished_runs_say_what_is_missing(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from saeql.pipelines import Run, load_config
 
     Run.create(tmp_path / "new", load_config(tiny_config))
