@@ -15,6 +15,9 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 ConfigT = TypeVar("ConfigT")
 
+#: What a dictionary reads and writes: the same place, another place (with or without a linear path beside), several.
+FORMS = ("autoencoder", "transcoder", "skip_transcoder", "crosscoder")
+
 
 class ConfigError(ValueError):
     """A configuration names an unknown key or holds a value that does not fit; the message names the key."""
@@ -25,13 +28,40 @@ class DictionaryConfig:
     """Shape and kind of one dictionary."""
 
     architecture: str = "topk"
-    """Name of a file in sae/architectures."""
+    """topk, batchtopk, matryoshka, relu, gated or jumprelu: a file in sae/architectures."""
+    form: str = "autoencoder"
+    """autoencoder, transcoder, skip_transcoder or crosscoder."""
     d_sae: int = 4608
     """Number of latents."""
     k: int = 32
-    """Latents kept for every row."""
+    """Latents kept for every row (topk), or on average over a batch (batchtopk); unused by relu, gated and jumprelu."""
+    sparsity_coefficient: float = 0.05
+    """Weight of the sparsity penalty of relu, gated and jumprelu, whose inputs have unit variance per coordinate."""
+    sparsity_penalty: str = "l1"
+    """Penalty of relu: "l1" (sum z), "tanh" (sum tanh z) or "p_norm" (sum z^p)."""
+    p: float = 0.5
+    """Exponent of the p_norm penalty."""
+    target_l0: float | None = None
+    """jumprelu: active latents per row to be reached, with the penalty (l0 / target - 1)^2; unset penalises l0 itself."""
+    bandwidth: float = 0.1
+    """jumprelu: width of the straight-through estimator's window around the threshold."""
+    initial_threshold: float = 0.1
+    """jumprelu: threshold at the start."""
+    matryoshka_shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    """matryoshka: nested prefixes of the latents that each reconstruct alone, as shares of d_sae."""
+    matryoshka_selection: str = "batchtopk"
+    """matryoshka: "batchtopk" or "topk"."""
 
     def __post_init__(self) -> None:
+        _check_choice("dictionary.form", self.form, FORMS)
+        _check_choice("dictionary.sparsity_penalty", self.sparsity_penalty, ("l1", "tanh", "p_norm"))
+        _check_choice("dictionary.matryoshka_selection", self.matryoshka_selection, ("topk", "batchtopk"))
+        shares = self.matryoshka_shares
+        if not shares or list(shares) != sorted(set(shares)) or shares[0] <= 0 or shares[-1] != 1:
+            raise ConfigError(f"dictionary.matryoshka_shares must rise from above 0 to 1, got {list(shares)}")
+        for name in ("p", "bandwidth", "initial_threshold"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"dictionary.{name} must be above 0, got {getattr(self, name)}")
         if self.d_sae < 1:
             raise ConfigError(f"dictionary.d_sae must be at least 1, got {self.d_sae}")
         if not 1 <= self.k <= self.d_sae:
@@ -66,6 +96,14 @@ class TrainConfig:
     """Rows read together from disk: whole blocks are shuffled, then rows inside a group of blocks."""
     shuffle_buffer_bytes: int = 1_000_000_000
     """Memory for the rows that are mixed with each other."""
+    sparsity_warmup_steps: int = 200
+    """Steps over which the penalty of relu, gated and jumprelu rises linearly from 0."""
+    max_grad_norm: float | None = None
+    """Gradients of a dictionary are scaled down to this norm; unset leaves them."""
+    ema_decay: float | None = None
+    """Weight averaging: what is saved is the moving average of the weights with this decay; unset saves the last ones."""
+    max_skipped_share: float = 0.01
+    """Batches that are not finite are skipped and counted; more than this share of them ends the run."""
     matmul_dtype: str = "auto"
     """Encoder matmul: "float32", "bfloat16", or "auto" (bfloat16 where the processor has it)."""
     log_every_steps: int = 20
@@ -79,6 +117,10 @@ class TrainConfig:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.decay_share <= 1:
             raise ConfigError(f"train.decay_share must lie between 0 and 1, got {self.decay_share}")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ConfigError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"train.ema_decay must lie between 0 and 1, got {self.ema_decay}")
         _check_choice("train.b_dec_init", self.b_dec_init, ("geometric_median", "mean"))
         _check_choice("train.matmul_dtype", self.matmul_dtype, ("auto", "float32", "bfloat16"))
 

@@ -1,197 +1,175 @@
-"""A dictionary of features: weights, initialisation, the forward pass, and its folder on disk.
+"""A dictionary of features: weights, initialisation, and the forward pass that all architectures and forms share.
 
-In memory both weights are feature-major, `W_enc` [d_sae, d_in] and `W_dec` [d_sae, d_in], because kernels read rows.
-The transpose to the field's layout, `W_enc` [d_in, d_sae], happens in one place: `save` and `load`.
+An architecture decides which latents are active (`sae/architectures/`); a form decides what is read and written:
 
-On disk a dictionary is `cfg.json` and `sae_weights.safetensors` with the keys that SAELens 6 reads, plus our own keys
-under `metadata`. It works on raw activations: input scaling and centring are folded into the weights before saving.
+- autoencoder: reads x and reconstructs it;
+- transcoder: reads x and predicts y, another place of the model (arXiv 2406.11944); a skip transcoder adds `W_skip x`
+  (arXiv 2501.18823);
+- crosscoder: an autoencoder over the concatenation of several places, one latent space for all
+  (Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing").
+
+In memory both weights are feature-major, `W_enc` [d_sae, d_in] and `W_dec` [d_sae, d_out], because kernels read rows.
 """
 
-import json
 import math
-import os
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from saeql.kernels.autograd import SparseLatents, sparse_decode
+from saeql.kernels.autograd import SparseLatents, sparse_decode, topk_encode
 
 from .config import ConfigError, DictionaryConfig
 
-CONFIG_FILE = "cfg.json"
-WEIGHTS_FILE = "sae_weights.safetensors"
-SPARSITY_FILE = "sparsity.safetensors"
-#: SAELens drops all metadata of a dictionary that does not name a version of at least 6.
-SAELENS_VERSION = "6.54.12"
 
+class Outcome(NamedTuple):
+    """What one training batch gave."""
 
-class DictionaryError(ValueError):
-    """A dictionary folder is missing, damaged, or its config and weights disagree; the message names file and field."""
+    y_hat: torch.Tensor  # [N, d_out], with gradient
+    reconstruction: torch.Tensor  # scalar with gradient: mean squared error per coordinate
+    sparsity: torch.Tensor  # scalar with gradient: weighted penalty, 0 where the architecture has none
+    fired: torch.Tensor  # [m] indices of latents that were active, repeats allowed
+    num_active: torch.Tensor  # scalar: active latents, summed over rows
 
 
 class SparseAutoencoder(nn.Module):
-    """Base of all architectures: parameters, decode, folding and files. Subclasses define `encode`."""
+    """Base of all architectures and forms: parameters, decode, folding. Subclasses define `encode` and `outcome`.
+
+    Raises ConfigError where `d_out` does not fit the form.
+    """
 
     architecture: str = ""
+    #: Whether dead latents learn from the residual by the auxiliary loss of `sae/objective.py`.
+    has_auxk: bool = True
 
-    def __init__(self, config: DictionaryConfig, d_in: int):
+    def __init__(self, config: DictionaryConfig, d_in: int, d_out: int | None = None):
         super().__init__()
-        self.config, self.d_in = config, d_in
+        d_out = d_in if d_out is None else d_out
+        self.config, self.d_in, self.d_out = config, d_in, d_out
         self.metadata: dict[str, Any] = {}
+        if self.reads_what_it_writes and d_in != d_out:
+            raise ConfigError(f"dictionary.form {config.form} writes what it reads: d_out ({d_out}) must be d_in ({d_in})")
         self.W_enc = nn.Parameter(torch.zeros(config.d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        if config.form == "skip_transcoder":
+            self.W_skip = nn.Parameter(torch.zeros(d_out, d_in))
+        else:
+            self.register_parameter("W_skip", None)
 
     @property
     def d_sae(self) -> int:
         """Number of latents."""
         return self.config.d_sae
 
+    @property
+    def reads_what_it_writes(self) -> bool:
+        """Whether the encoder takes `b_dec` off its input: autoencoders and crosscoders do, transcoders cannot."""
+        return self.config.form in ("autoencoder", "crosscoder")
+
+    @property
+    def encoder_b_dec(self) -> torch.Tensor | None:
+        """`b_dec` where the encoder takes it off its input."""
+        return self.b_dec if self.reads_what_it_writes else None
+
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Random unit decoder rows, and an encoder that starts as their transpose (arXiv 2406.04093, appendix A.1)."""
+        """Random unit decoder rows, and an encoder that starts as their transpose (arXiv 2406.04093, appendix A.1).
+
+        A transcoder's encoder starts from random rows of its own.
+        """
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randn(self.d_sae, self.d_in, generator=generator)
-        self.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
-        self.W_enc.copy_(self.W_dec)
+        self.W_dec.copy_(_unit_rows(self.d_sae, self.d_out, generator))
+        self.W_enc.copy_(self.W_dec if self.reads_what_it_writes else _unit_rows(self.d_sae, self.d_in, generator))
+
+    # --- the forward pass ----------------------------------------------------------------------------------------
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
-        """Sparse latents of rows x [N, d_in]; values are >= 0."""
+        """Sparse latents of rows x [N, d_in] as they are at inference; values are >= 0, padding has value 0."""
         raise NotImplementedError
 
-    def encode_subset(self, x: torch.Tensor, latents: torch.Tensor, k: int) -> SparseLatents:
-        """Like `encode` with k of the latents [m] only; indices count within the subset. For auxiliary losses."""
+    def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
+        """Training forward pass on rows x [N, d_in] with targets y [N, d_out]."""
         raise NotImplementedError
 
-    def decode(self, latents: SparseLatents) -> torch.Tensor:
-        """Reconstruction [N, d_in]."""
-        return sparse_decode(latents, self.W_dec, self.b_dec)
+    def decode(self, latents: SparseLatents, x: torch.Tensor | None = None) -> torch.Tensor:
+        """Reconstruction [N, d_out]; a skip transcoder also needs its input x [N, d_in]."""
+        return self.with_skip(sparse_decode(latents, self.W_dec, self.b_dec), x)
+
+    def with_skip(self, y_hat: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        """`y_hat + W_skip x` for a skip transcoder, y_hat for every other form."""
+        if self.W_skip is None:
+            return y_hat
+        if x is None:
+            raise ValueError("x: a skip transcoder decodes with its input")
+        return y_hat + x @ self.W_skip.t()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Reconstruction of rows x [N, d_in]."""
-        return self.decode(self.encode(x))
+        """Reconstruction, or prediction, [N, d_out] of rows x [N, d_in]."""
+        return self.decode(self.encode(x), x)
+
+    def pre_acts(self, x: torch.Tensor) -> torch.Tensor:
+        """Dense pre-activations [N, d_sae] of rows x; for architectures that need all of them while training."""
+        centred = x if self.encoder_b_dec is None else x - self.encoder_b_dec
+        return torch.addmm(self.b_enc, centred, self.W_enc.t())
+
+    def encode_subset(self, x: torch.Tensor, latents: torch.Tensor, k: int) -> SparseLatents:
+        """The k largest among `latents` (indices [m]) only; indices count within the subset. For auxiliary losses."""
+        return topk_encode(x, self.W_enc[latents], self.b_enc[latents], k, b_dec=self.encoder_b_dec)
+
+    def sparse_outcome(self, latents: SparseLatents, x: torch.Tensor, y: torch.Tensor) -> Outcome:
+        """Outcome of latents that are sparse already and carry no penalty."""
+        y_hat = self.decode(latents, x)
+        active = latents.values.detach() > 0
+        none = torch.zeros((), device=x.device)
+        return Outcome(y_hat, (y - y_hat).square().mean(), none, latents.indices[active], active.sum())
+
+    def dense_outcome(self, z: torch.Tensor, sparsity: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> Outcome:
+        """Outcome of dense latents z [N, d_sae] with their penalty."""
+        y_hat = self.with_skip(torch.addmm(self.b_dec, z, self.W_dec), x)
+        active = z.detach() > 0
+        return Outcome(y_hat, (y - y_hat).square().mean(), sparsity, active.any(0).nonzero()[:, 0], active.sum())
+
+    # --- between training and use --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fold_input(self, mean: torch.Tensor, scale: float) -> None:
-        """Turn a dictionary of `(x - mean) * scale` into one of x, with the decoder rows left at unit norm.
+    def fold_scaling(self, x_mean: torch.Tensor, x_scale: torch.Tensor, y_mean: torch.Tensor, y_scale: torch.Tensor) -> None:
+        """Turn a dictionary of `(x - x_mean) * x_scale -> (y - y_mean) * y_scale` into one of x -> y.
 
-        Latents come out divided by `scale`: `scale * z(x)` was a latent of the scaled input.
+        Means and scales are [d_in] and [d_out]. Latents come out divided by the geometric mean c of `y_scale`: with one
+        scale for all coordinates the decoder rows keep their unit norm, and which latents are active does not change.
         """
-        self.b_dec.copy_(self.b_dec / scale + mean)
-        self.b_enc.div_(scale)
+        c = float(y_scale.log().mean().exp())
+        shift = torch.zeros_like(self.b_enc)
+        if not self.reads_what_it_writes:
+            shift = self.W_enc @ (x_mean * x_scale)
+            self.b_enc.sub_(shift)
+        self.W_enc.mul_(x_scale / c)
+        self.b_enc.div_(c)
+        self.W_dec.mul_(c / y_scale)
+        self.b_dec.div_(y_scale).add_(y_mean)
+        if self.W_skip is not None:
+            self.W_skip.mul_(x_scale).div_(y_scale[:, None])
+            self.b_dec.sub_(self.W_skip @ x_mean)
+        self.fold_extra(c, shift)
 
-    def saelens_config(self) -> dict[str, Any]:
-        """The keys SAELens 6 reads."""
-        return {
-            "architecture": self.architecture,
-            "d_in": self.d_in,
-            "d_sae": self.d_sae,
-            "k": self.config.k,
-            "dtype": "float32",
-            "device": "cpu",
-            "apply_b_dec_to_input": True,
-            "normalize_activations": "none",
-            "reshape_activations": "none",
-            "rescale_acts_by_decoder_norm": False,
-            "metadata": {"sae_lens_version": SAELENS_VERSION, **self.metadata},
-        }
+    def fold_extra(self, c: float, shift: torch.Tensor) -> None:
+        """Fold what an architecture has beside the common weights: latents are divided by c, and the encoder's
+        projection `W_enc x` has lost `shift` [d_sae] (before the division) to the biases.
+        """
 
-    def save(self, folder: str | Path, *, density: torch.Tensor | None = None) -> Path:
-        """Write the dictionary folder; `density` [d_sae] (share of rows) becomes SAELens's log10 sparsity file."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            "W_enc": self.W_enc.detach().t(),
-            "b_enc": self.b_enc.detach(),
-            "W_dec": self.W_dec.detach(),
-            "b_dec": self.b_dec.detach(),
-        }
-        _write_safetensors(folder / WEIGHTS_FILE, weights)
-        if density is not None:
-            _write_safetensors(folder / SPARSITY_FILE, {"sparsity": torch.log10(density.float() + 1e-10)})
-        temporary = folder / f"{CONFIG_FILE}.tmp.{os.getpid()}"
-        temporary.write_text(json.dumps(self.saelens_config(), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(folder / CONFIG_FILE)
-        return folder
+    def extra_tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors of the architecture beside the common ones, under the names of the file format."""
+        return {}
 
-    @staticmethod
-    def load(folder: str | Path) -> "SparseAutoencoder":
-        """Read a dictionary folder. Raises DictionaryError naming the file and field that is wrong."""
-        folder = Path(folder)
-        config = read_config(folder)
-        dictionary = _from_config(folder, config)
-        weights = _read_safetensors(folder / WEIGHTS_FILE)
-        d_in, d_sae = dictionary.d_in, dictionary.d_sae
-        shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-        for name, shape in shapes.items():
-            if name not in weights:
-                raise DictionaryError(f"{folder / WEIGHTS_FILE} has no tensor {name}")
-            if tuple(weights[name].shape) != shape:
-                found = tuple(weights[name].shape)
-                raise DictionaryError(f"{folder / WEIGHTS_FILE}: {name} has shape {found}, {CONFIG_FILE} says {shape}")
-            if not torch.isfinite(weights[name]).all():
-                raise DictionaryError(f"{folder / WEIGHTS_FILE}: {name} holds values that are not finite")
-        weights["W_enc"] = weights["W_enc"].t().contiguous()
-        dictionary.load_state_dict({name: weights[name].float() for name in shapes})
-        dictionary.metadata = {k: v for k, v in config.get("metadata", {}).items() if k != "sae_lens_version"}
-        return dictionary
+    def load_extra(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what `extra_tensors` gave."""
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """cfg.json of a dictionary folder. Raises DictionaryError where it is missing or not a JSON object."""
-    path = Path(folder) / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DictionaryError(f"no dictionary in {folder}: {CONFIG_FILE} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DictionaryError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise DictionaryError(f"{path} is not a JSON object")
-    return config
-
-
-def _from_config(folder: Path, config: dict[str, Any]) -> SparseAutoencoder:
-    from .architectures import architecture
-
-    path = folder / CONFIG_FILE
-    for key in ("architecture", "d_in", "d_sae", "k"):
-        if key not in config:
-            raise DictionaryError(f'{path} has no key "{key}"')
-    expected = {
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
-    }
-    for key, value in expected.items():
-        if config.get(key, value) != value:
-            raise DictionaryError(f"{path}: {key} = {config[key]!r} is not supported, only {value!r}")
-    try:
-        settings = DictionaryConfig(architecture=config["architecture"], d_sae=int(config["d_sae"]), k=int(config["k"]))
-        return architecture(settings.architecture)(settings, int(config["d_in"]))
-    except (ConfigError, TypeError, ValueError) as error:
-        raise DictionaryError(f"{path}: {error}") from None
-
-
-def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, temporary)
-    temporary.replace(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise DictionaryError(f"{path} is missing") from None
-    except SafetensorError as error:
-        raise DictionaryError(f"{path} is damaged: {error}") from None
+def _unit_rows(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    drawn = torch.randn(rows, width, generator=generator)
+    return drawn / drawn.norm(dim=1, keepdim=True)
 
 
 @torch.no_grad()

@@ -1,45 +1,44 @@
-"""What a dictionary is trained to do: reconstruct, and keep its latents alive."""
+"""What a dictionary is trained to do: reconstruct sparsely, and keep its latents alive."""
 
 from typing import NamedTuple
 
 import torch
 
-from saeql.kernels.autograd import SparseLatents, sparse_decode
+from saeql.kernels.autograd import sparse_decode
 
-from .model import SparseAutoencoder
+from .model import Outcome, SparseAutoencoder
 
 
 class LossTerms(NamedTuple):
     """Scalars of one batch, with gradient where one is needed."""
 
     total: torch.Tensor
-    reconstruction: torch.Tensor  # mean squared error per coordinate, of inputs scaled to unit variance
+    reconstruction: torch.Tensor  # mean squared error per coordinate, of targets scaled to unit variance
+    sparsity: torch.Tensor  # the architecture's weighted penalty
     auxiliary: torch.Tensor  # share of the residual that the dead latents leave unexplained; 0 where none is dead
 
 
 def loss_terms(
     dictionary: SparseAutoencoder,
     x: torch.Tensor,
+    y: torch.Tensor,
     dead: torch.Tensor | None,
     *,
     auxk_coefficient: float,
+    sparsity_share: float = 1.0,
     matmul_dtype: torch.dtype | None = None,
-) -> tuple[LossTerms, SparseLatents, torch.Tensor]:
-    """Loss of rows x [N, d_in] (scaled to unit variance per coordinate), the latents, and the residual [N, d_in].
+) -> tuple[LossTerms, Outcome]:
+    """Loss of rows x [N, d_in] with targets y [N, d_out], both scaled to unit variance per coordinate.
 
-    `dead` holds the indices [m] of dead latents, or None.
+    `dead` holds the indices [m] of dead latents, or None; `sparsity_share` scales the penalty while it warms up.
     """
-    latents = dictionary.encode(x, matmul_dtype=matmul_dtype)
-    residual = x - dictionary.decode(latents)
-    reconstruction = residual.square().mean()
+    outcome = dictionary.outcome(x, y, matmul_dtype=matmul_dtype)
+    sparsity = sparsity_share * outcome.sparsity
     auxiliary = torch.zeros((), device=x.device)
-    if dead is not None and len(dead) and auxk_coefficient:
-        auxiliary = auxk_loss(dictionary, x, residual.detach(), dead)
-    return (
-        LossTerms(reconstruction + auxk_coefficient * auxiliary, reconstruction, auxiliary),
-        latents,
-        residual.detach(),
-    )
+    if dead is not None and len(dead) and auxk_coefficient and dictionary.has_auxk:
+        auxiliary = auxk_loss(dictionary, x, (y - outcome.y_hat).detach(), dead)
+    total = outcome.reconstruction + sparsity + auxk_coefficient * auxiliary
+    return LossTerms(total, outcome.reconstruction, sparsity, auxiliary), outcome
 
 
 def auxk_loss(

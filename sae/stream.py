@@ -39,7 +39,7 @@ class Cursor:
 class ActivationBatch:
     """Rows of activations with what each of them was read on."""
 
-    acts: torch.Tensor  # [N, d_in], float32 or bfloat16
+    acts: torch.Tensor  # [N, columns], float32 or bfloat16: the hook points of the stream side by side
     token_ids: torch.Tensor  # [N], int32
     document_ids: torch.Tensor  # [N], int32
     window_ids: torch.Tensor  # [N], int32
@@ -50,7 +50,10 @@ class ActivationBatch:
 class ActivationSource(Protocol):
     """A stream of activation batches, endless for training or one pass for indexing."""
 
-    d_in: int
+    @property
+    def widths(self) -> dict[str, int]:
+        """Columns of every hook point, in their order."""
+        ...
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[ActivationBatch]:
         """Batches from `cursor` (or the start) on."""

@@ -1,29 +1,30 @@
-"""Training: several dictionaries learn from ONE stream of activations, each step sparse from end to end.
+"""Training: several dictionaries learn from ONE stream of activations.
 
-Rows are centred and scaled to unit variance per coordinate on their way in; `finish` folds both into the weights, so
-that what is saved works on raw activations.
+The stream's columns are the hook points side by side; every dictionary reads and writes columns of its own choice, so
+that autoencoders, transcoders and crosscoders of any architecture and width share one harvest. Columns are centred and
+scaled to unit variance on their way in; `finish` folds both into the weights, so that what is saved works on raw
+activations.
 """
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saeql.kernels.fused_adam import AdamStep, Moments, adam_rows
-
 from .checkpoint import Checkpoint, CheckpointError, load_latest, save_checkpoint
 from .config import TrainConfig, to_dict
-from .metrics import dead_share
+from .learner import Learner
 from .model import SparseAutoencoder, geometric_median
-from .objective import loss_terms
 from .stream import ActivationSource, Cursor
 
 #: Called with one line of metrics.
 LogLine = Callable[[dict[str, Any]], None]
+
+_EVERYTHING = slice(None)
 
 
 class TrainingError(RuntimeError):
@@ -32,57 +33,57 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class InputScaling:
-    """How raw activations become training rows: `(x - mean) * scale`."""
+    """How raw columns become training rows: `(x - mean) * scale`, one scale for all columns of a hook point."""
 
-    mean: torch.Tensor  # [d_in]
-    scale: float
+    mean: torch.Tensor  # [columns]
+    scale: torch.Tensor  # [columns]
 
     @classmethod
-    def measure(cls, rows: torch.Tensor) -> "InputScaling":
-        """Mean of rows [N, d_in] and the scale that gives them unit variance per coordinate on average."""
+    def measure(cls, rows: torch.Tensor, widths: Mapping[str, int]) -> "InputScaling":
+        """Mean of rows [N, columns], and the scales that give each hook point unit variance per coordinate on average.
+
+        Raises TrainingError where a hook point does not vary or is not finite.
+        """
         rows = rows.float()
-        mean = rows.mean(0)
-        variance = float((rows - mean).square().mean())
-        if not math.isfinite(variance) or variance == 0:
-            raise TrainingError(f"the first {len(rows)} rows have variance {variance}: nothing to learn from")
-        return cls(mean, 1 / math.sqrt(variance))
+        mean, scale, start = rows.mean(0), torch.ones(rows.shape[1], device=rows.device), 0
+        for name, width in widths.items():
+            columns = slice(start, start + width)
+            variance = float((rows[:, columns] - mean[columns]).square().mean())
+            if not math.isfinite(variance) or variance == 0:
+                raise TrainingError(
+                    f"the first {len(rows)} rows of {name} have variance {variance}: nothing to learn from, "
+                    "or values that are not finite"
+                )
+            scale[columns] = 1 / math.sqrt(variance)
+            start += width
+        return cls(mean, scale)
 
     def apply(self, acts: torch.Tensor) -> torch.Tensor:
-        """Training rows of raw activations [N, d_in], float32."""
-        return acts.float().sub_(self.mean).mul_(self.scale)
+        """Training rows of raw activations [N, columns], float32."""
+        return (acts.float() - self.mean).mul_(self.scale)
 
 
-@dataclass
-class _Learner:
-    """One dictionary with its optimizer state and counters."""
+@dataclass(frozen=True)
+class Places:
+    """Hook points that a dictionary reads and writes; several that lie side by side make a crosscoder."""
 
-    name: str
-    dictionary: SparseAutoencoder
-    moments: dict[str, Moments]  # by parameter name
-    idle_tokens: torch.Tensor  # [d_sae], rows since the latent last fired
-    window: "_Window" = field(default_factory=lambda: _Window())
-
-
-@dataclass
-class _Window:
-    """Sums between two log lines."""
-
-    reconstruction: float = 0.0
-    auxiliary: float = 0.0
-    num_active: float = 0.0
-    num_rows: int = 0
-    num_steps: int = 0
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
 
 
 class Trainer:
-    """Trains `dictionaries` (by name) on `source`; checkpoints under `folder` where one is given."""
+    """Trains `dictionaries` (by name) on `source`; checkpoints under `folder` where one is given.
+
+    `places` says which hook points each dictionary reads and writes; without it each takes every column.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
-        dictionaries: dict[str, SparseAutoencoder],
+        dictionaries: Mapping[str, SparseAutoencoder],
         source: ActivationSource,
         *,
+        places: Mapping[str, Places] | None = None,
         folder: Path | None = None,
         on_log: LogLine | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -93,12 +94,18 @@ class Trainer:
         self.step = 0
         self.cursor = Cursor()
         self.scaling: InputScaling | None = None
-        self.learners = [_learner(name, d) for name, d in dictionaries.items()]
+        self.learners = []
+        for name, dictionary in dictionaries.items():
+            at = (places or {}).get(name)
+            reads, writes = (
+                (_columns(source.widths, at.reads), _columns(source.widths, at.writes)) if at else (_EVERYTHING, _EVERYTHING)
+            )
+            self.learners.append(Learner(name, dictionary, config, reads, writes))
 
     # --- the run -------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to `num_steps` from wherever this trainer stands. Raises TrainingError on rows that are not finite."""
+        """Train to `num_steps` from wherever this trainer stands. Raises TrainingError where too much is not finite."""
         if self.scaling is None:
             self._measure_input()
         if self.step >= self.config.num_steps:
@@ -106,8 +113,7 @@ class Trainer:
         started, first = time.monotonic(), self.step
         for batch in self.source.batches(self.cursor):
             assert self.scaling is not None
-            x = self.scaling.apply(batch.acts)
-            self.train_step(x)
+            self.train_step(self.scaling.apply(batch.acts))
             self.cursor = batch.cursor
             if self.on_step:
                 self.on_step(1)
@@ -119,11 +125,15 @@ class Trainer:
             if done:
                 return
 
+    @torch.no_grad()
     def finish(self) -> None:
-        """Fold centring and scaling into every dictionary: afterwards they work on raw activations."""
+        """Take averaged weights, and fold centring and scaling in: afterwards dictionaries work on raw activations."""
         assert self.scaling is not None, "fit() comes first"
+        mean, scale = self.scaling.mean, self.scaling.scale
         for learner in self.learners:
-            learner.dictionary.fold_input(self.scaling.mean, self.scaling.scale)
+            learner.take_average()
+            r, w = learner.reads, learner.writes
+            learner.dictionary.fold_scaling(mean[r], scale[r], mean[w], scale[w])
 
     def _measure_input(self) -> None:
         rows, count = [], 0
@@ -133,92 +143,60 @@ class Trainer:
             if count >= self.config.init_tokens:
                 break
         first = torch.cat(rows)[: self.config.init_tokens]
-        self.scaling = InputScaling.measure(first)
-        start = self.scaling.apply(first.clone())
+        self.scaling = InputScaling.measure(first, self.source.widths)
+        start = self.scaling.apply(first)
         centre = geometric_median(start) if self.config.b_dec_init == "geometric_median" else start.mean(0)
         for learner in self.learners:
-            learner.dictionary.b_dec.data.copy_(centre)
+            learner.dictionary.b_dec.data.copy_(centre[learner.writes])
 
     # --- one step ------------------------------------------------------------------------------------------------
 
-    def train_step(self, x: torch.Tensor) -> None:
-        """One optimizer step of every dictionary on scaled rows x [N, d_in]."""
-        lr_share = learning_rate_share(self.step, self.config)
-        for learner in self.learners:
-            self._learn(learner, x, self.config.peak_lr(learner.dictionary.d_sae) * lr_share)
-        self.step += 1
+    def train_step(self, rows: torch.Tensor) -> None:
+        """One optimizer step of every dictionary on scaled rows [N, columns].
 
-    def _learn(self, learner: _Learner, x: torch.Tensor, lr: float) -> None:
-        dictionary, config = learner.dictionary, self.config
-        dead = (learner.idle_tokens >= config.dead_after_tokens).nonzero().squeeze(1)
-        terms, latents, _ = loss_terms(
-            dictionary, x, dead, auxk_coefficient=config.auxk_coefficient, matmul_dtype=self.matmul_dtype
-        )
-        total = float(terms.total.detach())
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss of {learner.name} is {total} at step {self.step}: the activations hold values that are not "
-                f"finite, or train.lr ({lr:.2g}) is too high"
-            )
-        for parameter in dictionary.parameters():
-            parameter.grad = None
-        terms.total.backward()
-        adam = AdamStep(self.step + 1, lr, *config.adam_betas)
-        for name, parameter in dictionary.named_parameters():
-            assert parameter.grad is not None, name
-            unit_norm = name == "W_dec"
-            moments = learner.moments[name]
-            adam_rows(parameter.data, parameter.grad, moments, adam, project=unit_norm, renormalize=unit_norm)
-        active = latents.values.detach() > 0
-        learner.idle_tokens += len(x)
-        learner.idle_tokens[latents.indices[active].long()] = 0
-        window = learner.window
-        window.reconstruction += float(terms.reconstruction.detach())
-        window.auxiliary += float(terms.auxiliary.detach())
-        window.num_active += float(active.sum())
-        window.num_rows += len(x)
-        window.num_steps += 1
+        Rows that are not finite reach no dictionary: the batch is skipped and counted.
+        """
+        lr_share = learning_rate_share(self.step, self.config)
+        warmup = self.config.sparsity_warmup_steps
+        sparsity_share = min(1.0, (self.step + 1) / warmup) if warmup else 1.0
+        is_finite = bool(torch.isfinite(rows.sum()))
+        self.step += 1
+        for learner in self.learners:
+            if is_finite:
+                learner.step(rows, lr_share, sparsity_share, self.matmul_dtype)
+            else:
+                learner.skipped += 1
+            if learner.skipped > max(1, self.config.max_skipped_share * self.config.num_steps):
+                raise TrainingError(
+                    f"{learner.name}: {learner.skipped} of {self.step} batches were not finite, more than "
+                    f"train.max_skipped_share ({self.config.max_skipped_share:g}) allows: the activations hold values "
+                    "that are not finite, or train.lr is too high"
+                )
 
     def _log(self, seconds: float, first: int) -> None:
         rate = (self.step - first) * self.config.batch_tokens / max(seconds, 1e-9)
+        lr_share = learning_rate_share(self.step - 1, self.config)
         for learner in self.learners:
-            window, learner.window = learner.window, _Window()
-            if self.on_log is None or window.num_steps == 0:
-                continue
-            idle = (learner.idle_tokens < self.config.dead_after_tokens).long()
-            self.on_log(
-                {
-                    "dictionary": learner.name,
-                    "step": self.step,
-                    "tokens": self.step * self.config.batch_tokens,
-                    "fvu": window.reconstruction / window.num_steps,
-                    "l0": window.num_active / window.num_rows,
-                    "dead_share": dead_share(idle),
-                    "auxk_loss": window.auxiliary / window.num_steps,
-                    "lr": self.config.peak_lr(learner.dictionary.d_sae)
-                    * learning_rate_share(self.step - 1, self.config),
-                    "tokens_per_second": round(rate, 1),
-                }
-            )
+            line = learner.log_line()
+            if self.on_log and line:
+                tokens = self.step * self.config.batch_tokens
+                head = {"dictionary": learner.name, "step": self.step, "tokens": tokens}
+                lr = self.config.peak_lr(learner.dictionary.d_sae) * lr_share
+                self.on_log({**head, **line, "lr": lr, "tokens_per_second": round(rate, 1)})
 
     # --- resume --------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
         """Write a checkpoint of everything that a resume needs."""
         assert self.folder is not None and self.scaling is not None
-        tensors = {"scaling.mean": self.scaling.mean}
-        state: dict[str, Any] = {
-            "config": to_dict(self.config),
-            "scale": self.scaling.scale,
-            "cursor": self.cursor.state(),
-        }
+        tensors = {"scaling.mean": self.scaling.mean, "scaling.scale": self.scaling.scale}
         for learner in self.learners:
-            prefix = learner.name
-            for name, parameter in learner.dictionary.named_parameters():
-                tensors[f"{prefix}.{name}"] = parameter.data
-                for moment, tensor in learner.moments[name]._asdict().items():
-                    tensors[f"{prefix}.{name}.{moment}"] = tensor
-            tensors[f"{prefix}.idle_tokens"] = learner.idle_tokens
+            tensors |= learner.tensors()
+        state = {
+            "config": to_dict(self.config),
+            "cursor": self.cursor.state(),
+            "learners": {learner.name: learner.state() for learner in self.learners},
+        }
         return save_checkpoint(self.folder, Checkpoint(self.step, tensors, state))
 
     def resume(self) -> bool:
@@ -229,23 +207,22 @@ class Trainer:
         checkpoint = load_latest(self.folder) if self.folder else None
         if checkpoint is None:
             return False
-        for key, value in to_dict(self.config).items():
-            if checkpoint.state["config"].get(key) != value:
+        before, now = checkpoint.state["config"], to_dict(self.config)
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
                 raise CheckpointError(
-                    f"{self.folder}: the checkpoint was trained with {key} = {checkpoint.state['config'].get(key)}, "
-                    f"this run asks for {value}"
+                    f"{self.folder}: the checkpoint was trained with {key} = {before.get(key)}, this run asks for {now.get(key)}"
                 )
         tensors = checkpoint.tensors
-        self.scaling = InputScaling(tensors["scaling.mean"], checkpoint.state["scale"])
+        device = self.learners[0].dictionary.W_enc.device
+        self.scaling = InputScaling(tensors["scaling.mean"].to(device), tensors["scaling.scale"].to(device))
         for learner in self.learners:
-            for name, parameter in learner.dictionary.named_parameters():
-                key = f"{learner.name}.{name}"
-                if key not in tensors or tensors[key].shape != parameter.shape:
-                    raise CheckpointError(f"{self.folder}: the checkpoint does not hold {key} {tuple(parameter.shape)}")
-                parameter.data.copy_(tensors[key])
-                for moment, tensor in learner.moments[name]._asdict().items():
-                    tensor.copy_(tensors[f"{key}.{moment}"])
-            learner.idle_tokens.copy_(tensors[f"{learner.name}.idle_tokens"])
+            for key, tensor in learner.tensors().items():
+                if key not in tensors or tensors[key].shape != tensor.shape:
+                    raise CheckpointError(f"{self.folder}: the checkpoint does not hold {key} {tuple(tensor.shape)}")
+                tensor.copy_(tensors[key])
+            counters = checkpoint.state["learners"][learner.name]
+            learner.steps, learner.skipped = counters["steps"], counters["skipped"]
         self.step, self.cursor = checkpoint.step, Cursor.from_state(checkpoint.state["cursor"])
         return True
 
@@ -258,7 +235,14 @@ def learning_rate_share(step: int, config: TrainConfig) -> float:
     return warmup * decay
 
 
-def _learner(name: str, dictionary: SparseAutoencoder) -> _Learner:
-    moments = {key: Moments.like(p.data) for key, p in dictionary.named_parameters()}
-    idle = torch.zeros(dictionary.d_sae, dtype=torch.int64, device=dictionary.W_enc.device)
-    return _Learner(name, dictionary, moments, idle)
+def _columns(widths: Mapping[str, int], names: tuple[str, ...]) -> slice:
+    """Columns of hook points that lie side by side. Raises ValueError where they do not, or one is not in the stream."""
+    order = list(widths)
+    missing = [name for name in names if name not in widths]
+    if missing:
+        raise ValueError(f"hook point {missing[0]} is not in the stream, which has {', '.join(order)}")
+    first = order.index(names[0])
+    if order[first : first + len(names)] != list(names):
+        raise ValueError(f"hook points {', '.join(names)} do not lie side by side in the stream ({', '.join(order)})")
+    start = sum(widths[name] for name in order[:first])
+    return slice(start, start + sum(widths[name] for name in names))

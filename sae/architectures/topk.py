@@ -4,7 +4,7 @@ import torch
 
 from saeql.kernels.autograd import SparseLatents, topk_encode
 
-from ..model import SparseAutoencoder
+from ..model import Outcome, SparseAutoencoder
 
 
 class TopKAutoencoder(SparseAutoencoder):
@@ -14,8 +14,8 @@ class TopKAutoencoder(SparseAutoencoder):
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """The k largest latents of rows x [N, d_in], clipped at zero."""
-        return topk_encode(x, self.W_enc, self.b_enc, self.config.k, b_dec=self.b_dec, matmul_dtype=matmul_dtype)
+        return topk_encode(x, self.W_enc, self.b_enc, self.config.k, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype)
 
-    def encode_subset(self, x: torch.Tensor, latents: torch.Tensor, k: int) -> SparseLatents:
-        """The k largest among `latents` (indices [m]) only; the returned indices count within that subset."""
-        return topk_encode(x, self.W_enc[latents], self.b_enc[latents], k, b_dec=self.b_dec)
+    def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
+        """Reconstruction only: sparsity is built in."""
+        return self.sparse_outcome(self.encode(x, matmul_dtype=matmul_dtype), x, y)

@@ -14,7 +14,7 @@ from saeql.sae.metrics import fvu
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.objective import auxk_loss, loss_terms
 from saeql.sae.stream import ActivationBatch, Cursor
-from saeql.sae.trainer import Trainer, TrainingError, learning_rate_share
+from saeql.sae.trainer import Places, Trainer, TrainingError, learning_rate_share
 
 D_IN, D_SAE, K = 24, 64, 4
 CONFIG = TrainConfig(
@@ -26,7 +26,7 @@ CONFIG = TrainConfig(
 class PlantedSource:
     """Sparse mixtures of fixed directions, far from the origin; the batch is a function of its number."""
 
-    d_in = D_IN
+    widths = {"here": D_IN}  # noqa: RUF012
 
     def __init__(self, poison_at: int | None = None):
         generator = torch.Generator().manual_seed(0)
@@ -124,10 +124,110 @@ def test_metrics_are_logged_and_describe_the_training():
     assert set(lines[0]) >= {"tokens", "dead_share", "lr", "auxk_loss", "tokens_per_second"}
 
 
-def test_rows_that_are_not_finite_end_the_training():
+def test_a_poisoned_batch_is_skipped_counted_and_reaches_nothing():
+    clean = Trainer(CONFIG, {"a": build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)}, PlantedSource())
+    clean.fit()
+    lines: list[dict] = []
     dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
-    with pytest.raises(TrainingError, match="not finite"):
-        Trainer(CONFIG, {"a": dictionary}, PlantedSource(poison_at=20), folder=None).fit()
+    trainer = Trainer(CONFIG, {"a": dictionary}, PlantedSource(poison_at=119), on_log=lines.append)
+    trainer.fit()
+    learner = trainer.learners[0]
+    assert learner.skipped == 1 and learner.steps == CONFIG.num_steps - 1
+    assert lines[-1]["skipped_batches"] == 1
+    assert all(torch.isfinite(t).all() for t in learner.tensors().values())
+    before = {name: t.clone() for name, t in learner.tensors().items()}
+    learner.step(torch.full((64, D_IN), float("nan")), 1.0, 1.0, None)
+    assert all(torch.equal(t, before[name]) for name, t in learner.tensors().items())
+
+
+def test_too_many_poisoned_batches_end_the_training():
+    class Poisoned(PlantedSource):
+        def rows(self, number: int) -> torch.Tensor:
+            return super().rows(number) * (float("inf") if number > 20 and number % 3 == 0 else 1.0)
+
+    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
+    with pytest.raises(TrainingError, match=r"a: 2 of 25 batches were not finite, more than train\.max_skipped_share"):
+        Trainer(CONFIG, {"a": dictionary}, Poisoned()).fit()
+
+
+def test_clipping_is_exact():
+    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
+    trainer = Trainer(replace(CONFIG, max_grad_norm=1e-3), {"a": dictionary}, PlantedSource())
+    trainer.fit()
+    norm = torch.stack([p.grad.norm() for p in dictionary.parameters() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_weight_average_is_that_of_the_steps():
+    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
+    config = replace(CONFIG, ema_decay=0.9, num_steps=30)
+    seen = [dictionary.b_enc.detach().clone()]
+    trainer = Trainer(
+        config, {"a": dictionary}, PlantedSource(), on_step=lambda n: seen.append(dictionary.b_enc.detach().clone())
+    )
+    trainer.fit()
+    expected = seen[0]
+    for value in seen[1:]:
+        expected = 0.9 * expected + 0.1 * value
+    trainer.learners[0].take_average()
+    torch.testing.assert_close(dictionary.b_enc.detach(), expected)
+    torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+def test_several_dictionaries_learn_from_one_stream_as_they_would_alone():
+    def fresh(k: int) -> SparseAutoencoder:
+        return build(DictionaryConfig(d_sae=D_SAE, k=k), D_IN, seed=k)
+
+    together = Trainer(CONFIG, {"two": fresh(2), "six": fresh(6)}, PlantedSource())
+    together.fit()
+    for learner, k in zip(together.learners, (2, 6), strict=True):
+        alone = Trainer(CONFIG, {"a": fresh(k)}, PlantedSource())
+        alone.fit()
+        theirs = alone.learners[0].dictionary.state_dict()
+        assert all(torch.equal(v, theirs[n]) for n, v in learner.dictionary.state_dict().items())
+
+
+class TwoPlaces(PlantedSource):
+    """Two hook points side by side: the second is a rotation of the first, at another scale."""
+
+    widths = {"in": D_IN, "out": 10}  # noqa: RUF012
+
+    def rows(self, number: int) -> torch.Tensor:
+        first = super().rows(number)
+        turn = torch.randn(D_IN, 10, generator=torch.Generator().manual_seed(9)) / 5
+        return torch.cat([first, 40 * (first @ turn).relu() + 3], 1)
+
+
+@pytest.mark.parametrize(
+    ("form", "reads", "writes", "limit"),
+    [
+        ("transcoder", ("in",), ("out",), 0.25),
+        ("skip_transcoder", ("in",), ("out",), 0.2),
+        ("crosscoder", ("in", "out"), ("in", "out"), 0.35),
+    ],
+)
+def test_transcoders_and_crosscoders_learn_and_work_on_raw_rows(form: str, reads: tuple, writes: tuple, limit: float):
+    widths = TwoPlaces.widths
+    config = DictionaryConfig(d_sae=D_SAE, k=K, form=form)
+    d_in, d_out = sum(widths[n] for n in reads), sum(widths[n] for n in writes)
+    dictionary = build(config, d_in, d_out)
+    places = {"a": Places(reads, writes)}
+    trainer = Trainer(replace(CONFIG, num_steps=500), {"a": dictionary}, TwoPlaces(), places=places)
+    trainer.fit()
+    trainer.finish()
+    rows = TwoPlaces().rows(10_000)
+    x = rows[:, : d_in] if form != "crosscoder" else rows
+    y = rows[:, D_IN:] if form != "crosscoder" else rows
+    with torch.no_grad():
+        y_hat = dictionary(x)
+    for start, stop in [(0, y.shape[1])] if form != "crosscoder" else [(0, D_IN), (D_IN, D_IN + 10)]:
+        assert fvu(y[:, start:stop], y_hat[:, start:stop]) < limit
+
+
+def test_hook_points_that_are_not_in_the_stream_are_named():
+    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
+    with pytest.raises(ValueError, match="hook point there is not in the stream, which has here"):
+        Trainer(CONFIG, {"a": dictionary}, PlantedSource(), places={"a": Places(("there",), ("there",))})
 
 
 def test_learning_rate_warms_up_and_decays_to_almost_zero():
@@ -159,7 +259,7 @@ def test_auxiliary_loss_reaches_encoder_and_decoder_of_dead_latents_only():
 
 def test_objective_matches_dense_autograd():
     dictionary, dead, x = dead_dictionary()
-    terms, _, residual = loss_terms(dictionary, x, dead, auxk_coefficient=1 / 32)
+    terms, outcome = loss_terms(dictionary, x, x, dead, auxk_coefficient=1 / 32)
     terms.total.backward()
     got = {name: p.grad.clone() for name, p in dictionary.named_parameters() if p.grad is not None}
     dense = {name: p.detach().double().requires_grad_() for name, p in dictionary.named_parameters()}
@@ -168,7 +268,7 @@ def test_objective_matches_dense_autograd():
     acts = torch.zeros_like(pre).scatter(1, indices, values.relu())
     x_hat = acts @ dense["W_dec"] + dense["b_dec"]
     error = (x.double() - x_hat).detach()
-    torch.testing.assert_close(residual.double(), error, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((x - outcome.y_hat).detach().double(), error, rtol=1e-4, atol=1e-5)
     aux_pre = ((x.double() - dense["b_dec"]) @ dense["W_enc"].t() + dense["b_enc"])[:, dead]
     aux_hat = aux_pre.relu() @ dense["W_dec"][dead]  # k_aux = min(5, 12) = all five
     auxiliary = (error - aux_hat).square().sum() / error.square().sum()

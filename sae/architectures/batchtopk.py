@@ -1,0 +1,56 @@
+"""BatchTopK: keep the k N largest pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
+
+At inference rows must not depend on each other: every latent above a running estimate of the batch's smallest kept
+value is active, as in a JumpReLU dictionary with one threshold.
+"""
+
+import torch
+
+from saeql.kernels.autograd import SparseLatents, batch_topk_encode, threshold_encode
+
+from ..model import Outcome, SparseAutoencoder
+
+_MOMENTUM = 0.99
+
+
+class BatchTopKAutoencoder(SparseAutoencoder):
+    """`z = ReLU(BatchTopK(W_enc (x - b_dec) + b_enc))` in training, `z = pre * (pre > threshold)` at inference."""
+
+    architecture = "batchtopk"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("threshold", torch.full((), -1.0))  # below 0: no batch seen yet
+        self.threshold: torch.Tensor
+
+    def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
+        """Latents of rows x [N, d_in] above the running threshold; rows differ in how many they have."""
+        threshold = self.threshold.clamp_min(0)
+        return threshold_encode(x, self.W_enc, self.b_enc, threshold, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype)
+
+    def select(self, x: torch.Tensor, matmul_dtype: torch.dtype | None) -> SparseLatents:
+        """Latents of a training batch; moves the running threshold."""
+        latents, threshold = batch_topk_encode(
+            x, self.W_enc, self.b_enc, self.config.k, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype
+        )
+        with torch.no_grad():
+            first = self.threshold < 0
+            moved = _MOMENTUM * self.threshold + (1 - _MOMENTUM) * threshold
+            self.threshold.copy_(torch.where(first, threshold, moved))
+        return latents
+
+    def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
+        """Reconstruction only: sparsity is built in."""
+        return self.sparse_outcome(self.select(x, matmul_dtype), x, y)
+
+    def fold_extra(self, c: float, shift: torch.Tensor) -> None:
+        """The threshold is compared with latents."""
+        self.threshold.div_(c)
+
+    def extra_tensors(self) -> dict[str, torch.Tensor]:
+        """The threshold, one for every latent as the format wants it."""
+        return {"threshold": self.threshold.clamp_min(0).expand(self.d_sae).clone()}
+
+    def load_extra(self, tensors: dict[str, torch.Tensor]) -> None:
+        """One threshold for all."""
+        self.threshold.copy_(tensors["threshold"].flatten()[0])

@@ -1,0 +1,59 @@
+"""Gated: one path decides which latents are active, another how strongly (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+
+import torch
+from torch import nn
+
+from saeql.kernels.autograd import SparseLatents, threshold_encode
+
+from ..model import Outcome, SparseAutoencoder
+
+
+class GatedAutoencoder(SparseAutoencoder):
+    """`z = (W_enc x' + b_gate > 0) * ReLU(exp(r_mag) * W_enc x' + b_mag)` with x' = x - b_dec.
+
+    The gate learns through its own ReLU: it is penalised there, and must reconstruct through a frozen decoder.
+    """
+
+    architecture = "gated"
+    has_auxk = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # b_enc serves as the gate's bias: the format calls it b_gate
+        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
+
+    def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
+        """Latents whose gate is open, with the magnitude path's values."""
+        zero = torch.zeros((), device=x.device)
+        gate = threshold_encode(x, self.W_enc, self.b_enc, zero, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype)
+        indices, is_open = gate.indices, gate.values > 0
+        projected = gate.values - self.b_enc[indices]
+        values = (self.r_mag[indices].exp() * projected + self.b_mag[indices]).relu() * is_open
+        return gate.with_values(values)
+
+    def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
+        """Reconstruction, the gate's L1 penalty, and the gate's own reconstruction through a frozen decoder."""
+        gate = self.pre_acts(x)
+        magnitude = self.r_mag.exp() * (gate - self.b_enc) + self.b_mag
+        z = (gate.detach() > 0) * magnitude.relu()
+        opened = gate.relu()
+        frozen = torch.addmm(self.b_dec.detach(), opened, self.W_dec.detach())
+        if self.W_skip is not None:
+            frozen = frozen + x @ self.W_skip.detach().t()
+        penalty = self.config.sparsity_coefficient * opened.sum(1).mean() / self.d_in**0.5
+        return self.dense_outcome(z, penalty + (y - frozen).square().mean(), x, y)
+
+    def fold_extra(self, c: float, shift: torch.Tensor) -> None:
+        """The magnitude's bias is in units of latents; b_gate is folded as b_enc."""
+        self.b_mag.data.sub_(self.r_mag.data.exp() * shift).div_(c)
+
+    def extra_tensors(self) -> dict[str, torch.Tensor]:
+        """Gate and magnitude."""
+        return {"b_gate": self.b_enc.detach(), "r_mag": self.r_mag.detach(), "b_mag": self.b_mag.detach()}
+
+    def load_extra(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Gate and magnitude."""
+        self.b_enc.data.copy_(tensors["b_gate"])
+        self.r_mag.data.copy_(tensors["r_mag"])
+        self.b_mag.data.copy_(tensors["b_mag"])

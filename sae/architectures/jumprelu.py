@@ -1,0 +1,53 @@
+"""JumpReLU: a learnt threshold for every latent, by straight-through estimators (Rajamanoharan et al. 2024, arXiv 2407.14435).
+
+`target_l0` replaces the weighted l0 penalty by a squared distance to the wanted l0, as Gemma Scope 2 does.
+"""
+
+import torch
+from torch import nn
+
+from saeql.kernels.autograd import SparseLatents, threshold_encode
+from saeql.kernels.jumprelu import jumprelu, step_l0
+
+from ..model import Outcome, SparseAutoencoder
+
+
+class JumpReluAutoencoder(SparseAutoencoder):
+    """`z = pre * (pre > threshold)`, `pre = W_enc (x - b_dec) + b_enc`; the threshold is learnt as its logarithm."""
+
+    architecture = "jumprelu"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.log_threshold = nn.Parameter(torch.full((self.d_sae,), self.config.initial_threshold).log())
+
+    @property
+    def threshold(self) -> torch.Tensor:
+        """Threshold [d_sae], above zero."""
+        return self.log_threshold.exp()
+
+    def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
+        """Latents above their threshold, padded to the row with most of them."""
+        threshold = self.threshold
+        return threshold_encode(x, self.W_enc, self.b_enc, threshold, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype)
+
+    def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
+        """Reconstruction, and the l0 penalty through the threshold's estimator."""
+        config, pre = self.config, self.pre_acts(x)
+        threshold = self.threshold
+        z = jumprelu(pre, threshold, config.bandwidth)
+        l0 = step_l0(pre, threshold, config.bandwidth).mean()
+        penalty = l0 / self.d_in if config.target_l0 is None else (l0 / config.target_l0 - 1).square()
+        return self.dense_outcome(z, config.sparsity_coefficient * penalty, x, y)
+
+    def fold_extra(self, c: float, shift: torch.Tensor) -> None:
+        """Thresholds are compared with latents."""
+        self.log_threshold.data.sub_(torch.tensor(c).log())
+
+    def extra_tensors(self) -> dict[str, torch.Tensor]:
+        """The threshold of every latent."""
+        return {"threshold": self.threshold.detach()}
+
+    def load_extra(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The threshold of every latent."""
+        self.log_threshold.data.copy_(tensors["threshold"].clamp_min(1e-30).log())

@@ -1,0 +1,37 @@
+"""ReLU with a sparsity penalty (Bricken et al. 2023, "Towards Monosemanticity"; Cunningham et al. 2023, arXiv 2309.08600).
+
+The tanh penalty is that of Anthropic's 2024 updates, p_norm with p < 1 that of p-annealing (arXiv 2408.00113).
+"""
+
+import torch
+
+from saeql.kernels.autograd import SparseLatents, threshold_encode
+
+from ..model import Outcome, SparseAutoencoder
+
+
+class ReluAutoencoder(SparseAutoencoder):
+    """`z = ReLU(W_enc (x - b_dec) + b_enc)`; decoder rows have unit norm, so that z cannot hide from the penalty."""
+
+    architecture = "relu"
+    has_auxk = False
+
+    def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
+        """All latents above zero, padded to the row with most of them."""
+        zero = torch.zeros((), device=x.device)
+        return threshold_encode(x, self.W_enc, self.b_enc, zero, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype)
+
+    def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
+        """Reconstruction and penalty; every latent takes part."""
+        z = self.pre_acts(x).relu()
+        return self.dense_outcome(z, self.config.sparsity_coefficient * self.penalty(z), x, y)
+
+    def penalty(self, z: torch.Tensor) -> torch.Tensor:
+        """Mean over rows of the summed penalty of z [N, d_sae], per input coordinate."""
+        kind = self.config.sparsity_penalty
+        if kind == "tanh":
+            z = z.tanh()
+        elif kind == "p_norm":
+            # the gradient of z^p is unbounded at 0; latents that are off must not get it
+            z = torch.where(z > 0, z.clamp_min(1e-6) ** self.config.p, 0.0)
+        return z.sum(1).mean() / self.d_in**0.5
