@@ -16,6 +16,7 @@ from rich.text import Text
 from saeql.store.feature_store import Example, FeatureStore
 
 from .output import console, highlighted, print_records, print_steering, visible
+from .progress import progress
 from .steer import Edit, Steerer
 
 if TYPE_CHECKING:
@@ -134,12 +135,15 @@ def steering_example(store: FeatureStore, steerer: Steerer) -> dict[str, Any]:
             "SELECT feature, label, promotes FROM features WHERE num_documents > 0 ORDER BY max_activation DESC LIMIT 1"
         )
         candidates = store.sql(query).to_pylist()
-    baseline = steerer.generate(PROMPT, [])
     tried = []
-    for row in candidates:
-        text = steerer.generate(PROMPT, [Edit(row["feature"], "add", STRENGTH)])
-        words = {t.strip().lower() for t in row["promotes"]} - {""}
-        tried.append((sum(w in text.lower() for w in words) - sum(w in baseline.lower() for w in words), text, row))
+    with progress("report", 1 + len(candidates), "texts") as advance:
+        baseline = steerer.generate(PROMPT, [])
+        advance(1)
+        for row in candidates:
+            text = steerer.generate(PROMPT, [Edit(row["feature"], "add", STRENGTH)])
+            words = {t.strip().lower() for t in row["promotes"]} - {""}
+            tried.append((sum(w in text.lower() for w in words) - sum(w in baseline.lower() for w in words), text, row))
+            advance(1)
     _, steered, row = max(tried, key=lambda item: item[0])
     return {
         "feature": row["feature"],
