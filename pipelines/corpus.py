@@ -36,7 +36,7 @@ class CorpusConfig:
     """Share of documents that choices are made on; what is left is for testing."""
     max_document_tokens: int = 6000
     """Tokens taken of one document, so that long ones do not crowd out the rest."""
-    max_tokens: int = 360_000
+    max_tokens: int = 370_000
     """Tokens harvested over all splits, shared out like the documents; 0 takes everything."""
 
     def __post_init__(self) -> None:

@@ -3,16 +3,25 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-#: Called with the number of units done since the last call.
-Advance = Callable[[int], None]
+
+@dataclass(frozen=True)
+class Advance:
+    """Moves a bar: `advance(n)` by n units, `advance.to(done, total)` to a place, with the total as now known."""
+
+    by: Callable[[int], None]
+    to: Callable[[int, int], None]
+
+    def __call__(self, n: int) -> None:
+        self.by(n)
 
 
 @contextmanager
 def progress(label: str, total: int | None, unit: str) -> Iterator[Advance]:
-    """A bar for `total` units (None where unknown) for the length of the block; yields the function to advance it."""
+    """A bar for `total` units (None where unknown) for the length of the block; a block that ends well fills it."""
     if not sys.stderr.isatty():
-        yield lambda n: None
+        yield Advance(lambda n: None, lambda done, total: None)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -26,4 +35,6 @@ def progress(label: str, total: int | None, unit: str) -> Iterator[Advance]:
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda n: bar.advance(task, n)
+        yield Advance(lambda n: bar.advance(task, n), lambda done, total: bar.update(task, completed=done, total=total))
+        done = int(bar.tasks[0].completed)
+        bar.update(task, completed=done, total=done)

@@ -272,17 +272,9 @@ class Run:
 
     def label(self) -> None:
         """evidence -> labels with their held-out scores."""
-        with progress("label", None, "features") as advance:
-            done = 0
-
-            def on_progress(now: int, _total: int) -> None:
-                nonlocal done
-                advance(now - done)
-                done = now
-
-            labels = label_dictionary(
-                self.evidence, dictionary=self.config.dictionary_name, config=self.config.label, on_progress=on_progress
-            )
+        name = self.config.dictionary_name
+        with progress("label", None, "candidates") as advance:
+            labels = label_dictionary(self.evidence, dictionary=name, config=self.config.label, on_progress=advance.to)
         self.evidence.write("labels", labels)
 
     def evaluate(self) -> None:
@@ -302,7 +294,10 @@ class Run:
 
     def build_store(self) -> None:
         """evidence -> features.duckdb, in one build that is published by rename."""
-        FeatureStore.build(self.path / "features.duckdb", self.evidence)
+        with progress("store", None, "steps") as advance:
+            FeatureStore.build(
+                self.path / "features.duckdb", self.evidence, on_step=lambda _name, done, total: advance.to(done, total)
+            )
 
     def report(self) -> None:
         """store -> showcase.json and report.html."""

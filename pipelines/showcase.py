@@ -16,6 +16,7 @@ from rich.text import Text
 from saeql.store.feature_store import Example, FeatureStore
 
 from .output import console, highlighted, print_records, print_steering, visible
+from .progress import progress
 from .steer import Edit, Steerer
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ NUM_STEERING_CANDIDATES = 8
 
 SQL_EXAMPLE = """SELECT feature, label, round(auroc, 3) AS auroc, n_active, density, promotes[1:4] AS promotes
 FROM features
-WHERE kind = 'structural' AND auroc_low > 0.8
+WHERE kind = 'structural' AND auroc_low > 0.8 AND n_active >= 30
 ORDER BY f1 DESC
 LIMIT 5"""
 
@@ -108,7 +109,8 @@ def chosen_features(store: FeatureStore, num: int = NUM_FEATURES) -> list[dict[s
         SELECT * EXCLUDE (place) FROM (
             SELECT *, row_number() OVER (PARTITION BY kind, split_part(label, ' ', 1)
                                          ORDER BY f1 DESC, feature) AS place
-            FROM features WHERE kind != 'none' AND n_active >= 30)
+            FROM (FROM features WHERE kind != 'none' AND n_active >= 30
+                  QUALIFY row_number() OVER (PARTITION BY label ORDER BY f1 DESC, feature) = 1))
         ORDER BY place, f1 DESC LIMIT $num
     """
     return store.sql(query, {"num": num}).to_pylist()
@@ -123,8 +125,8 @@ def steering_example(store: FeatureStore, steerer: Steerer) -> dict[str, Any]:
     query = """
         SELECT f.feature, f.label, f.promotes, max(e.effect) AS effect FROM features f
         JOIN logit_effects e ON e.dictionary = f.dictionary AND e.feature = f.feature AND e.direction = 'promoted'
-        WHERE f.kind = 'lexical' AND f.auroc_low > 0.7
-          AND len([t FOR t IN f.promotes IF len(trim(t)) > 3 AND contains(lower(f.label), lower(trim(t)))]) > 0
+        WHERE f.kind = 'lexical' AND f.auroc_low > 0.6 AND f.density < 0.01
+          AND len([t FOR t IN f.promotes IF len(trim(t)) > 4 AND contains(lower(f.label), lower(trim(t)))]) > 0
         GROUP BY ALL ORDER BY effect DESC, f.feature LIMIT $num
     """
     candidates = store.sql(query, {"num": NUM_STEERING_CANDIDATES}).to_pylist()
@@ -133,12 +135,15 @@ def steering_example(store: FeatureStore, steerer: Steerer) -> dict[str, Any]:
             "SELECT feature, label, promotes FROM features WHERE num_documents > 0 ORDER BY max_activation DESC LIMIT 1"
         )
         candidates = store.sql(query).to_pylist()
-    baseline = steerer.generate(PROMPT, [])
     tried = []
-    for row in candidates:
-        text = steerer.generate(PROMPT, [Edit(row["feature"], "add", STRENGTH)])
-        words = {t.strip().lower() for t in row["promotes"]} - {""}
-        tried.append((sum(w in text.lower() for w in words) - sum(w in baseline.lower() for w in words), text, row))
+    with progress("report", 1 + len(candidates), "texts") as advance:
+        baseline = steerer.generate(PROMPT, [])
+        advance(1)
+        for row in candidates:
+            text = steerer.generate(PROMPT, [Edit(row["feature"], "add", STRENGTH)])
+            words = {t.strip().lower() for t in row["promotes"]} - {""}
+            tried.append((sum(w in text.lower() for w in words) - sum(w in baseline.lower() for w in words), text, row))
+            advance(1)
     _, steered, row = max(tried, key=lambda item: item[0])
     return {
         "feature": row["feature"],
