@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saeql.sae.files import load_dictionary, save_dictionary
     from saeql.sae.hooks import capture, edit
     from saeql.sae.model import SparseAutoencoder
     from saeql.store.feature_store import FeatureStore
@@ -30,6 +31,8 @@ _HOMES = {
     "capture": "saeql.sae.hooks",
     "edit": "saeql.sae.hooks",
     "load_config": ".config",
+    "load_dictionary": "saeql.sae.files",
+    "save_dictionary": "saeql.sae.files",
     "load_model": ".models",
 }
 
@@ -47,7 +50,9 @@ __all__ = [
     "capture",
     "edit",
     "load_config",
+    "load_dictionary",
     "load_model",
+    "save_dictionary",
 ]
 
 

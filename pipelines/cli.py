@@ -101,13 +101,26 @@ def train(
     run: RunPath,
     *,
     resume: Annotated[bool, Parameter(help="Go on from the last checkpoint instead of starting anew.")] = False,
+    sweep: Annotated[
+        bool, Parameter(help="Train every dictionary of [sweep] on one stream and compare them.", negative="")
+    ] = False,
     report_to: Annotated[str, Parameter(help="none, wandb, trackio or tensorboard.")] = "none",
 ) -> None:
-    """Train the dictionary on stored activations.
+    """Train the dictionary on stored activations, or with --sweep many of them on one stream.
 
     Example: saeql train runs/demo --resume
-    """
-    _stage("train", run, resume=resume, report_to=report_to)
+    """  # fmt: skip
+    if not sweep:
+        return _stage("train", run, resume=resume, report_to=report_to)
+    from .output import print_records
+    from .run import Run
+    from .sweep import run_sweep
+
+    opened = Run.open(run)
+    rows = run_sweep(opened, resume=resume, report_to=report_to)
+    columns = ["dictionary", "l0", "fvu", "dead_share", "ce_increase", "ce_recovered"]
+    print_records(columns, [[row.get(c) for c in columns] for row in rows], "table")
+    print(f"report: {opened.path / 'sweep' / 'sweep.html'}")
 
 
 @app.command

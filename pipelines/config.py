@@ -20,6 +20,7 @@ from .harvest import HarvestConfig
 from .index import IndexConfig
 from .label import LabelConfig
 from .models import ModelConfig
+from .sweep import SweepConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,7 @@ class RunConfig:
     index: IndexConfig = field(default_factory=IndexConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-    @property
-    def dictionary_name(self) -> str:
-        """Name of the dictionary's folder and of its rows in the store."""
-        d = self.dictionary
-        return f"{d.architecture}_{d.d_sae}_k{d.k}"
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> RunConfig:

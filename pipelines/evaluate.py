@@ -7,21 +7,23 @@ first positions and massive-norm rows pass unchanged in all three, as they do in
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from saeql.sae.hooks import edit
+from saeql.sae.hooks import capture, edit
 from saeql.sae.metrics import VarianceUnexplained, bootstrap_ratio, ce_recovered, dead_share
 from saeql.sae.model import SparseAutoencoder
-from saeql.store.evidence import Evidence
+from saeql.sae.trainer import Places, columns_of
+from saeql.store.records import METRICS
 from saeql.store.shards import ShardReader
 
-from .harvest import HarvestInfo
+from .harvest import HarvestInfo, open_source, shard_folder
 from .models import LanguageModel
 from .progress import progress
-from .sources import ShardSource, window_column
+from .sources import window_column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,162 +38,192 @@ class EvaluateConfig:
     """Draws of documents behind every interval."""
 
 
-#: Replacement of kept rows [n, d] at the hook point; None leaves the model as it is.
-Replacement = Callable[[torch.Tensor], torch.Tensor] | None
+#: New rows [n, d] for kept rows [n, d] at the written hook point; None leaves the model as it is.
+Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
 
 
-def evaluate_dictionary(
-    dictionary: SparseAutoencoder,
-    name: str,
-    language_model: LanguageModel,
-    activations: Path,
-    info: HarvestInfo,
-    evidence: Evidence,
-    config: EvaluateConfig,
-    *,
-    seed: int = 0,
-) -> pa.Table:
-    """Measure the dictionary on the test split; writes and returns the evidence table metrics."""
-    dictionary = dictionary.to(language_model.device)
-    rows = _reconstruction_metrics(dictionary, activations / "test", info, config, seed)
-    mean = training_mean(activations / "train", info).to(language_model.device)
-    rows += _ce_metrics(dictionary, language_model, activations / "test", info, mean, config, seed)
-    table = pa.Table.from_pylist([{"dictionary": name, "split": "test", **row} for row in rows])
-    evidence.write("metrics", table)
-    return evidence.read("metrics")
+class Evaluator:
+    """Measures dictionaries on test documents; what does not depend on the dictionary is measured once."""
 
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        activations: Path,
+        info: HarvestInfo,
+        config: EvaluateConfig,
+        *,
+        seed: int = 0,
+    ):
+        self.lm, self.activations, self.info = language_model, activations, info
+        self.config, self.seed = config, seed
+        self._baselines: dict[str, dict[str, CrossEntropy]] = {}
 
-def training_mean(folder: Path, info: HarvestInfo) -> torch.Tensor:
-    """Mean [d_in] of the kept training rows."""
-    total, count = torch.zeros(info.d_in, dtype=torch.float64), 0
-    for batch in ShardSource(folder, batch_tokens=8192, norm_limit=info.norm_limit).batches():
-        total += batch.acts.float().sum(0).double()
-        count += len(batch.acts)
-    return (total / count).float()
+    def metrics(self, dictionary: SparseAutoencoder, places: Places) -> list[dict[str, Any]]:
+        """Rows metric, value, n, low, high. Cross-entropy is left out for crosscoders, which write several places."""
+        dictionary = dictionary.to(self.lm.device)
+        rows = self._reconstruction(dictionary, places)
+        if len(places.writes) == 1:
+            rows += self._cross_entropy(dictionary, places.reads[0], places.writes[0])
+        return rows
 
+    @torch.no_grad()
+    def _reconstruction(self, dictionary: SparseAutoencoder, places: Places) -> list[dict]:
+        """fvu of what is written, with and without the rows that are left out; l0; dead share."""
+        device, info = self.lm.device, self.info
+        names = tuple(dict.fromkeys((*places.reads, *places.writes)))
+        source = open_source(self.activations, "test", info, names, 4096, device, first_positions=True)
+        source.norm_limits = dict.fromkeys(names, float("inf"))
+        reads, writes = columns_of(source.widths, places.reads), columns_of(source.widths, places.writes)
+        meters = _Meters(dictionary)
+        for batch in source.batches():
+            acts = batch.acts.float()
+            keep = (batch.positions > 0).to(device) & self._within(acts, source.widths)
+            meters.update(acts[:, reads], acts[:, writes], keep, batch.document_ids.to(device))
+        return meters.rows(self.config.num_bootstrap, self.seed)
 
-def _row(metric: str, value: float, n: int, interval: tuple[float, float] | None = None) -> dict:
-    low, high = interval if interval else (None, None)
-    return {"metric": metric, "value": value, "n": n, "low": low, "high": high}
+    def _within(self, acts: torch.Tensor, widths: dict[str, int]) -> torch.Tensor:
+        """Rows [N] that are massive at none of the hook points."""
+        parts = acts.split(list(widths.values()), dim=1)
+        inside = [p.norm(dim=1) <= self.info.norm_limit(name) for p, name in zip(parts, widths, strict=True)]
+        return torch.stack(inside).all(0)
 
+    def _cross_entropy(self, dictionary: SparseAutoencoder, read: str, write: str) -> list[dict]:
+        spliced = self._measure(read, write, {"spliced": lambda x, _: dictionary(x.float())})["spliced"]
+        if write not in self._baselines:
+            mean = training_mean(self.activations, self.info, write).to(self.lm.device)
+            replacements: dict[str, Replacement] = {
+                "model": None,
+                "mean": lambda _, y: mean.expand_as(y),
+                "zero": lambda _, y: torch.zeros_like(y),
+            }
+            self._baselines[write] = self._measure(write, write, replacements)
+        ce = {**self._baselines[write], "spliced": spliced}
+        base, n, draws = ce["model"], int(ce["model"].count.sum()), self.config.num_bootstrap
+        rows = [_row(f"ce_{name}", ce[name].mean, n) for name in ("model", "spliced", "mean", "zero")]
+        increase = bootstrap_ratio(spliced.total - base.total, base.count, num_draws=draws, seed=self.seed)
+        rows.append(_row("ce_increase", spliced.mean - base.mean, n, increase))
+        for name, metric in (("mean", "ce_recovered"), ("zero", "ce_recovered_zero")):
+            kept, lost = ce[name].total - spliced.total, ce[name].total - base.total
+            interval = bootstrap_ratio(kept, lost, num_draws=draws, seed=self.seed)
+            rows.append(_row(metric, ce_recovered(base.mean, spliced.mean, ce[name].mean), n, interval))
+        return rows
 
-@torch.no_grad()
-def _reconstruction_metrics(
-    dictionary: SparseAutoencoder, folder: Path, info: HarvestInfo, config: EvaluateConfig, seed: int
-) -> list[dict]:
-    """fvu with and without the rows that are left out, l0, dead share."""
-    device = dictionary.W_enc.device
-    kept, everything = VarianceUnexplained(info.d_in), VarianceUnexplained(info.d_in)
-    fired = torch.zeros(dictionary.d_sae, dtype=torch.int64)
-    num_active = 0
-    by_document: dict[int, list[VarianceUnexplained]] = {}
-    source = ShardSource(folder, batch_tokens=4096, norm_limit=float("inf"), first_positions=True, device=device)
-    for batch in source.batches():
-        x = batch.acts.float()
-        latents = dictionary.encode(x)
-        x_hat = dictionary.decode(latents)
-        everything.update(x, x_hat)
-        keep = (batch.positions > 0).to(device) & (x.norm(dim=1) <= info.norm_limit)
-        kept.update(x[keep], x_hat[keep])
-        values = latents.values[keep]
-        num_active += int((values > 0).sum())
-        fired += torch.bincount(latents.indices[keep][values > 0].long().cpu(), minlength=dictionary.d_sae)
-        owners = batch.document_ids[keep.cpu()]
-        for document in owners.unique().tolist():
-            chosen = (owners == document).to(device)
-            meter = VarianceUnexplained(info.d_in)
-            meter.update(x[keep][chosen], x_hat[keep][chosen])
-            by_document.setdefault(document, []).append(meter)
-    # variance about the common mean, so that the interval belongs to the same ratio as the value
-    residual = np.array([sum(m.residual for m in meters) for meters in by_document.values()])
-    share = np.array([sum(m.count for m in meters) for meters in by_document.values()]) / max(kept.count, 1)
-    interval = bootstrap_ratio(residual, share * kept.total, num_draws=config.num_bootstrap, seed=seed)
-    return [
-        _row("fvu", kept.value(), kept.count, interval),
-        _row("fvu_all_rows", everything.value(), everything.count),
-        _row("l0", num_active / max(kept.count, 1), kept.count),
-        _row("dead_share", dead_share(fired), dictionary.d_sae),
-    ]
+    def _measure(self, read: str, write: str, replacements: dict[str, Replacement]) -> dict[str, "CrossEntropy"]:
+        reader = ShardReader(shard_folder(self.activations, write, "test"))
+        every = window_column(reader, "token_ids")  # [W, T]
+        num = min(self.config.ce_windows or len(every), len(every))
+        chosen = np.unique(np.linspace(0, len(every) - 1, num).round().astype(int))
+        windows, owners = every[chosen], window_column(reader, "document_ids")[chosen]
+        found = {}
+        with progress("evaluate", len(replacements) * windows.size, "tok") as advance:
+            for name, replacement in replacements.items():
+                found[name] = self._one_pass(windows, owners, read, write, replacement, advance)
+        return found
+
+    @torch.no_grad()
+    def _one_pass(
+        self,
+        windows: np.ndarray,
+        owners: np.ndarray,
+        read: str,
+        write: str,
+        replacement: Replacement,
+        advance: Callable[[int], None],
+    ) -> "CrossEntropy":
+        """Next-token cross-entropy (nats) of windows [W, T], summed by document, with kept rows replaced."""
+        losses = np.empty((len(windows), windows.shape[1] - 1))
+        with capture(self.lm.model, [read]) as reader:
+
+            def splice(acts: torch.Tensor) -> torch.Tensor:
+                if replacement is None:
+                    return acts
+                x = acts if read == write else reader.acts[read]
+                keep = acts.float().norm(dim=-1) <= self.info.norm_limit(write)
+                keep &= x.float().norm(dim=-1) <= self.info.norm_limit(read)
+                keep[:, 0] = False
+                new = acts.clone()
+                new[keep] = replacement(x[keep], acts[keep]).to(acts.dtype)
+                return new
+
+            with edit(self.lm.model, write, splice):
+                for start in range(0, len(windows), self.config.batch_windows):
+                    ids = torch.from_numpy(windows[start : start + self.config.batch_windows]).long().to(self.lm.device)
+                    logits = self.lm.model(input_ids=ids, use_cache=False).logits[:, :-1]
+                    for row in range(len(ids)):  # one window's float32 logits at a time
+                        loss = torch.nn.functional.cross_entropy(logits[row].float(), ids[row, 1:], reduction="none")
+                        losses[start + row] = loss.cpu().numpy()
+                    advance(ids.numel())
+        documents, inverse = np.unique(owners[:, 1:], return_inverse=True)
+        total = np.bincount(inverse.ravel(), losses.ravel(), len(documents))
+        return CrossEntropy(total, np.bincount(inverse.ravel(), minlength=len(documents)))
 
 
 @dataclass(frozen=True)
-class _CrossEntropy:
-    """Summed cross-entropy and number of predicted tokens by document [D]."""
+class CrossEntropy:
+    """Summed cross-entropy (nats) and number of predicted tokens by document [D]."""
 
     total: np.ndarray
     count: np.ndarray
 
     @property
     def mean(self) -> float:
+        """Nats per token."""
         return float(self.total.sum() / self.count.sum())
 
 
-def _ce_metrics(
-    dictionary: SparseAutoencoder,
-    lm: LanguageModel,
-    folder: Path,
-    info: HarvestInfo,
-    mean: torch.Tensor,
-    config: EvaluateConfig,
-    seed: int,
-) -> list[dict]:
-    reader = ShardReader(folder)
-    every = window_column(reader, "token_ids")  # [W, T]
-    num = min(config.ce_windows or len(every), len(every))
-    chosen = np.unique(np.linspace(0, len(every) - 1, num).round().astype(int))
-    windows, owners = every[chosen], window_column(reader, "document_ids")[chosen]
-    replacements: dict[str, Replacement] = {
-        "model": None,
-        "spliced": lambda rows: dictionary(rows.float()).to(rows.dtype),
-        "mean": lambda rows: mean.to(rows.dtype).expand_as(rows),
-        "zero": lambda rows: torch.zeros_like(rows),
-    }
-    ce: dict[str, _CrossEntropy] = {}
-    with progress("evaluate", len(replacements) * windows.size, "tok") as advance:
-        for name, replacement in replacements.items():
-            ce[name] = _cross_entropy(lm, windows, owners, replacement, info, config.batch_windows, advance)
-    n = int(ce["model"].count.sum())
-    base, spliced = ce["model"], ce["spliced"]
-    rows = [_row(f"ce_{name}", value.mean, n) for name, value in ce.items()]
-    increase = bootstrap_ratio(spliced.total - base.total, base.count, num_draws=config.num_bootstrap, seed=seed)
-    rows.append(_row("ce_increase", spliced.mean - base.mean, n, increase))
-    for name, metric in (("mean", "ce_recovered"), ("zero", "ce_recovered_zero")):
-        kept, lost = ce[name].total - spliced.total, ce[name].total - base.total
-        interval = bootstrap_ratio(kept, lost, num_draws=config.num_bootstrap, seed=seed)
-        rows.append(_row(metric, ce_recovered(base.mean, spliced.mean, ce[name].mean), n, interval))
-    return rows
+class _Meters:
+    """Streaming sums behind the reconstruction metrics."""
+
+    def __init__(self, dictionary: SparseAutoencoder):
+        self.dictionary, d_out = dictionary, dictionary.d_out
+        self.kept, self.everything = VarianceUnexplained(d_out), VarianceUnexplained(d_out)
+        self.fired = torch.zeros(dictionary.d_sae, dtype=torch.int64)
+        self.num_active = 0
+        self.errors: dict[int, tuple[float, int]] = {}  # squared error and rows by document
+
+    def update(self, x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor, documents: torch.Tensor) -> None:
+        """Rows x [N, d_in] with what is to be written, y [N, d_out]; `keep` [N] marks those that count."""
+        latents = self.dictionary.encode(x)
+        y_hat = self.dictionary.decode(latents, x)
+        self.everything.update(y, y_hat)
+        self.kept.update(y[keep], y_hat[keep])
+        values = latents.values[keep]
+        self.num_active += int((values > 0).sum())
+        fired = latents.indices[keep][values > 0].long().cpu()
+        self.fired += torch.bincount(fired, minlength=self.dictionary.d_sae)
+        error = (y[keep] - y_hat[keep]).double().square().sum(1)
+        for document in documents[keep].unique().tolist():
+            mine = documents[keep] == document
+            total, count = self.errors.get(document, (0.0, 0))
+            self.errors[document] = (total + float(error[mine].sum()), count + int(mine.sum()))
+
+    def rows(self, num_bootstrap: int, seed: int) -> list[dict]:
+        """The metrics. Documents are drawn with the variance about the common mean shared out by their rows."""
+        count = max(self.kept.count, 1)
+        error, rows = (np.array(column) for column in zip(*self.errors.values(), strict=True))
+        interval = bootstrap_ratio(error, rows / count * self.kept.total, num_draws=num_bootstrap, seed=seed)
+        return [
+            _row("fvu", self.kept.value(), self.kept.count, interval),
+            _row("fvu_all_rows", self.everything.value(), self.everything.count),
+            _row("l0", self.num_active / count, self.kept.count),
+            _row("dead_share", dead_share(self.fired), self.dictionary.d_sae),
+        ]
 
 
-@torch.no_grad()
-def _cross_entropy(
-    lm: LanguageModel,
-    windows: np.ndarray,
-    owners: np.ndarray,
-    replacement: Replacement,
-    info: HarvestInfo,
-    batch_windows: int,
-    advance: Callable[[int], None],
-) -> _CrossEntropy:
-    """Next-token cross-entropy (nats) of windows [W, T], summed by document, with kept rows replaced."""
+def training_mean(activations: Path, info: HarvestInfo, hook_point: str) -> torch.Tensor:
+    """Mean [d] of the kept training rows at a hook point."""
+    total, count = torch.zeros(info.widths[hook_point], dtype=torch.float64), 0
+    for batch in open_source(activations, "train", info, (hook_point,), 8192).batches():
+        total += batch.acts.float().sum(0).double()
+        count += len(batch.acts)
+    return (total / count).float()
 
-    def splice(acts: torch.Tensor) -> torch.Tensor:
-        if replacement is None:
-            return acts
-        keep = acts.float().norm(dim=-1) <= info.norm_limit
-        keep[:, 0] = False
-        new = acts.clone()
-        new[keep] = replacement(acts[keep])
-        return new
 
-    losses = np.empty((len(windows), windows.shape[1] - 1))
-    with edit(lm.model, info.identity.hook_point, splice):
-        for start in range(0, len(windows), batch_windows):
-            ids = torch.from_numpy(windows[start : start + batch_windows]).long().to(lm.device)
-            logits = lm.model(input_ids=ids, use_cache=False).logits[:, :-1]
-            for row in range(len(ids)):  # one window's float32 logits at a time
-                loss = torch.nn.functional.cross_entropy(logits[row].float(), ids[row, 1:], reduction="none")
-                losses[start + row] = loss.cpu().numpy()
-            advance(ids.numel())
-    documents, inverse = np.unique(owners[:, 1:], return_inverse=True)
-    total = np.bincount(inverse.ravel(), losses.ravel(), len(documents))
-    return _CrossEntropy(total, np.bincount(inverse.ravel(), minlength=len(documents)))
+def _row(metric: str, value: float, n: int, interval: tuple[float, float] | None = None) -> dict[str, Any]:
+    low, high = interval if interval else (None, None)
+    return {"metric": metric, "value": value, "n": n, "low": low, "high": high}
+
+
+def metrics_table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows of one dictionary as the evidence table metrics."""
+    return pa.Table.from_pylist([{"dictionary": name, "split": "test", **row} for row in rows], schema=METRICS)

@@ -1,18 +1,19 @@
-"""Harvest: documents -> windows -> activations at one hook point -> shards, one folder a split.
+"""Harvest: documents -> windows -> activations at all hook points in one pass -> shards, by hook point and split.
 
 Windows of `context_tokens` ids are packed from the documents of one split: BOS, then text, with a separator after
-every document. The forward pass stops at the hook point. All rows are stored with their norm; which of them count is
-decided when they are read: not the first position of a window, and no row whose norm exceeds `massive_norm_multiple`
+every document. The forward pass stops at the deepest hook point. All rows are stored with their norm; which of them
+count is decided when they are read: not the first position of a window, and no row whose norm exceeds `massive_norm_multiple`
 times the median. That median is measured once, on the first training rows, and frozen in `harvest.json`.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from saeql.store.shards import ShardReader, ShardWriter
 from .corpus import CorpusConfig, CorpusError, Document, documents
 from .models import LanguageModel, ModelIdentity
 from .progress import progress
-from .sources import window_column
+from .sources import ShardSource, window_column
 
 HARVEST_FILE = "harvest.json"
 _MEDIAN_ROWS = 8192
@@ -60,18 +61,17 @@ class HarvestConfig:
 class HarvestInfo:
     """What later stages need to know of a harvest; `harvest.json`."""
 
-    identity: ModelIdentity
-    d_in: int
+    identity: ModelIdentity  # hook_point is the first one
+    widths: dict[str, int]  # by hook point, in the order of the configuration
     dtype: str
     context_tokens: int
-    median_norm: float
+    median_norms: dict[str, float]  # by hook point
     massive_norm_multiple: float
     num_dropped_tail_tokens: int  # of the last, incomplete window of every split
 
-    @property
-    def norm_limit(self) -> float:
-        """Norm above which a row counts as massive."""
-        return self.median_norm * self.massive_norm_multiple
+    def norm_limit(self, hook_point: str) -> float:
+        """Norm above which a row counts as massive at a hook point."""
+        return self.median_norms[hook_point] * self.massive_norm_multiple
 
     @classmethod
     def load(cls, folder: Path) -> "HarvestInfo":
@@ -84,6 +84,21 @@ class HarvestInfo:
         temporary = folder / f"{HARVEST_FILE}.tmp.{os.getpid()}"
         temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         temporary.replace(folder / HARVEST_FILE)
+
+
+def open_source(
+    activations: Path,
+    split: str,
+    info: HarvestInfo,
+    hook_points: Sequence[str],
+    batch_tokens: int,
+    device: torch.device | None = None,
+    **options: Any,
+) -> ShardSource:
+    """The kept rows of a split at some of the harvested hook points; `options` are those of ShardSource."""
+    folders = {name: shard_folder(activations, name, split) for name in hook_points}
+    limits = {name: info.norm_limit(name) for name in hook_points}
+    return ShardSource(folders, batch_tokens=batch_tokens, norm_limits=limits, device=device, **options)
 
 
 class WindowPacker:
@@ -117,35 +132,45 @@ class _Window:
     document_ids: np.ndarray  # [T]
 
 
+def shard_folder(activations: Path, hook_point: str, split: str) -> Path:
+    """Where the shards of a hook point and split are."""
+    return activations / hook_point / split
+
+
 def harvest(
     language_model: LanguageModel,
+    hook_points: Sequence[str],
     corpus: CorpusConfig,
     config: HarvestConfig,
     folder: Path,
     evidence: Evidence,
 ) -> HarvestInfo:
-    """Fill `folder/<split>/` with shards and the evidence tables documents, windows, vocabulary and split_rows.
+    """Fill `folder/<hook point>/<split>/` with shards and the evidence tables documents, windows, vocabulary and split_rows.
 
     Raises CorpusError where the text is missing or too short for one window of every split, OSError where the disk
     has no room.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    d_in = probe_width(language_model)
-    _require_room(folder, corpus, d_in)
+    widths = probe_widths(language_model, hook_points)
+    _require_room(folder, corpus, sum(widths.values()))
     reading = _Reading(language_model, corpus, config)
     with ExitStack() as stack:
-        writers = {s: stack.enter_context(_writer(folder / s, s, language_model, config, d_in)) for s in SPLITS}
+        writers = {
+            (name, split): stack.enter_context(_writer(folder, name, split, language_model, config, width))
+            for name, width in widths.items()
+            for split in SPLITS
+        }
         advance = stack.enter_context(progress("harvest", corpus.max_tokens or None, "tok"))
         for batch in reading.batches():
-            _run_batch(language_model, batch, reading, writers)
+            _run_batch(language_model, list(widths), batch, reading, writers)
             advance(len(batch) * config.context_tokens)
     reading.require_every_split()
     info = HarvestInfo(
         identity=language_model.identity,
-        d_in=d_in,
+        widths=widths,
         dtype=str(language_model.model.dtype).removeprefix("torch."),
         context_tokens=config.context_tokens,
-        median_norm=_median_norm(ShardReader(folder / "train")),
+        median_norms={name: _median_norm(ShardReader(shard_folder(folder, name, "train"))) for name in widths},
         massive_norm_multiple=config.massive_norm_multiple,
         num_dropped_tail_tokens=sum(p.num_pending_tokens for p in reading.packers.values()),
     )
@@ -154,12 +179,12 @@ def harvest(
     return info
 
 
-def probe_width(language_model: LanguageModel) -> int:
-    """Width of the activations at the hook point, read from one short forward pass."""
-    name = language_model.identity.hook_point
+def probe_widths(language_model: LanguageModel, hook_points: Sequence[str]) -> dict[str, int]:
+    """Width of the activations at every hook point, read from one short forward pass."""
     ids = torch.full((1, 2), language_model.bos_id, device=language_model.device)
-    with torch.no_grad(), capture(language_model.model, [name]) as reader:
-        return reader.run(ids)[name].shape[-1]
+    with torch.no_grad(), capture(language_model.model, list(hook_points)) as reader:
+        acts = reader.run(ids)
+    return {name: acts[name].shape[-1] for name in hook_points}
 
 
 def _require_room(folder: Path, corpus: CorpusConfig, d_in: int) -> None:
@@ -173,13 +198,14 @@ def _require_room(folder: Path, corpus: CorpusConfig, d_in: int) -> None:
         )  # fmt: skip
 
 
-def _writer(folder: Path, split: str, lm: LanguageModel, config: HarvestConfig, d_in: int) -> ShardWriter:
-    attributes = {**asdict(lm.identity), "split": split}
+def _writer(
+    folder: Path, hook_point: str, split: str, lm: LanguageModel, config: HarvestConfig, width: int
+) -> ShardWriter:
     return ShardWriter(
-        folder,
-        d_in=d_in,
+        shard_folder(folder, hook_point, split),
+        d_in=width,
         context_tokens=config.context_tokens,
-        attributes=attributes,
+        attributes={**asdict(lm.identity.at([hook_point])), "split": split},
         windows_per_shard=config.windows_per_shard,
         dtype=_stored_dtype(lm),
     )
@@ -191,20 +217,26 @@ def _stored_dtype(lm: LanguageModel) -> str:
 
 
 @torch.no_grad()
-def _run_batch(lm: LanguageModel, batch: list[_Window], reading: "_Reading", writers: dict[str, ShardWriter]) -> None:
-    name = lm.identity.hook_point
+def _run_batch(
+    lm: LanguageModel,
+    hook_points: list[str],
+    batch: list[_Window],
+    reading: "_Reading",
+    writers: dict[tuple[str, str], ShardWriter],
+) -> None:
     token_ids = np.stack([w.token_ids for w in batch])
-    with capture(lm.model, [name]) as reader:
-        acts = reader.run(torch.from_numpy(token_ids).long().to(lm.device))[name]
-    norms = acts.float().norm(dim=-1).cpu().numpy()
-    values = (acts.view(torch.uint16) if _stored_dtype(lm) == "bfloat16" else acts.float()).cpu().numpy()
+    with capture(lm.model, hook_points) as reader:
+        captured = reader.run(torch.from_numpy(token_ids).long().to(lm.device))
     first = len(reading.windows)
     window_ids = np.arange(first, first + len(batch), dtype=np.int32)
-    for split, writer in writers.items():
-        chosen = [i for i, w in enumerate(batch) if w.split == split]
-        if chosen:
-            documents_of = np.stack([batch[i].document_ids for i in chosen])
-            writer.append(values[chosen], token_ids[chosen], documents_of, window_ids[chosen], norms[chosen])
+    chosen = {split: [i for i, w in enumerate(batch) if w.split == split] for split in SPLITS}
+    owners = np.stack([w.document_ids for w in batch])
+    for name, acts in captured.items():
+        norms = acts.float().norm(dim=-1).cpu().numpy()
+        values = (acts.view(torch.uint16) if _stored_dtype(lm) == "bfloat16" else acts.float()).cpu().numpy()
+        for split, rows in chosen.items():
+            if rows:
+                writers[name, split].append(values[rows], token_ids[rows], owners[rows], window_ids[rows], norms[rows])
     reading.windows += batch
 
 
@@ -286,15 +318,20 @@ class _Reading:
         evidence.write("split_rows", pa.Table.from_pylist([self._split_rows(s, folder, info) for s in SPLITS]))
 
     def _split_rows(self, split: str, folder: Path, info: HarvestInfo) -> dict:
-        norms = window_column(ShardReader(folder / split), "norms")  # [W, T]
-        num_massive = int((norms[:, 1:] > info.norm_limit).sum())
+        massive = None
+        for name in info.widths:
+            norms = window_column(ShardReader(shard_folder(folder, name, split)), "norms")  # [W, T]
+            above = norms > info.norm_limit(name)
+            massive = above if massive is None else massive | above
+        assert massive is not None
+        num_massive = int(massive[:, 1:].sum())
         return {
             "split": split,
             "num_documents": sum(d.split == split for d, _ in self.read),
-            "num_windows": len(norms),
-            "num_rows": norms.size,
-            "num_kept_rows": norms.size - len(norms) - num_massive,
-            "num_first_position_rows": len(norms),
+            "num_windows": len(massive),
+            "num_rows": massive.size,
+            "num_kept_rows": massive.size - len(massive) - num_massive,
+            "num_first_position_rows": len(massive),
             "num_massive_rows": num_massive,
         }
 

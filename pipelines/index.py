@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from saeql.sae.files import saelens_config
 from saeql.sae.model import SparseAutoencoder
 from saeql.store.evidence import Evidence
 from saeql.store.records import SPLITS
 
-from .harvest import HarvestInfo
+from .harvest import HarvestInfo, open_source
 from .models import LanguageModel
 from .progress import progress
-from .sources import ShardSource
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")
 
@@ -55,17 +55,14 @@ def index_dictionary(
     info: HarvestInfo,
     evidence: Evidence,
     config: IndexConfig,
+    *,
+    reads: tuple[str, ...],
 ) -> IndexResult:
     """Write the evidence tables activations, logit_effects, neighbours and dictionaries of one dictionary."""
     device = language_model.device
     dictionary = dictionary.to(device)
     counts, rows = {}, {}
-    sources = {
-        split: ShardSource(
-            activations / split, batch_tokens=config.batch_tokens, norm_limit=info.norm_limit, device=device
-        )
-        for split in SPLITS
-    }
+    sources = {s: open_source(activations, s, info, reads, config.batch_tokens, device) for s in SPLITS}
     with progress("index", sum(s.num_rows for s in sources.values()), "tok") as advance:
         for split, source in sources.items():
             writer = _ActivationParts(evidence, name, split, dictionary.d_sae, config.rows_per_part)
@@ -78,7 +75,7 @@ def index_dictionary(
             counts[split], rows[split] = writer.fire_counts, writer.num_rows
     evidence.write("logit_effects", logit_effects(dictionary, name, language_model, config.num_logit_effects))
     evidence.write("neighbours", neighbours(dictionary, name, config.num_neighbours))
-    evidence.write("dictionaries", _dictionary_row(dictionary, name, info))
+    evidence.write("dictionaries", _dictionary_row(dictionary, name, info, reads))
     return IndexResult(counts, rows)
 
 
@@ -139,9 +136,10 @@ def logit_effects(dictionary: SparseAutoencoder, name: str, lm: LanguageModel, n
     """
     norm, unembed = final_norm(lm.model), lm.model.get_output_embeddings()
     columns: dict[str, list[np.ndarray]] = {"feature": [], "token_id": [], "effect": [], "rank": [], "direction": []}
-    dtype = unembed.weight.dtype
+    # a crosscoder writes several places of one width side by side; the last of them is nearest to the logits
+    dtype, width = unembed.weight.dtype, unembed.weight.shape[1]
     for start in range(0, dictionary.d_sae, 512):
-        rows = dictionary.W_dec[start : start + 512]
+        rows = dictionary.W_dec[start : start + 512, -width:]
         logits = unembed(norm(rows.to(dtype)[None]))[0].float()
         for direction, largest in (("promoted", True), ("suppressed", False)):
             effect, token = logits.topk(num_tokens, largest=largest)
@@ -186,8 +184,8 @@ def neighbours(dictionary: SparseAutoencoder, name: str, num: int) -> pa.Table:
     )
 
 
-def _dictionary_row(dictionary: SparseAutoencoder, name: str, info: HarvestInfo) -> pa.Table:
-    identity = info.identity
+def _dictionary_row(dictionary: SparseAutoencoder, name: str, info: HarvestInfo, reads: tuple[str, ...]) -> pa.Table:
+    identity = info.identity.at(reads)
     return pa.Table.from_pylist(
         [
             {
@@ -200,7 +198,7 @@ def _dictionary_row(dictionary: SparseAutoencoder, name: str, info: HarvestInfo)
                 "d_in": dictionary.d_in,
                 "d_sae": dictionary.d_sae,
                 "k": dictionary.config.k,
-                "config": json.dumps(dictionary.saelens_config()),
+                "config": json.dumps(saelens_config(dictionary)),
             }
         ]
     )

@@ -8,7 +8,8 @@ import hashlib
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,17 @@ class ModelConfig:
     """Hub revision; unset takes the default branch."""
     hook_point: str = "resid_post.15"
     """resid_pre.N, resid_post.N, mlp_out.N, attn_out.N, or a module path."""
+    more_hook_points: tuple[str, ...] = ()
+    """Further hook points harvested in the same pass, for transcoders, crosscoders and sweeps."""
     dtype: str = "auto"
     """float32, bfloat16, or auto: bfloat16 on a GPU and on processors with bf16 instructions."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto."""
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """All harvested hook points, the first one first, none twice."""
+        return tuple(dict.fromkeys((self.hook_point, *self.more_hook_points)))
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -58,7 +66,11 @@ class ModelIdentity:
     model_name: str
     model_sha256: str
     tokenizer_sha256: str
-    hook_point: str
+    hook_point: str  # what is read; several are joined by " + "
+
+    def at(self, hook_points: Sequence[str]) -> "ModelIdentity":
+        """The same model read at other hook points."""
+        return replace(self, hook_point=" + ".join(hook_points))
 
     def require(self, other: "ModelIdentity", *, allow_mismatch: bool = False) -> None:
         """Raise ModelMismatch, with both values, unless `other` is the same model, tokenizer and hook point."""
@@ -130,7 +142,8 @@ def load_model(config: ModelConfig) -> LanguageModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load model {config.name}: {_one_line(error)}") from error
-    resolve(model, config.hook_point)
+    for hook_point in config.hook_points:
+        resolve(model, hook_point)
     identity = ModelIdentity(config.name, _weights_sha256(folder), _tokenizer_sha256(tokenizer), config.hook_point)
     model.to(device)  # pyright: ignore[reportArgumentType]
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, identity, device)

@@ -16,8 +16,9 @@ import json
 import os
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 
 from saeql.kernels.launch import fast_matmul_dtype
-from saeql.sae.architectures import build
+from saeql.sae.architectures import architecture, build
 from saeql.sae.config import from_dict, suggestion, to_dict
+from saeql.sae.files import load_dictionary, save_dictionary
 from saeql.sae.hooks import resolve
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.trainer import Trainer
@@ -34,13 +36,13 @@ from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
 from .config import RunConfig, to_toml
-from .evaluate import evaluate_dictionary
-from .harvest import HARVEST_FILE, HarvestInfo, harvest
+from .dictionaries import DictionarySpec, specify
+from .evaluate import Evaluator, metrics_table
+from .harvest import HARVEST_FILE, HarvestInfo, harvest, open_source
 from .index import index_dictionary
 from .label import label_dictionary
 from .models import LanguageModel, ModelIdentity, load_model, pick_device
 from .progress import progress
-from .sources import ShardSource
 from .steer import Steerer
 from .tracking import MetricsLog
 
@@ -67,9 +69,12 @@ class Run:
     def create(cls, path: str | Path, config: RunConfig) -> "Run":
         """Start a run in `path`, or go on with the one there if it has the same configuration.
 
+        Raises ConfigError where the configuration does not hold together.
+
         Raises RunError, naming the first key that differs, where the directory holds another configuration.
         """
         path = Path(path)
+        architecture(specify(config.dictionary, config.model, config.seed).config.architecture)
         if (path / "config.toml").exists():
             run = cls.open(path)
             difference = _first_difference(to_dict(run.config), to_dict(config))
@@ -109,7 +114,12 @@ class Run:
     @property
     def dictionary_path(self) -> Path:
         """Folder of the dictionary."""
-        return self.path / "dictionaries" / self.config.dictionary_name
+        return self.path / "dictionaries" / self.spec.name
+
+    @property
+    def spec(self) -> DictionarySpec:
+        """The dictionary of this run. Raises ConfigError where it reads or writes what is not harvested."""
+        return specify(self.config.dictionary, self.config.model, self.config.seed)
 
     @property
     def metrics_path(self) -> Path:
@@ -130,7 +140,7 @@ class Run:
 
     def dictionary(self) -> SparseAutoencoder:
         """The trained dictionary; it works on raw activations. Raises DictionaryError before training."""
-        return SparseAutoencoder.load(self.dictionary_path)
+        return load_dictionary(self.dictionary_path)
 
     def store(self) -> FeatureStore:
         """The feature store, opened read-only. Raises StoreError before it is built."""
@@ -144,7 +154,8 @@ class Run:
             self.language_model,
             dictionary,
             ModelIdentity(**metadata["identity"]),
-            median_norm=metadata["median_norm"],
+            writes=metadata["writes"],
+            median_norms=metadata["median_norms"],
             max_activations=self._max_activations(),
             allow_mismatch=allow_mismatch,
         )
@@ -198,32 +209,49 @@ class Run:
     def harvest(self) -> HarvestInfo:
         """corpus -> windows -> activations in shards."""
         config = self.config
-        return harvest(self.language_model, config.corpus, config.harvest, self.activations, self.evidence)
+        names = config.model.hook_points
+        return harvest(self.language_model, names, config.corpus, config.harvest, self.activations, self.evidence)
 
     def train(self, *, resume: bool = True, report_to: str = "none") -> SparseAutoencoder:
         """shards -> dictionary folder."""
+        self.train_together([self.spec], self.path, resume=resume, report_to=report_to)
+        return self.dictionary()
+
+    def train_together(
+        self, specs: Sequence[DictionarySpec], folder: Path, *, resume: bool = True, report_to: str = "none"
+    ) -> None:
+        """Train dictionaries on one stream into `folder`: checkpoints, metrics.jsonl, `dictionaries/<name>/`."""
         config, info = self.config, self.harvest_info
         device = pick_device(config.model.device)
-        source = ShardSource(
-            self.activations / "train",
-            batch_tokens=config.train.batch_tokens,
-            norm_limit=info.norm_limit,
+        needed = {hook_point for spec in specs for hook_point in (*spec.reads, *spec.writes)}
+        source = open_source(
+            self.activations,
+            "train",
+            info,
+            [name for name in info.widths if name in needed],
+            config.train.batch_tokens,
+            device,
             shuffle_seed=config.seed,
             block_rows=config.train.shuffle_block_rows,
             buffer_bytes=config.train.shuffle_buffer_bytes,
-            device=device,
         )
-        dictionary = build(config.dictionary, info.d_in, seed=config.seed).to(device)
-        name = config.dictionary_name
+        made = {
+            spec.name: build(spec.config, _width(info, spec.reads), _width(info, spec.writes), seed=spec.seed).to(
+                device
+            )
+            for spec in specs
+        }
+        log_config = {"name": self.path.name, **to_dict(config)}
         with (
             progress("train", config.train.num_steps * config.train.batch_tokens, "tok") as advance,
-            MetricsLog(self.metrics_path, report_to, run_name=self.path.name, config=to_dict(config)) as log,
+            MetricsLog(folder / "metrics.jsonl", report_to, run_name=self.path.name, config=log_config) as log,
         ):
             trainer = Trainer(
                 config.train,
-                {name: dictionary},
+                made,
                 source,
-                folder=self.path / "checkpoints",
+                places={spec.name: spec.places for spec in specs},
+                folder=folder / "checkpoints",
                 on_log=log,
                 on_step=lambda n: advance(n * config.train.batch_tokens),
                 matmul_dtype=_matmul_dtype(config.train.matmul_dtype, device),
@@ -233,63 +261,69 @@ class Run:
             log.keep_until(trainer.step)
             trainer.fit()
             trainer.finish()
-        dictionary.metadata = self._metadata(info)
-        dictionary.save(self.dictionary_path)
-        return dictionary
+        for spec in specs:
+            made[spec.name].metadata = self._metadata(spec, info)
+            save_dictionary(made[spec.name], folder / "dictionaries" / spec.name)
 
-    def _metadata(self, info: HarvestInfo) -> dict[str, Any]:
-        """Metadata of the dictionary: SAELens's keys, then ours."""
-        config, point = self.config, resolve(self.language_model.model, info.identity.hook_point)
-        return {
+    def _metadata(self, spec: DictionarySpec, info: HarvestInfo) -> dict[str, Any]:
+        """Metadata of a dictionary: SAELens's keys, then ours."""
+        config, points = self.config, [resolve(self.language_model.model, name) for name in spec.reads]
+        metadata = {
             "model_name": info.identity.model_name,
-            "hook_name": point.transformer_lens_name,
-            "hf_hook_name": point.module_path,
+            "hook_name": " + ".join(p.transformer_lens_name for p in points),
+            "hf_hook_name": " + ".join(p.module_path for p in points),
             "hook_head_index": None,
             "context_size": config.harvest.context_tokens,
             "prepend_bos": True,
             "dataset_path": config.corpus.source,
-            "saeql": {
-                "identity": {
-                    "model_name": info.identity.model_name,
-                    "model_sha256": info.identity.model_sha256,
-                    "tokenizer_sha256": info.identity.tokenizer_sha256,
-                    "hook_point": info.identity.hook_point,
-                },
-                "median_norm": info.median_norm,
-                "massive_norm_multiple": info.massive_norm_multiple,
-                "seed": config.seed,
-            },
         }
+        if spec.writes != spec.reads:
+            target = resolve(self.language_model.model, spec.writes[0])
+            metadata |= {"hook_name_out": target.transformer_lens_name, "hf_hook_name_out": target.module_path}
+        ours = {
+            "identity": asdict(info.identity.at(spec.reads)),
+            "writes": {name: info.widths[name] for name in spec.writes},
+            "median_norms": {name: info.median_norms[name] for name in spec.writes},
+            "massive_norm_multiple": info.massive_norm_multiple,
+            "seed": spec.seed,
+        }
+        return {**metadata, "saeql": ours}
 
     def index(self) -> None:
         """dictionary + shards -> Parquet evidence."""
-        config, info, dictionary = self.config, self.harvest_info, self.dictionary()
+        spec, info, dictionary = self.spec, self.harvest_info, self.dictionary()
         info.identity.require(self.language_model.identity)
         result = index_dictionary(
-            dictionary, config.dictionary_name, self.language_model, self.activations, info, self.evidence, config.index
-        )
-        dictionary.save(self.dictionary_path, density=result.fire_counts["train"] / result.num_rows["train"])
-
-    def label(self) -> None:
-        """evidence -> labels with their held-out scores."""
-        name = self.config.dictionary_name
-        with progress("label", None, "candidates") as advance:
-            labels = label_dictionary(self.evidence, dictionary=name, config=self.config.label, on_progress=advance.to)
-        self.evidence.write("labels", labels)
-
-    def evaluate(self) -> None:
-        """dictionary + test documents -> metrics."""
-        config, info = self.config, self.harvest_info
-        info.identity.require(self.language_model.identity)
-        evaluate_dictionary(
-            self.dictionary(),
-            config.dictionary_name,
+            dictionary,
+            spec.name,
             self.language_model,
             self.activations,
             info,
             self.evidence,
-            config.evaluate,
-            seed=config.seed,
+            self.config.index,
+            reads=spec.reads,
+        )
+        density = result.fire_counts["train"] / result.num_rows["train"]
+        save_dictionary(dictionary, self.dictionary_path, density=density)
+
+    def label(self) -> None:
+        """evidence -> labels with their held-out scores."""
+        name = self.spec.name
+        with progress("label", None, "candidates") as advance:
+            labels = label_dictionary(self.evidence, dictionary=name, config=self.config.label, on_progress=advance.to)
+        self.evidence.write("labels", labels)
+
+    def evaluator(self) -> Evaluator:
+        """What measures dictionaries of this run. Raises ModelMismatch where the model is another by now."""
+        info = self.harvest_info
+        info.identity.require(self.language_model.identity)
+        return Evaluator(self.language_model, self.activations, info, self.config.evaluate, seed=self.config.seed)
+
+    def evaluate(self) -> None:
+        """dictionary + test documents -> metrics."""
+        spec = self.spec
+        self.evidence.write(
+            "metrics", metrics_table(spec.name, self.evaluator().metrics(self.dictionary(), spec.places))
         )
 
     def build_store(self) -> None:
@@ -336,6 +370,10 @@ class Run:
     def _mark_finished(self, stage: str, seconds: float) -> None:
         record = {"seconds": round(seconds, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         _write_text(self.path / "stages.json", json.dumps({**self.finished(), stage: record}, indent=2) + "\n")
+
+
+def _width(info: HarvestInfo, hook_points: Sequence[str]) -> int:
+    return sum(info.widths[name] for name in hook_points)
 
 
 def _matmul_dtype(name: str, device: torch.device) -> torch.dtype | None:

@@ -58,13 +58,14 @@ def _metric(row: dict[str, Any]) -> Metric:
 
 
 def _facts(run: "Run") -> list[tuple[str, str]]:
-    config, info = run.config, run.harvest_info
+    config, info, spec = run.config, run.harvest_info, run.spec
+    width = " + ".join(str(info.widths[name]) for name in spec.reads)
     return [
         ("model", info.identity.model_name),
         ("model sha256", info.identity.model_sha256),
         ("tokenizer sha256", info.identity.tokenizer_sha256),
-        ("hook point", info.identity.hook_point),
-        ("activations", f"{info.d_in} wide, {info.dtype}, windows of {info.context_tokens} tokens"),
+        ("hook point", " + ".join(spec.reads)),
+        ("activations", f"{width} wide, {info.dtype}, windows of {info.context_tokens} tokens"),
         ("text", config.corpus.source),
         ("dictionary", f"{config.dictionary.architecture}, d_sae {config.dictionary.d_sae}, k {config.dictionary.k}"),
         ("training", f"{config.train.num_steps} steps of {config.train.batch_tokens} tokens, seed {config.seed}"),

@@ -84,7 +84,7 @@ def make_showcase(run: "Run") -> Showcase:
         table = store.sql(SQL_EXAMPLE)
         counts = store.sql("SELECT kind, count(*) AS n FROM features GROUP BY kind ORDER BY n DESC")
         showcase = Showcase(
-            title=f"{run.config.dictionary_name} of {identity.model_name} at {identity.hook_point}",
+            title=f"{run.spec.name} of {identity.model_name} at {' + '.join(run.spec.reads)}",
             metrics=sorted(
                 (m for m in store.metrics() if m["metric"] in DEFINITIONS),
                 key=lambda m: list(DEFINITIONS).index(m["metric"]),

@@ -1,49 +1,58 @@
 """Adapts what the store reads (shards) to what training and indexing consume (ActivationSource)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from saeql.sae.stream import ActivationBatch, BlockShuffle, Cursor
-from saeql.store.shards import ShardReader
+from saeql.store.shards import ShardError, ShardReader
 
 
 class ShardSource:
-    """Rows of one split's shards, kept rows only: positions after the first, with a norm up to `norm_limit`.
+    """Rows of one split at one or several hook points, side by side in `acts`: kept rows only.
 
-    `first_positions` keeps those of first positions too.
-
-    `shuffle_seed` None gives one pass in stored order; a seed gives an endless stream, shuffled by blocks and then by
-    rows inside the `buffer_bytes` that are in memory at once.
+    Kept are positions after the first (`first_positions` keeps those too) whose norm does not exceed `norm_limits` at
+    any of the hook points. `shuffle_seed` None gives one pass in stored order; a seed gives an endless stream, shuffled by
+    blocks and then by rows inside the `buffer_bytes` that are in memory at once.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folders: Mapping[str, Path],
         *,
         batch_tokens: int,
-        norm_limit: float,
+        norm_limits: Mapping[str, float],
         first_positions: bool = False,
         shuffle_seed: int | None = None,
         block_rows: int = 1024,
         buffer_bytes: int = 1_000_000_000,
         device: torch.device | None = None,
     ):
-        self.reader = ShardReader(folder)
-        self.d_in = self.reader.d_in
-        self.batch_tokens, self.norm_limit, self.seed = batch_tokens, norm_limit, shuffle_seed
+        self.readers = {name: ShardReader(folder) for name, folder in folders.items()}
+        self.first = next(iter(self.readers.values()))
+        for name, reader in self.readers.items():
+            if [r.rows for r in reader.records] != [r.rows for r in self.first.records]:
+                raise ShardError(
+                    f"{reader.folder}: the shards of {name} do not line up with those of the other hook points"
+                )
+        self.batch_tokens, self.norm_limits, self.seed = batch_tokens, norm_limits, shuffle_seed
         self.first_position = 0 if first_positions else 1
         self.block_rows, self.buffer_bytes = block_rows, buffer_bytes
         self.device = device or torch.device("cpu")
-        self._offsets = np.cumsum([0, *(record.rows for record in self.reader.records)])
+        self._offsets = np.cumsum([0, *(record.rows for record in self.first.records)])
         self._cache: dict[int, dict[str, np.ndarray]] = {}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Columns of every hook point, in their order."""
+        return {name: reader.d_in for name, reader in self.readers.items()}
 
     @property
     def num_rows(self) -> int:
         """Stored rows, left-out ones included."""
-        return self.reader.num_rows
+        return self.first.num_rows
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[ActivationBatch]:
         """Batches from `cursor` on: endless where shuffled, else one pass."""
@@ -58,7 +67,7 @@ class ShardSource:
 
     def _shuffled(self, cursor: Cursor) -> Iterator[ActivationBatch]:
         assert self.seed is not None
-        row_bytes = self.d_in * (2 if self.reader.dtype == "bfloat16" else 4)
+        row_bytes = sum(r.d_in * (2 if r.dtype == "bfloat16" else 4) for r in self.readers.values())
         # twice: the blocks as read, and their rows in shuffled order
         group_rows = max(self.batch_tokens, self.buffer_bytes // (2 * row_bytes))
         shuffle = BlockShuffle(self.num_rows, self.block_rows, group_rows, self.seed)
@@ -83,38 +92,41 @@ class ShardSource:
         """Kept rows of the given row ranges, copied into memory."""
         parts = [part for start, stop in blocks for part in self._parts(start, stop)]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        acts = torch.from_numpy(joined.pop("acts"))
-        acts = acts.view(torch.bfloat16) if acts.dtype == torch.uint16 else acts
+        acts = torch.cat([_acts(joined.pop(f"acts {name}")) for name in self.readers], dim=1)
         fields = {name: torch.from_numpy(values) for name, values in joined.items()}
         return ActivationBatch(acts.to(self.device), **fields, cursor=Cursor())
 
     def _parts(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         """Kept rows of one range over the stored rows, one piece for every shard that it touches."""
         first = int(np.searchsorted(self._offsets, start, side="right")) - 1
-        for shard in range(first, len(self.reader)):
+        for shard in range(first, len(self.first)):
             base = int(self._offsets[shard])
-            low, high = max(start - base, 0), min(stop - base, self.reader.records[shard].rows)
+            low, high = max(start - base, 0), min(stop - base, self.first.records[shard].rows)
             if low >= high:
                 return
-            columns = self._columns(shard)
-            keep = (columns["positions"][low:high] >= self.first_position) & (
-                columns["norms"][low:high] <= self.norm_limit
-            )
-            kept = {name: values[low:high][keep] for name, values in columns.items() if name != "norms"}
-            yield {"acts": self.reader.rows(shard, low, high)[keep], **kept}
+            columns = {name: values[low:high] for name, values in self._columns(shard).items()}
+            keep = columns.pop("kept") & (columns["positions"] >= self.first_position)
+            kept = {name: values[keep] for name, values in columns.items()}
+            yield {f"acts {n}": r.rows(shard, low, high)[keep] for n, r in self.readers.items()} | kept
 
     def _columns(self, shard: int) -> dict[str, np.ndarray]:
-        """What a row was read on, kept in memory once read: 18 bytes a row beside the 2 d_in of its activations."""
+        """What a row was read on, kept in memory once read: 15 bytes a row beside its activations."""
         if shard not in self._cache:
-            reader = self.reader
+            reader = self.first
+            within = [r.norms(shard) <= self.norm_limits[name] for name, r in self.readers.items()]
             self._cache[shard] = {
                 "token_ids": reader.token_ids(shard),
                 "document_ids": reader.document_ids(shard),
                 "window_ids": np.repeat(reader.window_ids(shard), reader.context_tokens),
                 "positions": reader.positions(shard).astype(np.int16),
-                "norms": reader.norms(shard),
+                "kept": np.logical_and.reduce(within),
             }
         return self._cache[shard]
+
+
+def _acts(values: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def window_column(reader: ShardReader, name: str) -> np.ndarray:

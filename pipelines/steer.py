@@ -9,9 +9,9 @@ Clamp and ablate change only what the feature writes: `h + (new - old) d`, so th
 reconstruct stays as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,7 @@ class Edit:
 class Steerer:
     """Generates text with features of a dictionary changed.
 
+    `writes` are the hook points that the dictionary writes, with their widths, and `median_norms` what `add` is measured in.
     Raises ModelMismatch where the dictionary belongs to another model, unless `allow_mismatch`.
     """
 
@@ -48,31 +49,44 @@ class Steerer:
         dictionary: SparseAutoencoder,
         identity: ModelIdentity,
         *,
-        median_norm: float,
+        writes: Mapping[str, int],
+        median_norms: Mapping[str, float],
         max_activations: dict[int, float],
         allow_mismatch: bool = False,
     ):
-        identity.require(language_model.identity, allow_mismatch=allow_mismatch)
+        mine = replace(language_model.identity, hook_point=identity.hook_point)
+        identity.require(mine, allow_mismatch=allow_mismatch)
         self.lm, self.dictionary = language_model, dictionary.to(language_model.device)
-        self.median_norm, self.max_activations = median_norm, max_activations
+        self.writes, self.median_norms, self.max_activations = writes, median_norms, max_activations
 
     @contextmanager
     def applied(self, edits: list[Edit]) -> Iterator[None]:
         """Apply edits to every forward pass of the model inside the block, in order."""
         with ExitStack() as stack:
             for change in edits:
-                stack.enter_context(edit(self.lm.model, self.lm.identity.hook_point, self._function(change)))
+                self._check(change)
+                start = 0
+                for hook_point, width in self.writes.items():
+                    row = self.dictionary.W_dec[change.feature, start : start + width].detach()
+                    fn = self._function(change, row, self.median_norms[hook_point])
+                    stack.enter_context(edit(self.lm.model, hook_point, fn))
+                    start += width
             yield
 
-    def _function(self, change: Edit):
-        d_sae = self.dictionary.d_sae
+    def _check(self, change: Edit) -> None:
+        config, d_sae = self.dictionary.config, self.dictionary.d_sae
         if change.mode not in MODES:
             raise SteerError(f"no steering mode {change.mode!r}: there is {', '.join(MODES)}")
         if not 0 <= change.feature < d_sae:
             raise SteerError(f"no feature {change.feature}: this dictionary has features 0 to {d_sae - 1}")
-        row = self.dictionary.W_dec[change.feature].detach()
+        if change.mode != "add" and config.form != "autoencoder":
+            raise SteerError(
+                f"a {config.form} does not read where it writes: mode {change.mode} needs an autoencoder, use add"
+            )
+
+    def _function(self, change: Edit, row: torch.Tensor, median_norm: float):
         if change.mode == "add":
-            offset = change.strength * self.median_norm * row / row.norm()
+            offset = change.strength * median_norm * row / row.norm()
             return lambda acts: acts + offset.to(acts.dtype)
         target = 0.0 if change.mode == "ablate" else change.strength * self._max_activation(change.feature)
 

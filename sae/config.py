@@ -31,6 +31,10 @@ class DictionaryConfig:
     """topk, batchtopk, matryoshka, relu, gated or jumprelu: a file in sae/architectures."""
     form: str = "autoencoder"
     """autoencoder, transcoder, skip_transcoder or crosscoder."""
+    reads: tuple[str, ...] = ()
+    """Hook points that it reads; unset takes model.hook_point (all harvested ones for a crosscoder)."""
+    writes: tuple[str, ...] = ()
+    """Hook point that a transcoder predicts; the other forms write what they read."""
     d_sae: int = 4608
     """Number of latents."""
     k: int = 32

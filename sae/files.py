@@ -24,7 +24,13 @@ SPARSITY_FILE = "sparsity.safetensors"
 SAELENS_VERSION = "6.54.12"
 #: Our architecture -> SAELens's name by form.
 _NAMES = {
-    "autoencoder": {"topk": "topk", "relu": "standard", "gated": "gated", "jumprelu": "jumprelu", "batchtopk": "jumprelu"},
+    "autoencoder": {
+        "topk": "topk",
+        "relu": "standard",
+        "gated": "gated",
+        "jumprelu": "jumprelu",
+        "batchtopk": "jumprelu",
+    },
     "transcoder": {"relu": "transcoder", "jumprelu": "jumprelu_transcoder", "batchtopk": "jumprelu_transcoder"},
     "skip_transcoder": {"relu": "skip_transcoder", "jumprelu": "jumprelu_skip_transcoder"},
 }
@@ -91,7 +97,7 @@ def load_dictionary(folder: str | Path) -> SparseAutoencoder:
     dictionary = _from_config(folder, config)
     weights, file = _read_safetensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE
     d_in, d_out, d_sae = dictionary.d_in, dictionary.d_out, dictionary.d_sae
-    extra = {name: (d_sae,) for name in dictionary.extra_tensors()}
+    extra = dict.fromkeys(dictionary.extra_tensors(), (d_sae,))
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), **extra}
     if "b_gate" not in extra:
         shapes["b_enc"] = (d_sae,)
@@ -140,7 +146,9 @@ def _from_config(folder: Path, config: dict[str, Any]) -> SparseAutoencoder:
             raise DictionaryError(f"{path}: {key} = {config[key]!r} is not supported, only {value!r}")
     try:
         settings = _settings(config)
-        made = architecture(settings.architecture)(settings, int(config["d_in"]), int(config.get("d_out", config["d_in"])))
+        made = architecture(settings.architecture)(
+            settings, int(config["d_in"]), int(config.get("d_out", config["d_in"]))
+        )
     except (ConfigError, TypeError, ValueError) as error:
         raise DictionaryError(f"{path}: {error}") from None
     if bool(config.get("apply_b_dec_to_input", made.reads_what_it_writes)) != made.reads_what_it_writes:

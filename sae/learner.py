@@ -53,7 +53,9 @@ class Learner:
         device = self.dictionary.W_enc.device
         self.idle_tokens = torch.zeros(self.dictionary.d_sae, dtype=torch.int64, device=device)
 
-    def step(self, rows: torch.Tensor, lr_share: float, sparsity_share: float, matmul_dtype: torch.dtype | None) -> bool:
+    def step(
+        self, rows: torch.Tensor, lr_share: float, sparsity_share: float, matmul_dtype: torch.dtype | None
+    ) -> bool:
         """Learn from rows [N, columns]. False, with nothing changed but the count, where the loss is not finite."""
         x = rows[:, self.reads]
         y = x if self.reads == self.writes else rows[:, self.writes]

@@ -48,7 +48,9 @@ class SparseAutoencoder(nn.Module):
         self.config, self.d_in, self.d_out = config, d_in, d_out
         self.metadata: dict[str, Any] = {}
         if self.reads_what_it_writes and d_in != d_out:
-            raise ConfigError(f"dictionary.form {config.form} writes what it reads: d_out ({d_out}) must be d_in ({d_in})")
+            raise ConfigError(
+                f"dictionary.form {config.form} writes what it reads: d_out ({d_out}) must be d_in ({d_in})"
+            )
         self.W_enc = nn.Parameter(torch.zeros(config.d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(config.d_sae, d_out))
@@ -134,7 +136,9 @@ class SparseAutoencoder(nn.Module):
     # --- between training and use --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fold_scaling(self, x_mean: torch.Tensor, x_scale: torch.Tensor, y_mean: torch.Tensor, y_scale: torch.Tensor) -> None:
+    def fold_scaling(
+        self, x_mean: torch.Tensor, x_scale: torch.Tensor, y_mean: torch.Tensor, y_scale: torch.Tensor
+    ) -> None:
         """Turn a dictionary of `(x - x_mean) * x_scale -> (y - y_mean) * y_scale` into one of x -> y.
 
         Means and scales are [d_in] and [d_out]. Latents come out divided by the geometric mean c of `y_scale`: with one

@@ -98,7 +98,9 @@ class Trainer:
         for name, dictionary in dictionaries.items():
             at = (places or {}).get(name)
             reads, writes = (
-                (_columns(source.widths, at.reads), _columns(source.widths, at.writes)) if at else (_EVERYTHING, _EVERYTHING)
+                (columns_of(source.widths, at.reads), columns_of(source.widths, at.writes))
+                if at
+                else (_EVERYTHING, _EVERYTHING)
             )
             self.learners.append(Learner(name, dictionary, config, reads, writes))
 
@@ -235,7 +237,7 @@ def learning_rate_share(step: int, config: TrainConfig) -> float:
     return warmup * decay
 
 
-def _columns(widths: Mapping[str, int], names: tuple[str, ...]) -> slice:
+def columns_of(widths: Mapping[str, int], names: tuple[str, ...]) -> slice:
     """Columns of hook points that lie side by side. Raises ValueError where they do not, or one is not in the stream."""
     order = list(widths)
     missing = [name for name in names if name not in widths]

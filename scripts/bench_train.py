@@ -24,7 +24,7 @@ class _NoSource:
     """The benchmark hands rows to the trainer itself."""
 
     def __init__(self, d_in: int):
-        self.d_in = d_in
+        self.widths = {"rows": d_in}
 
     def batches(self, cursor: object = None):
         return iter(())

@@ -9,17 +9,17 @@ import sys
 
 import torch
 
-from saeql.pipelines import SparseAutoencoder
+from saeql.pipelines import load_dictionary
 
 
 def main(folder: str) -> int:
     """Compare on rows drawn around the dictionary's own bias, at the scale of its activations."""
     from sae_lens import SAE  # pyright: ignore[reportMissingImports]
 
-    ours = SparseAutoencoder.load(folder)
+    ours = load_dictionary(folder)
     theirs = SAE.load_from_disk(folder, device="cpu")
     torch.manual_seed(0)
-    scale = float(ours.metadata["saeql"]["median_norm"]) / ours.d_in**0.5
+    scale = float(next(iter(ours.metadata["saeql"]["median_norms"].values()))) / ours.d_in**0.5
     x = ours.b_dec.detach() + torch.randn(256, ours.d_in) * scale
     with torch.no_grad():
         latents = ours.encode(x)

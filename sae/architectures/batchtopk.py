@@ -26,7 +26,9 @@ class BatchTopKAutoencoder(SparseAutoencoder):
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """Latents of rows x [N, d_in] above the running threshold; rows differ in how many they have."""
         threshold = self.threshold.clamp_min(0)
-        return threshold_encode(x, self.W_enc, self.b_enc, threshold, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype)
+        return threshold_encode(
+            x, self.W_enc, self.b_enc, threshold, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype
+        )
 
     def select(self, x: torch.Tensor, matmul_dtype: torch.dtype | None) -> SparseLatents:
         """Latents of a training batch; moves the running threshold."""

@@ -1,4 +1,7 @@
-"""Gated: one path decides which latents are active, another how strongly (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+"""Gated: one path decides which latents are active, another how strongly.
+
+Rajamanoharan et al. 2024, arXiv 2404.16014.
+"""
 
 import torch
 from torch import nn

@@ -1,4 +1,6 @@
-"""JumpReLU: a learnt threshold for every latent, by straight-through estimators (Rajamanoharan et al. 2024, arXiv 2407.14435).
+"""JumpReLU: a learnt threshold for every latent, by straight-through estimators.
+
+Rajamanoharan et al. 2024, arXiv 2407.14435.
 
 `target_l0` replaces the weighted l0 penalty by a squared distance to the wanted l0, as Gemma Scope 2 does.
 """
@@ -29,7 +31,9 @@ class JumpReluAutoencoder(SparseAutoencoder):
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """Latents above their threshold, padded to the row with most of them."""
         threshold = self.threshold
-        return threshold_encode(x, self.W_enc, self.b_enc, threshold, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype)
+        return threshold_encode(
+            x, self.W_enc, self.b_enc, threshold, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype
+        )
 
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Reconstruction, and the l0 penalty through the threshold's estimator."""

@@ -1,4 +1,6 @@
-"""ReLU with a sparsity penalty (Bricken et al. 2023, "Towards Monosemanticity"; Cunningham et al. 2023, arXiv 2309.08600).
+"""ReLU with a sparsity penalty.
+
+Bricken et al. 2023, "Towards Monosemanticity"; Cunningham et al. 2023, arXiv 2309.08600.
 
 The tanh penalty is that of Anthropic's 2024 updates, p_norm with p < 1 that of p-annealing (arXiv 2408.00113).
 """

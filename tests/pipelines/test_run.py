@@ -46,14 +46,14 @@ def test_splits_do_not_share_documents_and_every_row_is_accounted_for(tiny_run: 
     for rows in evidence.read("split_rows").to_pylist():
         left_out = rows["num_first_position_rows"] + rows["num_massive_rows"]
         assert rows["num_rows"] == rows["num_kept_rows"] + left_out == 32 * rows["num_windows"]
-        reader = ShardReader(tiny_run / "activations" / rows["split"])
+        reader = ShardReader(tiny_run / "activations" / "resid_post.1" / rows["split"])
         assert reader.num_rows == rows["num_rows"]
 
 
 def test_stored_activations_are_those_of_the_model(tiny_run: Path):
     run = Run.open(tiny_run)
     window = run.evidence.read("windows", split="test").to_pylist()[0]
-    reader = ShardReader(run.activations / "test")
+    reader = ShardReader(run.activations / "resid_post.1" / "test")
     stored = torch.from_numpy(reader.rows(0, 0, 32).copy())
     with torch.no_grad():
         states = run.language_model.model(torch.tensor([window["token_ids"]]), output_hidden_states=True).hidden_states
@@ -65,7 +65,7 @@ def test_indexed_activations_are_those_of_the_dictionary(tiny_run: Path):
     rows = run.evidence.read("activations", split="test")
     window = run.evidence.read("windows", split="test").to_pylist()[0]
     mine = [row for row in rows.to_pylist() if row["window_id"] == window["window_id"]]
-    acts = torch.from_numpy(ShardReader(run.activations / "test").rows(0, 0, 32).copy())
+    acts = torch.from_numpy(ShardReader(run.activations / "resid_post.1" / "test").rows(0, 0, 32).copy())
     with torch.no_grad():
         latents = run.dictionary().encode(acts)
     expected = {
@@ -89,10 +89,10 @@ def test_metrics_agree_with_a_computation_of_their_own(tiny_run: Path):
     run = Run.open(tiny_run)
     with run.store() as store:
         metrics = {m["metric"]: m for m in store.metrics()}
-    info, reader = run.harvest_info, ShardReader(run.activations / "test")
+    info, reader = run.harvest_info, ShardReader(run.activations / "resid_post.1" / "test")
     acts = torch.cat([torch.from_numpy(reader.acts(s).copy()) for s in range(len(reader))]).view(-1, 32, 32)[:, 1:]
     kept = acts.reshape(-1, 32)
-    kept = kept[kept.norm(dim=1) <= info.norm_limit].double()
+    kept = kept[kept.norm(dim=1) <= info.norm_limit("resid_post.1")].double()
     with torch.no_grad():
         x_hat = run.dictionary()(kept.float()).double()
     expected = float((kept - x_hat).square().sum() / (kept - kept.mean(0)).square().sum())
@@ -194,7 +194,9 @@ def test_steering_changes_text_and_ablation_removes_the_feature(tiny_run: Path):
 
     base, row = acts([]), dictionary.W_dec[feature].detach()
     added = acts([Edit(feature, "add", 0.5)])
-    torch.testing.assert_close(added - base, (0.5 * steerer.median_norm * row).expand_as(base), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        added - base, (0.5 * steerer.median_norms["resid_post.1"] * row).expand_as(base), rtol=1e-4, atol=1e-4
+    )
     with torch.no_grad():
         latents = dictionary.encode(base)
         old = (latents.values * (latents.indices == feature)).sum(1)

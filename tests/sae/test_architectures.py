@@ -114,7 +114,9 @@ VARIANTS = [(a, f, o) for a, f in CASES for o in OPTIONS.get(a, [{}])]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "form", "options"), VARIANTS, ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else v
+    ("architecture", "form", "options"),
+    VARIANTS,
+    ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else v,
 )
 def test_loss_and_gradients_are_those_of_dense_autograd(architecture: str, form: str, options: dict):
     dictionary = made(architecture, form, **options)
@@ -189,7 +191,11 @@ def planted(rows: int, seed: int) -> torch.Tensor:
     return x / x.std()
 
 
-LEARNING = {"relu": {"sparsity_coefficient": 0.05}, "gated": {"sparsity_coefficient": 0.05}, "jumprelu": {"target_l0": 3.0}}
+LEARNING = {
+    "relu": {"sparsity_coefficient": 0.05},
+    "gated": {"sparsity_coefficient": 0.05},
+    "jumprelu": {"target_l0": 3.0},
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

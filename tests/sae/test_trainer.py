@@ -216,7 +216,7 @@ def test_transcoders_and_crosscoders_learn_and_work_on_raw_rows(form: str, reads
     trainer.fit()
     trainer.finish()
     rows = TwoPlaces().rows(10_000)
-    x = rows[:, : d_in] if form != "crosscoder" else rows
+    x = rows[:, :d_in] if form != "crosscoder" else rows
     y = rows[:, D_IN:] if form != "crosscoder" else rows
     with torch.no_grad():
         y_hat = dictionary(x)

@@ -1,0 +1,54 @@
+"""Which dictionaries a run trains: their configuration, seed, and the hook points that they read and write."""
+
+from dataclasses import dataclass, replace
+
+from saeql.sae.config import ConfigError, DictionaryConfig, suggestion
+from saeql.sae.trainer import Places
+
+from .models import ModelConfig
+
+
+@dataclass(frozen=True)
+class DictionarySpec:
+    """One dictionary to be trained. `reads` and `writes` are hook points; several make a crosscoder."""
+
+    name: str
+    config: DictionaryConfig
+    seed: int
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    @property
+    def places(self) -> Places:
+        """The same for the trainer."""
+        return Places(self.reads, self.writes)
+
+
+def dictionary_name(config: DictionaryConfig) -> str:
+    """Name of a dictionary's folder and of its rows in the store."""
+    form = "" if config.form == "autoencoder" else f"_{config.form}"
+    return f"{config.architecture}{form}_{config.d_sae}_k{config.k}"
+
+
+def specify(config: DictionaryConfig, model: ModelConfig, seed: int, name: str | None = None) -> DictionarySpec:
+    """Settle what a dictionary reads and writes. Raises ConfigError where that does not fit its form or the harvest."""
+    several = config.form == "crosscoder"
+    reads = config.reads or (model.hook_points if several else (model.hook_point,))
+    if config.form in ("transcoder", "skip_transcoder"):
+        writes = config.writes
+        if len(writes) != 1:
+            raise ConfigError(f"dictionary.writes must name one hook point for a {config.form}, got {list(writes)}")
+    else:
+        writes = reads
+        if config.writes and config.writes != reads:
+            raise ConfigError(f"dictionary.writes: form {config.form} writes what it reads, {list(reads)}")
+    if not several and len(reads) != 1:
+        raise ConfigError(f"dictionary.reads must name one hook point for form {config.form}, got {list(reads)}")
+    for hook_point in (*reads, *writes):
+        if hook_point not in model.hook_points:
+            raise ConfigError(
+                f"dictionary reads or writes {hook_point!r}, which is not harvested; model.hook_point and "
+                f"model.more_hook_points are {', '.join(model.hook_points)}{suggestion(hook_point, model.hook_points)}"
+            )
+    settled = replace(config, reads=reads, writes=writes)
+    return DictionarySpec(name or dictionary_name(config), settled, seed, reads, writes)
