@@ -3,20 +3,27 @@
     latents = topk_encode(x, W_enc, b_enc, k)            [N, d_in] -> values and indices [N, k]
     x_hat = sparse_decode(latents, W_dec, b_dec)         -> [N, d_out]
 
+`batch_topk_encode` and `threshold_encode` keep another number of latents in every row and pad with zeros.
+
 A trainer that runs its own backward calls `encode_topk`, `sparse_decode`, `decode_grads` and `encode_grads` under
 `no_grad`; one that has no use for the gradients of the weights themselves lets `sparse_adam` make and apply
 them at once, which is fastest.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .batch_topk import encode_batch_topk, encode_threshold, smallest_kept
 from .launch import Backend, guard
 from .sparse_matmul import IndexTranspose, SparseLatents, gather_sum, latent_sum, sampled_dot, scatter_sum
 from .topk import encode_topk
+
+Selection: TypeAlias = Callable[[Tensor, Tensor, Tensor], SparseLatents]
 
 
 class DecodeGrads(NamedTuple):
@@ -79,7 +86,9 @@ def encode_grads(
     )
 
 
-class _TopkEncode(torch.autograd.Function):
+class _SparseEncode(torch.autograd.Function):
+    """An encoder that keeps the latents which `select`, given (x - b_dec, W_enc, b_enc), chooses."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -87,13 +96,12 @@ class _TopkEncode(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,
         b_dec: Tensor | None,
-        k: int,
+        select: Selection,
         cache: list[IndexTranspose],
-        matmul_dtype: torch.dtype | None,
         backend: Backend | None,
     ) -> tuple[Tensor, Tensor]:
         centred = x if b_dec is None else x - b_dec
-        latents = encode_topk(centred, W_enc, b_enc, k, matmul_dtype=matmul_dtype, backend=backend)
+        latents = select(centred, W_enc, b_enc)
         ctx.save_for_backward(centred, W_enc, latents.values, latents.indices)
         ctx.cache, ctx.backend = cache, backend
         ctx.mark_non_differentiable(latents.indices)
@@ -110,7 +118,7 @@ class _TopkEncode(torch.autograd.Function):
             latents, grad_values * (values > 0), centred, W_enc, input=need_x, weight=need_W, backend=ctx.backend
         )
         b_dec = -(grads.b_enc @ W_enc) if need_b_dec else None
-        return grads.x, grads.W_enc, grads.b_enc if need_b else None, b_dec, None, None, None, None
+        return grads.x, grads.W_enc, grads.b_enc if need_b else None, b_dec, None, None, None
 
 
 class _SparseDecode(torch.autograd.Function):
@@ -141,6 +149,15 @@ class _SparseDecode(torch.autograd.Function):
         return grads.values, None, grads.W_dec, grads.b_dec, None, None
 
 
+def _encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, select: Selection, backend: Backend | None
+) -> SparseLatents:
+    guard(x=(x, "N d_in"), W_enc=(W_enc, "d_sae d_in"), b_enc=(b_enc, "d_sae"), b_dec=(b_dec, "d_in"))
+    cache: list[IndexTranspose] = []
+    values, indices = _SparseEncode.apply(x, W_enc, b_enc, b_dec, select, cache, backend)
+    return SparseLatents(values, indices, W_enc.shape[0], cache)
+
+
 def topk_encode(
     x: Tensor,
     W_enc: Tensor,
@@ -158,10 +175,50 @@ def topk_encode(
     `topk.encode_topk`. To encode with some latents only, index both: `topk_encode(x, W_enc[dead], b_enc[dead], k_aux)`;
     gradients reach the whole weight. Raises ValueError for shapes or a k that do not fit.
     """
-    guard(x=(x, "N d_in"), W_enc=(W_enc, "d_sae d_in"), b_enc=(b_enc, "d_sae"), b_dec=(b_dec, "d_in"))
-    cache: list[IndexTranspose] = []
-    values, indices = _TopkEncode.apply(x, W_enc, b_enc, b_dec, k, cache, matmul_dtype, backend)
-    return SparseLatents(values, indices, W_enc.shape[0], cache)
+    select = partial(encode_topk, k=k, matmul_dtype=matmul_dtype, backend=backend)
+    return _encode(x, W_enc, b_enc, b_dec, select, backend)
+
+
+def batch_topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_dec: Tensor | None = None,
+    matmul_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
+) -> tuple[SparseLatents, Tensor]:
+    """The N * k largest positive of (x - b_dec) @ W_enc.T + b_enc (Bussmann et al., arXiv 2412.06410), padded.
+
+    Returns the latents, differentiable as those of `topk_encode`, and the smallest value kept, which is not. See
+    `batch_topk.encode_batch_topk`. Raises ValueError for shapes or a k that do not fit.
+    """
+
+    def select(centred: Tensor, W_enc: Tensor, b_enc: Tensor) -> SparseLatents:
+        return encode_batch_topk(centred, W_enc, b_enc, k, matmul_dtype=matmul_dtype, backend=backend)[0]
+
+    latents = _encode(x, W_enc, b_enc, b_dec, select, backend)
+    return latents, smallest_kept(latents.values.detach())
+
+
+def threshold_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor | float,
+    *,
+    b_dec: Tensor | None = None,
+    matmul_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
+) -> SparseLatents:
+    """All of (x - b_dec) @ W_enc.T + b_enc above 0 and the `threshold` [d_sae] (or scalar) of its latent, padded.
+
+    Differentiable as `topk_encode`; the threshold gets no gradient here (that is `jumprelu`'s work). See
+    `batch_topk.encode_threshold`. Raises ValueError for shapes that do not fit.
+    """
+    select = partial(encode_threshold, threshold=threshold, matmul_dtype=matmul_dtype, backend=backend)
+    return _encode(x, W_enc, b_enc, b_dec, select, backend)
 
 
 def sparse_decode(

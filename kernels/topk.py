@@ -7,6 +7,8 @@ elements are looked at again.
 
 import math
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +65,23 @@ def kept_slots(key, t, k):
 
 
 @triton.jit
+def encode_tile(
+    x_ptr, W_ptr, b_ptr, n, f, N, d_sae, d,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_N, BLOCK_F]: pre-activations of tokens `n` and latents `f`."""
+    acc = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
+    for start in range(0, d, BLOCK_D):
+        cols = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + n[:, None] * d + cols[None, :], mask=(n < N)[:, None] & (cols < d)[None, :], other=0.0)
+        w = tl.load(W_ptr + f[None, :] * d + cols[:, None], mask=(f < d_sae)[None, :] & (cols < d)[:, None], other=0.0)
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc + tl.load(b_ptr + f, mask=f < d_sae, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def encode_group_max_fwd_kernel(
     x_ptr,  # [N, d]
     W_ptr,  # [d_sae, d]
@@ -82,15 +101,7 @@ def encode_group_max_fwd_kernel(
 ):
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    acc = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
-    for start in range(0, d, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + n[:, None] * d + cols[None, :], mask=(n < N)[:, None] & (cols < d)[None, :], other=0.0)
-        w = tl.load(W_ptr + f[None, :] * d + cols[:, None], mask=(f < d_sae)[None, :] & (cols < d)[:, None], other=0.0)
-        if WIDEN:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    acc += tl.load(b_ptr + f, mask=f < d_sae, other=0.0).to(tl.float32)[None, :]
+    acc = encode_tile(x_ptr, W_ptr, b_ptr, n, f, N, d_sae, d, PRECISION, WIDEN, BLOCK_N, BLOCK_F, BLOCK_D)
     pre = acc.to(pre_ptr.dtype.element_ty)
     inside = (n < N)[:, None] & (f < d_sae)[None, :]
     tl.store(pre_ptr + n[:, None] * d_sae + f[None, :], pre, mask=inside)
@@ -199,21 +210,31 @@ def _triton_row_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _select(scores, group_max, k, group, relu=False)
 
 
+def tile_options(dtype: torch.dtype, group: int = 1) -> dict[str, Any]:
+    """Constants and options of a kernel around `encode_tile`; `group` divides its number of latents."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    block_n, block_f, block_d = (128, 128, 64) if half else (64, 64, 32)
+    return {
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        # The interpreter would multiply the bit patterns of bfloat16.
+        "WIDEN": INTERPRETED,
+        "BLOCK_N": block_n,
+        "BLOCK_F": max(block_f, group),
+        "BLOCK_D": block_d,
+        "num_warps": 8 if half else 4,
+        "num_stages": 3,
+    }
+
+
 def _triton_encode_chunk(x: Tensor, W: Tensor, b: Tensor, k: int, pre: Tensor) -> tuple[Tensor, Tensor]:
     (n, d), d_sae = x.shape, W.shape[0]
     group = group_size(d_sae, k)
     num_groups = -(-d_sae // group)
     group_max = torch.empty(n, num_groups, dtype=pre.dtype, device=x.device)
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    block_n, block_f, block_d = (128, 128, 64) if half else (64, 64, 32)
-    block_f = max(block_f, group)
+    tile = tile_options(x.dtype, group)
     launch(
-        encode_group_max_fwd_kernel, (-(-n // block_n), -(-d_sae // block_f)),
-        x, W, b, pre, group_max, n, d_sae, d, num_groups,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        # The interpreter would multiply the bit patterns of bfloat16.
-        WIDEN=INTERPRETED, GROUP=group,
-        BLOCK_N=block_n, BLOCK_F=block_f, BLOCK_D=block_d, num_warps=8 if half else 4, num_stages=3,
+        encode_group_max_fwd_kernel, (-(-n // tile["BLOCK_N"]), -(-d_sae // tile["BLOCK_F"])),
+        x, W, b, pre, group_max, n, d_sae, d, num_groups, GROUP=group, **tile,
     )  # fmt: skip
     return _select(pre, group_max, k, group, relu=True)
 
@@ -239,7 +260,7 @@ def _torch_row_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, cols.gather(1, at)
 
 
-def _check_k(k: int, columns: int, name: str) -> None:
+def check_k(k: int, columns: int, name: str) -> None:
     if not 1 <= k <= columns:
         raise ValueError(f"k: must be between 1 and {name} = {columns}, got {k}")
 
@@ -251,7 +272,7 @@ def row_topk(scores: Tensor, k: int, *, backend: Backend | None = None) -> tuple
     Raises ValueError unless 1 <= k <= columns.
     """
     guard(scores=(scores, "N columns"))
-    _check_k(k, scores.shape[1], "columns")
+    check_k(k, scores.shape[1], "columns")
     name = choose_backend(scores, backend)
     if name == "reference":
         return row_topk_reference(scores, k)
@@ -269,16 +290,20 @@ def _workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     return buffer.view(dtype)[: rows * columns].view(rows, columns)
 
 
-def _encode_chunks(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend) -> tuple[Tensor, Tensor]:
-    """Pre-activations live one chunk of rows at a time, in one buffer."""
-    n, d_sae = x.shape[0], W.shape[0]
+def pre_chunks(x: Tensor, d_sae: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of the rows of x, each with an uninitialised [rows, d_sae] for its pre-activations: one buffer for all."""
+    n = x.shape[0]
     limit = CPU_CHUNK_BYTES if x.device.type == "cpu" else GPU_CHUNK_BYTES
     chunks = -(-n * d_sae * x.element_size() // limit)
     rows = min(n, max(128, -(-n // max(1, chunks))))
     pre = _workspace(rows, d_sae, x.dtype, x.device)
-    parts: list[tuple[Tensor, Tensor]] = []
     for part in x.split(max(rows, 1)):
-        out = pre[: part.shape[0]]
+        yield part, pre[: part.shape[0]]
+
+
+def encode_chunks(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend) -> tuple[Tensor, Tensor]:
+    parts: list[tuple[Tensor, Tensor]] = []
+    for part, out in pre_chunks(x, W.shape[0]):
         if name == "triton":
             parts.append(_triton_encode_chunk(part, W, b, k, out))
         else:
@@ -286,6 +311,11 @@ def _encode_chunks(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend) -> tu
             parts.append((values.relu_(), indices))
     values, indices = zip(*parts, strict=True)
     return (values[0], indices[0]) if len(parts) == 1 else (torch.cat(values), torch.cat(indices))
+
+
+def values_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, indices: Tensor, name: Backend) -> Tensor:
+    """[N, k]: the activations of the latents `indices` alone, through the ReLU, in the dtype of x."""
+    return (sampled_dot(x, W_enc, indices, backend=name) + b_enc[indices]).relu_()
 
 
 @torch.no_grad()
@@ -305,14 +335,14 @@ def encode_topk(
     than a chunk of the [N, d_sae] pre-activations in memory. Raises ValueError for shapes or a k that do not fit.
     """
     guard(x=(x, "N d_in"), W_enc=(W_enc, "d_sae d_in"), b_enc=(b_enc, "d_sae"))
-    _check_k(k, W_enc.shape[0], "d_sae")
+    check_k(k, W_enc.shape[0], "d_sae")
     name = choose_backend(x, backend)
     dtype = matmul_dtype or x.dtype
     args = [t.to(dtype).contiguous() for t in (x, W_enc, b_enc)]
     if name == "reference":
         values, indices = encode_topk_reference(args[0], args[1], args[2], k)
     else:
-        values, indices = _encode_chunks(args[0], args[1], args[2], k, name)
+        values, indices = encode_chunks(args[0], args[1], args[2], k, name)
     if dtype != x.dtype:
-        values = (sampled_dot(x, W_enc, indices, backend=name) + b_enc[indices]).relu_()
+        values = values_at(x, W_enc, b_enc, indices, name)
     return SparseLatents(values, indices, W_enc.shape[0])
