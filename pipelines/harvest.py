@@ -2,8 +2,9 @@
 
 Windows of `context_tokens` ids are packed from the documents of one split: BOS, then text, with a separator after
 every document. The forward pass stops at the deepest hook point. All rows are stored with their norm; which of them
-count is decided when they are read: not the first position of a window, and no row whose norm exceeds `massive_norm_multiple`
-times the median. That median is measured once, on the first training rows, and frozen in `harvest.json`.
+count is decided when they are read: not the first position of a window, and no row whose norm exceeds
+`massive_norm_multiple` times the median, which is measured once, on the first training rows, and frozen in
+`harvest.json`.
 """
 
 import json
@@ -145,7 +146,7 @@ def harvest(
     folder: Path,
     evidence: Evidence,
 ) -> HarvestInfo:
-    """Fill `folder/<hook point>/<split>/` with shards and the evidence tables documents, windows, vocabulary and split_rows.
+    """Fill `folder/<hook point>/<split>/` with shards, and the evidence on documents, windows, vocabulary and rows.
 
     Raises CorpusError where the text is missing or too short for one window of every split, OSError where the disk
     has no room.

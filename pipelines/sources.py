@@ -13,9 +13,9 @@ from saeql.store.shards import ShardError, ShardReader
 class ShardSource:
     """Rows of one split at one or several hook points, side by side in `acts`: kept rows only.
 
-    Kept are positions after the first (`first_positions` keeps those too) whose norm does not exceed `norm_limits` at
-    any of the hook points. `shuffle_seed` None gives one pass in stored order; a seed gives an endless stream, shuffled by
-    blocks and then by rows inside the `buffer_bytes` that are in memory at once.
+    Kept are positions after the first (`first_positions` keeps those too) whose norm exceeds `norm_limits` nowhere.
+    `shuffle_seed` None gives one pass in stored order; a seed gives an endless stream, shuffled by blocks and then by
+    rows inside the `buffer_bytes` that are in memory at once.
     """
 
     def __init__(

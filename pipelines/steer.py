@@ -39,7 +39,7 @@ class Edit:
 class Steerer:
     """Generates text with features of a dictionary changed.
 
-    `writes` are the hook points that the dictionary writes, with their widths, and `median_norms` what `add` is measured in.
+    `writes` are the hook points that the dictionary writes, with their widths; `add` is in units of `median_norms`.
     Raises ModelMismatch where the dictionary belongs to another model, unless `allow_mismatch`.
     """
 

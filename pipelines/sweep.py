@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ KNEE_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """What varies between the dictionaries of `saeql train RUN --sweep`; an empty list keeps the value of [dictionary]."""
+    """What varies between the dictionaries of `saeql train RUN --sweep`; an empty list keeps [dictionary]'s value."""
 
     architectures: tuple[str, ...] = ()
     """Architectures to train."""
@@ -83,7 +83,7 @@ def _levels(kind: str, config: DictionaryConfig, sweep: SweepConfig) -> list[dic
 def run_sweep(run: "Run", *, resume: bool = True, report_to: str = "none") -> list[dict[str, Any]]:
     """Train every dictionary of the sweep on one stream, measure each, and write the report into `<run>/sweep/`.
 
-    Returns one row a dictionary. Raises RunError before the harvest, ConfigError for a sweep that does not hold together.
+    Returns one row a dictionary. Raises RunError before the harvest, ConfigError for a sweep that cannot be.
     """
     folder, specs = run.path / SWEEP_FOLDER, expand(run)
     folder.mkdir(exist_ok=True)
@@ -144,10 +144,7 @@ def advise(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     if len(front) == 1:
         best = front[0]
         return {"dictionary": best["dictionary"], "reason": "no other dictionary of the sweep is better in l0 or fvu"}
-    slopes = [
-        (before["fvu"] - after["fvu"]) / log2(after["l0"] / before["l0"])
-        for before, after in zip(front, front[1:], strict=False)
-    ]
+    slopes = [(before["fvu"] - after["fvu"]) / log2(after["l0"] / before["l0"]) for before, after in pairwise(front)]
     chosen = max(n for n, slope in enumerate(slopes, 1) if slope >= KNEE_SHARE * max(slopes))
     best = front[chosen]
     reason = (
@@ -160,7 +157,7 @@ def advise(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def write_pareto(folder: Path, summary: dict[str, Any]) -> None:
-    """`sweep.png` and `sweep.html`, which carries the same plot and the table. Raises ConfigError without matplotlib."""
+    """`sweep.png`, and `sweep.html` with the same plot and a table. Raises ConfigError without matplotlib."""
     from base64 import b64encode
 
     from jinja2 import Environment, PackageLoader
@@ -186,12 +183,8 @@ def _plot(rows: list[dict[str, Any]], chosen: str) -> bytes:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("the sweep's plot needs matplotlib: pip install 'saeql[plots]'") from None
-    panels = [
-        ("fvu", "variance unexplained"),
-        ("ce_increase", "cross-entropy increase (nats)"),
-        ("dead_share", "dead share"),
-    ]
-    panels = [(metric, title) for metric, title in panels if any(metric in r for r in rows)]
+    titles = {"fvu": "variance unexplained", "ce_increase": "cross-entropy increase (nats)", "dead_share": "dead share"}
+    panels = [(metric, title) for metric, title in titles.items() if any(metric in r for r in rows)]
     figure = Figure(figsize=(5 * len(panels), 4), dpi=120, layout="constrained")
     for axis, (metric, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         groups: dict[str, list[dict[str, Any]]] = {}

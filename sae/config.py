@@ -46,7 +46,7 @@ class DictionaryConfig:
     p: float = 0.5
     """Exponent of the p_norm penalty."""
     target_l0: float | None = None
-    """jumprelu: active latents per row to be reached, with the penalty (l0 / target - 1)^2; unset penalises l0 itself."""
+    """jumprelu: active latents per row to reach, by the penalty (l0 / target - 1)^2; unset penalises l0 itself."""
     bandwidth: float = 0.1
     """jumprelu: width of the straight-through estimator's window around the threshold."""
     initial_threshold: float = 0.1
@@ -105,7 +105,7 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Gradients of a dictionary are scaled down to this norm; unset leaves them."""
     ema_decay: float | None = None
-    """Weight averaging: what is saved is the moving average of the weights with this decay; unset saves the last ones."""
+    """Weight averaging: a moving average with this decay is what is saved; unset saves the last weights."""
     max_skipped_share: float = 0.01
     """Batches that are not finite are skipped and counted; more than this share of them ends the run."""
     matmul_dtype: str = "auto"

@@ -213,7 +213,8 @@ class Trainer:
         for key in {**before, **now}:
             if before.get(key) != now.get(key):
                 raise CheckpointError(
-                    f"{self.folder}: the checkpoint was trained with {key} = {before.get(key)}, this run asks for {now.get(key)}"
+                    f"{self.folder}: the checkpoint was trained with {key} = {before.get(key)}, "
+                    f"this run asks for {now.get(key)}"
                 )
         tensors = checkpoint.tensors
         device = self.learners[0].dictionary.W_enc.device
@@ -238,7 +239,7 @@ def learning_rate_share(step: int, config: TrainConfig) -> float:
 
 
 def columns_of(widths: Mapping[str, int], names: tuple[str, ...]) -> slice:
-    """Columns of hook points that lie side by side. Raises ValueError where they do not, or one is not in the stream."""
+    """Columns of hook points that lie side by side. Raises ValueError where they do not or one is missing."""
     order = list(widths)
     missing = [name for name in names if name not in widths]
     if missing:
