@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .batch_topk import encode_batch_topk, encode_threshold, smallest_kept
+from .index_transpose import IndexTranspose
 from .launch import Backend, guard
-from .sparse_matmul import IndexTranspose, SparseLatents, gather_sum, latent_sum, sampled_dot, scatter_sum
+from .sparse_matmul import SparseLatents, gather_sum, latent_sum, sampled_dot, scatter_sum
 from .topk import encode_topk
 
 Selection: TypeAlias = Callable[[Tensor, Tensor, Tensor], SparseLatents]

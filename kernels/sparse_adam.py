@@ -20,8 +20,9 @@ from .fused_adam import (
     scalars,
     torch_adam_block,
 )
+from .index_transpose import IndexTranspose, transpose_indices
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
-from .sparse_matmul import IndexTranspose, SparseLatents, embedding_sum, scatter_sum_reference, transpose_indices
+from .sparse_matmul import SparseLatents, embedding_sum, scatter_sum_reference
 
 
 class SparseGrad(NamedTuple):

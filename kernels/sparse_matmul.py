@@ -9,25 +9,13 @@ latent), which one step computes once and shares between the gradients of both w
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .index_transpose import IndexTranspose, transpose_indices
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
-
-
-class IndexTranspose(NamedTuple):
-    """The entries of [N, k] indices in the order of their latent, then of their token.
-
-    Entry `order[e]` (flat, in row-major [N, k]) belongs to token `tokens[e]`; latent f owns the entries from
-    `offsets[f]` up to `offsets[f + 1]`.
-    """
-
-    order: Tensor  # [N * k] int64
-    tokens: Tensor  # [N * k] int32
-    offsets: Tensor  # [d_sae + 1] int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,18 +46,6 @@ class SparseLatents:
         """[N, d_sae], differentiable. For tests and small inputs."""
         dense = self.values.new_zeros(self.values.shape[0], self.d_sae)
         return dense.scatter_add(1, self.indices.long(), self.values)
-
-
-def transpose_indices(indices: Tensor, d_sae: int) -> IndexTranspose:
-    """Sort the entries of `indices` [N, k] by latent. Stable, hence deterministic."""
-    guard(indices=(indices, "N k"))
-    # PyTorch sorts 16- and 32-bit keys by radix, much faster than 64-bit ones.
-    keys = indices.reshape(-1).to(torch.int16 if d_sae <= 2**15 else torch.int32)
-    keys, order = keys.sort(stable=True)
-    bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=keys.device)
-    offsets = torch.searchsorted(keys.int(), bounds, out_int32=True)
-    tokens = (order // max(1, indices.shape[1])).int()
-    return IndexTranspose(order, tokens, offsets)
 
 
 def gather_sum_reference(values: Tensor, indices: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,8 +8,9 @@ from kernel_checks import assert_near, randn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saeql.kernels import autograd
+from saeql.kernels import autograd, sparse_matmul
 from saeql.kernels.autograd import SparseLatents, encode_grads, encode_topk, sparse_decode, topk_encode, value_grads
+from saeql.kernels.index_transpose import IndexTranspose
 from saeql.kernels.launch import Backend
 
 NAMES = ("x", "W_enc", "b_enc", "b_dec", "W_dec")
@@ -135,12 +136,10 @@ def test_explicit_gradients_are_those_of_autograd() -> None:
 
 
 def test_transpose_is_computed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from saeql.kernels import sparse_matmul
-
     calls: list[int] = []
-    original: Callable[..., sparse_matmul.IndexTranspose] = sparse_matmul.transpose_indices
+    original: Callable[..., IndexTranspose] = sparse_matmul.transpose_indices
 
-    def counted(indices: Tensor, d_sae: int) -> sparse_matmul.IndexTranspose:
+    def counted(indices: Tensor, d_sae: int) -> IndexTranspose:
         calls.append(d_sae)
         return original(indices, d_sae)
 

@@ -12,7 +12,6 @@ from saeql.kernels.sparse_matmul import (
     sampled_dot_reference,
     scatter_sum,
     scatter_sum_reference,
-    transpose_indices,
 )
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -73,19 +72,6 @@ def test_non_contiguous_arguments(backend: Backend, device: str) -> None:
     assert_near(sampled_dot(dense, W, indices, backend=backend), sampled_dot_reference(dense, W, indices))
     strided = SparseLatents(values, indices, 30)
     assert_near(scatter_sum(strided, dense, backend=backend), scatter_sum_reference(strided, dense))
-
-
-@pytest.mark.parametrize("d_sae", [63, 2**15, 2**15 + 1, 70000])
-def test_transpose_indices(d_sae: int) -> None:
-    indices = torch.randint(0, d_sae, (40, 5), generator=torch.Generator().manual_seed(0))
-    indices[0, 0], indices[1, 1] = d_sae - 1, 0
-    order, tokens, offsets = transpose_indices(indices, d_sae)
-    latents = indices.flatten()[order]
-    assert torch.equal(latents, indices.flatten().sort(stable=True).values)
-    assert torch.equal(tokens.long(), order // 5)
-    assert torch.equal(offsets.long().diff(), torch.bincount(indices.flatten(), minlength=d_sae))
-    same = latents[1:] == latents[:-1]
-    assert bool((tokens[1:] >= tokens[:-1])[same].all())
 
 
 def test_transpose_is_made_once_and_shared() -> None:
