@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+from saeql.sae.architectures import build
 from saeql.sae.config import ConfigError, DictionaryConfig, suggestion
+from saeql.sae.files import load_dictionary
+from saeql.sae.model import SparseAutoencoder
 from saeql.sae.trainer import Places
 
 from .models import ModelConfig
@@ -52,3 +55,26 @@ def specify(config: DictionaryConfig, model: ModelConfig, seed: int, name: str |
             )
     settled = replace(config, reads=reads, writes=writes)
     return DictionarySpec(name or dictionary_name(config), settled, seed, reads, writes)
+
+
+def start_dictionary(spec: DictionarySpec, d_in: int, d_out: int) -> SparseAutoencoder:
+    """The dictionary as its training starts: freshly initialised, or the one of `start_from`.
+
+    Raises DictionaryError where that cannot be read, ConfigError where it is of another kind or size.
+    """
+    fresh = build(spec.config, d_in, d_out, seed=spec.seed)
+    source = spec.config.start_from
+    if not source:
+        return fresh
+    loaded = load_dictionary(source)
+    for field in ("architecture", "form", "d_sae", "k"):
+        mine, theirs = getattr(spec.config, field), getattr(loaded.config, field)
+        if mine != theirs:
+            raise ConfigError(f"dictionary.start_from {source} has {field} {theirs!r}, this asks for {mine!r}")
+    if (loaded.d_in, loaded.d_out) != (d_in, d_out):
+        raise ConfigError(
+            f"dictionary.start_from {source} reads {loaded.d_in} and writes {loaded.d_out} coordinates, "
+            f"the hook points have {d_in} and {d_out}"
+        )
+    fresh.load_state_dict(loaded.state_dict())
+    return fresh

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from saeql.kernels.launch import fast_matmul_dtype
-from saeql.sae.architectures import architecture, build
+from saeql.sae.architectures import architecture
 from saeql.sae.config import from_dict, suggestion, to_dict
 from saeql.sae.files import load_dictionary, save_dictionary
 from saeql.sae.hooks import resolve
@@ -36,7 +36,7 @@ from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
 from .config import RunConfig, to_toml
-from .dictionaries import DictionarySpec, specify
+from .dictionaries import DictionarySpec, specify, start_dictionary
 from .evaluate import Evaluator, metrics_table
 from .harvest import HARVEST_FILE, HarvestInfo, harvest, open_source
 from .index import index_dictionary
@@ -236,9 +236,7 @@ class Run:
             buffer_bytes=config.train.shuffle_buffer_bytes,
         )
         made = {
-            spec.name: build(spec.config, _width(info, spec.reads), _width(info, spec.writes), seed=spec.seed).to(
-                device
-            )
+            spec.name: start_dictionary(spec, _width(info, spec.reads), _width(info, spec.writes)).to(device)
             for spec in specs
         }
         log_config = {"name": self.path.name, **to_dict(config)}
@@ -251,6 +249,7 @@ class Run:
                 made,
                 source,
                 places={spec.name: spec.places for spec in specs},
+                pretrained=[spec.name for spec in specs if spec.config.start_from],
                 folder=folder / "checkpoints",
                 on_log=log,
                 on_step=lambda n: advance(n * config.train.batch_tokens),

@@ -39,6 +39,8 @@ class DictionaryConfig:
     """Number of latents."""
     k: int = 32
     """Latents kept for every row (topk), or on average over a batch (batchtopk); unused by relu, gated and jumprelu."""
+    start_from: str = ""
+    """Folder of a dictionary of the same kind and size to go on from (fine-tuning); unset starts anew."""
     sparsity_coefficient: float = 0.05
     """Weight of the sparsity penalty of relu, gated and jumprelu, whose inputs have unit variance per coordinate."""
     sparsity_penalty: str = "l1"

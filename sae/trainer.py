@@ -8,7 +8,7 @@ activations.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ class Places:
 class Trainer:
     """Trains `dictionaries` (by name) on `source`; checkpoints under `folder` where one is given.
 
-    `places` says which hook points each dictionary reads and writes; without it each takes every column.
+    `places` says which hook points each dictionary reads and writes; without it each takes every column. `pretrained`
+    names dictionaries that work on raw activations already and are trained further.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Trainer:
         source: ActivationSource,
         *,
         places: Mapping[str, Places] | None = None,
+        pretrained: Collection[str] = (),
         folder: Path | None = None,
         on_log: LogLine | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -91,6 +93,7 @@ class Trainer:
     ):
         self.config, self.source, self.folder = config, source, folder
         self.on_log, self.on_step, self.matmul_dtype = on_log, on_step, matmul_dtype
+        self.pretrained = frozenset(pretrained)
         self.step = 0
         self.cursor = Cursor()
         self.scaling: InputScaling | None = None
@@ -149,7 +152,17 @@ class Trainer:
         start = self.scaling.apply(first)
         centre = geometric_median(start) if self.config.b_dec_init == "geometric_median" else start.mean(0)
         for learner in self.learners:
-            learner.dictionary.b_dec.data.copy_(centre[learner.writes])
+            if learner.name in self.pretrained:
+                self._unfold(learner)
+            else:
+                learner.dictionary.b_dec.data.copy_(centre[learner.writes])
+
+    def _unfold(self, learner: Learner) -> None:
+        """Turn a dictionary of raw activations into one of scaled rows: folding with the inverse scaling."""
+        assert self.scaling is not None
+        r, w = learner.reads, learner.writes
+        mean, scale = -self.scaling.mean * self.scaling.scale, 1 / self.scaling.scale
+        learner.dictionary.fold_scaling(mean[r], scale[r], mean[w], scale[w])
 
     # --- one step ------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """One full training step of each peer library that is installed, driven as its own trainer drives it.
 
-Every factory returns `step(x)`, one optimizer step on x [rows, d_in] float32, for a top-k dictionary with Adam. `dead` is the share
-of latents declared dead, so that auxiliary losses run. A library that is missing is left out and named.
+Every factory returns `step(x)`, one optimizer step on x [rows, d_in] float32, for a top-k dictionary with Adam. `dead`
+is the share of latents declared dead, so that auxiliary losses run. A library that is missing is left out and named.
 """
 
 import os

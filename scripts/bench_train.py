@@ -1,6 +1,6 @@
 """Time one training step, ours and the peers', as multiples of the encoder GEMM alone, interleaved in one process.
 
-    python scripts/bench_train.py --rows 1024 --d-in 576 --d-sae 9216 --k 32 --threads 1 --rounds 9 [--dead 0.2] [--save]
+    python scripts/bench_train.py --rows 1024 --d-in 576 --d-sae 9216 --k 32 --threads 1 --rounds 9 [--dead 0.2 --save]
 
 One thread is timed in process CPU time, which a busy machine disturbs least; more threads in wall time. On CUDA the
 steps run on the card, are timed with events, and the measured matmul and copy ceilings are printed too. Rows are sparse

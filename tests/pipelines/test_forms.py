@@ -80,6 +80,24 @@ def test_a_crosscoder_runs_end_to_end(harvested: Path, tiny_config: Path, tmp_pa
     torch.testing.assert_close(moved[0, 0], expected, rtol=1e-3, atol=1e-4)
 
 
+def test_fine_tuning_starts_where_the_other_training_ended(harvested: Path, tiny_config: Path, tmp_path: Path):
+    run = finished(harvested, tiny_config, tmp_path / "first", {})
+    start = {"dictionary.start_from": str(run.dictionary_path), "train.warmup_steps": "0"}
+    tuned = Run.create(tmp_path / "tuned", load_config(tiny_config, {**TWO_PLACES, **start, "train.lr": "1e-9"}))
+    shutil.copytree(harvested / "activations", tuned.path / "activations")
+    before, after = run.dictionary(), tuned.train()
+    torch.testing.assert_close(after.W_dec, before.W_dec, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after.b_enc, before.b_enc, rtol=1e-3, atol=1e-4)
+    first = json.loads((tuned.path / "metrics.jsonl").read_text().splitlines()[0])["fvu"]
+    last = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])["fvu"]
+    assert first == pytest.approx(last, rel=0.1)
+    other = load_config(tiny_config, {**TWO_PLACES, **start, "dictionary.k": "5"})
+    refused = Run.create(tmp_path / "refused", other)
+    shutil.copytree(harvested / "activations", refused.path / "activations")
+    with pytest.raises(ConfigError, match="has k 4, this asks for 5"):
+        refused.train()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
