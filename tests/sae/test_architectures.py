@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ class Rectangle(torch.autograd.Function):
         return (pre > threshold) * (pre if mode == "value" else torch.ones_like(pre))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         pre, threshold = ctx.saved_tensors
         kernel = ((pre - threshold).abs() < ctx.bandwidth / 2) / ctx.bandwidth
         scale = threshold if ctx.mode == "value" else torch.ones_like(threshold)
@@ -191,7 +192,7 @@ def planted(rows: int, seed: int) -> torch.Tensor:
     return x / x.std()
 
 
-LEARNING = {
+LEARNING: dict[str, dict[str, Any]] = {
     "relu": {"sparsity_coefficient": 0.05},
     "gated": {"sparsity_coefficient": 0.05},
     "jumprelu": {"target_l0": 3.0},
