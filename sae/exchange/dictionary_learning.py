@@ -34,14 +34,15 @@ NO_SUBTRACTION = ("AutoEncoderNew", "JumpReluAutoEncoder")
 WRITTEN = {architecture: name for name, (architecture, _) in CLASSES.items() if name != "AutoEncoderNew"}
 
 
-def read(folder: Path, *, weights_file: str = WEIGHTS_FILE) -> DictionaryWeights:
-    """A dictionary of the folder. Raises ExchangeError naming file and field."""
+def read(path: Path) -> DictionaryWeights:
+    """A dictionary of a folder, or of a checkpoint `checkpoints/ae_<step>.pt` in it. Raises ExchangeError."""
+    folder = folder_of(path)
     config = read_config(folder / CONFIG_FILE)
     trainer = config.section("trainer")
     architecture, names = trainer.choice("dict_class", CLASSES)
     name = trainer.get("dict_class", str)
     d_in, d_sae = trainer.get("activation_dim", int), trainer.get("dict_size", int)
-    file = read_pt(folder / weights_file)
+    file = read_pt(path if path.suffix == ".pt" else folder / WEIGHTS_FILE)
     tensors = _tensors(file, architecture, names, d_in, d_sae)
     metadata = _metadata(config, trainer)
     k = None
@@ -66,6 +67,13 @@ def read(folder: Path, *, weights_file: str = WEIGHTS_FILE) -> DictionaryWeights
         metadata=metadata,
     )
     return weights.validate(config.path)
+
+
+def folder_of(path: Path) -> Path:
+    """The folder with the config of a folder, of its `ae.pt`, or of one of its checkpoints."""
+    if path.suffix != ".pt":
+        return path
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
 def _tensors(
@@ -158,4 +166,5 @@ def _scalar_threshold(weights: DictionaryWeights, folder: Path) -> torch.Tensor:
 
 def _differences(widths: list[int] | None) -> list[int]:
     """Sizes of the groups that end at `widths`."""
-    return [end - start for start, end in zip([0, *(widths or [])], widths or [], strict=False)]
+    ends = widths or []
+    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)] if ends else []

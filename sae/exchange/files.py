@@ -80,7 +80,7 @@ class TensorFile:
         if name not in self.data:
             raise ExchangeError(f"{self.path} has no tensor {name}; it has {', '.join(sorted(map(str, self.data)))}")
         tensor = self.data[name]
-        if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.dtype == torch.int64):
+        if not isinstance(tensor, Tensor) or tensor.is_complex() or tensor.dtype == torch.bool:
             raise ExchangeError(f"{self.path}: {name} is not a tensor of numbers")
         check_tensor(self.path, name, tensor, shape)
         tensor = tensor.detach().float()

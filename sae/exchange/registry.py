@@ -63,7 +63,8 @@ def read(
     if format is None:
         format = detect(path)
     check_choice(path, "format", format, READABLE)
-    place = path if path.is_dir() or format == "openai" else _folder(path)
+    names_a_file = path.suffix == ".pt" and format in ("openai", "dictionary_learning")
+    place = path if path.is_dir() or names_a_file else _folder(path)
     return FORMATS[format].read(place, allow_layer_norm)
 
 
@@ -89,8 +90,9 @@ def write(weights: DictionaryWeights, folder: str | os.PathLike[str], format: st
 def detect(path: str | os.PathLike[str]) -> str:
     """Name of the format that a folder, or the folder of a file, holds. Raises ExchangeError listing all formats."""
     path = Path(path)
-    if path.is_file() and path.suffix == ".pt" and path.name != dictionary_learning.WEIGHTS_FILE:
-        return "openai"
+    if path.is_file() and path.suffix == ".pt":
+        has_config = (_folder(path) / dictionary_learning.CONFIG_FILE).is_file()
+        return "dictionary_learning" if has_config and path.name.startswith("ae") else "openai"
     folder = path if path.is_dir() else _folder(path)
     found = _matches(folder)
     if len(found) == 1:

@@ -87,6 +87,6 @@ def write(weights: DictionaryWeights, folder: Path) -> None:
             "skip_connection": weights.form == "skip_transcoder",
             "transcode": not weights.subtract_b_dec,
             "d_in": weights.d_in,
-            "metadata": weights.metadata,
+            **({"metadata": weights.metadata} if weights.metadata else {}),  # sparsify drops it with a note
         },
     )

@@ -181,7 +181,7 @@ class DictionaryWeights:
         return dataclasses.replace(weights, tensors=t, input_scaling=None, output_scaling=None)
 
     def with_subtraction(self, subtract: bool) -> "DictionaryWeights":
-        """The same function with `subtract_b_dec` as asked: W_enc b_dec moves between the encoder's biases and its input.
+        """The same function with `subtract_b_dec` as asked: W_enc b_dec moves into or out of the encoder's biases.
 
         Raises ExchangeError where d_in and d_out differ.
         """
