@@ -7,7 +7,9 @@ builds tensors and plain containers and refuses everything else.
 import json
 import os
 import pickle
+import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from torch import Tensor
 from .weights import ExchangeError, check_tensor
 
 _REQUIRED: Any = object()
+#: What NumPy's and PyTorch's loaders raise for bytes that are not what they claim to be.
+_UNREADABLE = (ValueError, TypeError, OSError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError)
 
 
 class Config:
@@ -117,24 +121,25 @@ def read_safetensors(path: Path) -> TensorFile:
         return TensorFile(path, load_file(path))
     except FileNotFoundError:
         raise ExchangeError(f"{path} is missing") from None
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ExchangeError(f"{path} is damaged: {error}") from None
+    except (SafetensorError, *_UNREADABLE) as error:
+        raise ExchangeError(f"{path} is damaged: {_reason(error)}") from None
 
 
 def read_npz(path: Path) -> TensorFile:
     """Arrays of a NumPy archive, pickled ones refused. Raises ExchangeError where it is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ExchangeError(f"{path} is not an archive of arrays (.npz)")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ExchangeError(f"{path} is not an archive of arrays (.npz)")
+        with archive:
             arrays = {name: archive[name] for name in archive.files}
         return TensorFile(path, {name: torch.from_numpy(array) for name, array in arrays.items()})
     except FileNotFoundError:
         raise ExchangeError(f"{path} is missing") from None
     except ExchangeError:
         raise
-    except (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
-        raise ExchangeError(f"{path} is damaged or holds more than arrays of numbers: {error}") from None
+    except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
+        raise ExchangeError(f"{path} is damaged or holds more than arrays of numbers: {_reason(error)}") from None
 
 
 def read_pt(path: Path) -> TensorFile:
@@ -144,14 +149,21 @@ def read_pt(path: Path) -> TensorFile:
     except FileNotFoundError:
         raise ExchangeError(f"{path} is missing") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ExchangeError(f"{path} is damaged or holds more than tensors, and was not loaded: {reason}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ExchangeError(f"{path} is damaged: {reason}") from None
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named is None:
+            raise ExchangeError(f"{path} is damaged: it cannot be unpickled") from None
+        what = f"asks to run or build {named[1]}; only tensors are loaded"
+        raise ExchangeError(f"{path} was not loaded: its pickle {what}") from None
+    except _UNREADABLE as error:
+        raise ExchangeError(f"{path} is damaged: {_reason(error)}") from None
     if not isinstance(data, dict):
         raise ExchangeError(f"{path} is not a state dict but a {type(data).__name__}")
     return TensorFile(path, data)
+
+
+def _reason(error: BaseException) -> str:
+    """First sentence of an error: the rest is advice about other loaders."""
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
 
 
 def write_config(path: Path, data: Mapping[str, Any]) -> None:
