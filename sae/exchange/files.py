@@ -151,7 +151,7 @@ def read_pt(path: Path) -> TensorFile:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is None:
-            raise ExchangeError(f"{path} is damaged: it cannot be unpickled") from None
+            raise ExchangeError(f"{path} was not loaded: it is damaged or holds more than tensors") from None
         what = f"asks to run or build {named[1]}; only tensors are loaded"
         raise ExchangeError(f"{path} was not loaded: its pickle {what}") from None
     except _UNREADABLE as error:

@@ -147,7 +147,7 @@ def test_folding_a_zero_decoder_row_is_refused():
         weights.folded()
 
 
-SUBTRACTED = {"subtract_b_dec": True}
+SUBTRACTED: dict[str, Any] = {"subtract_b_dec": True}
 ROUND_TRIPS = [
     ("saelens", random_weights("relu", **SUBTRACTED)),
     ("saelens", random_weights("relu")),
