@@ -86,10 +86,9 @@ class TensorFile:
         tensor = self.data[name]
         if not isinstance(tensor, Tensor) or tensor.is_complex() or tensor.dtype == torch.bool:
             raise ExchangeError(f"{self.path}: {name} is not a tensor of numbers")
-        check_tensor(self.path, name, tensor, shape)
         tensor = tensor.detach().float()
-        check_tensor(self.path, name, tensor, shape)  # a float64 may overflow
-        return (tensor.t() if transpose else tensor).contiguous().clone()
+        check_tensor(self.path, name, tensor, shape)
+        return (tensor.t() if transpose else tensor).contiguous()
 
     def shape(self, name: str, ndim: int) -> tuple[int, ...]:
         """Shape of tensor `name`. Raises ExchangeError where it is missing or does not have `ndim` axes."""
@@ -180,15 +179,20 @@ def write_config(path: Path, data: Mapping[str, Any]) -> None:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Tensors under a temporary name, then renamed."""
     temporary = _temporary(path)
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary)
+    save_file({name: _own(tensor) for name, tensor in tensors.items()}, temporary)
     temporary.replace(path)
 
 
 def write_pt(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A PyTorch state dict under a temporary name, then renamed."""
     temporary = _temporary(path)
-    torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary)
+    torch.save({name: _own(tensor) for name, tensor in tensors.items()}, temporary)
     temporary.replace(path)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous tensor on the CPU that shares no storage: a view would be saved with all that it looks at."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _temporary(path: Path) -> Path:

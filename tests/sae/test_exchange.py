@@ -150,7 +150,7 @@ def test_folding_a_zero_decoder_row_is_refused():
 SUBTRACTED: dict[str, Any] = {"subtract_b_dec": True}
 ROUND_TRIPS = [
     ("saelens", random_weights("relu", **SUBTRACTED)),
-    ("saelens", random_weights("relu")),
+    ("saelens", random_weights("relu", metadata={"hook_name": "h.hook_z", "reshape_activations": "hook_z"})),
     ("saelens", random_weights("gated", **SUBTRACTED)),
     ("saelens", random_weights("topk", **SUBTRACTED)),
     ("saelens", random_weights("jumprelu", **SUBTRACTED)),
