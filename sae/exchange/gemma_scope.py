@@ -5,12 +5,15 @@ say `w_enc` and `w_dec`. The encoder reads x itself. A dictionary of embeddings 
 by sqrt(d_in).
 """
 
+import re
 from pathlib import Path
 
 from .files import TensorFile, read_npz
 from .weights import DictionaryWeights
 
 WEIGHTS_FILE = "params.npz"
+#: Folders of a release that say what the dictionary is.
+NAMED = re.compile(r"gemma-scope|transcoder|embedding$|layer_\d|width_\d|average_l0_\d|canonical$")
 
 
 def read(folder: Path) -> DictionaryWeights:
@@ -35,6 +38,6 @@ def read(folder: Path) -> DictionaryWeights:
         d_out=d_out,
         d_sae=d_sae,
         tensors=tensors,
-        metadata={"path": "/".join(folder.absolute().parts[-3:])},
+        metadata={"gemma_scope": "/".join(part for part in folder.absolute().parts if NAMED.match(part))},
     )
     return weights.validate(file.path)

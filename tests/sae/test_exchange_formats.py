@@ -216,7 +216,7 @@ def test_gemma_scope(lower: bool, tmp_path: Path):
     z = pre.relu() * (pre > t["threshold"])
     weights = read(folder)
     assert_computes(weights, z, z @ t["W_dec"] + t["b_dec"])
-    assert (weights.form, weights.metadata["path"]) == ("autoencoder", "layer_3/width_16k/average_l0_7")
+    assert (weights.form, weights.metadata["gemma_scope"]) == ("autoencoder", "layer_3/width_16k/average_l0_7")
     assert read(folder / "params.npz").d_sae == M
 
 
