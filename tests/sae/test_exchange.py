@@ -142,6 +142,12 @@ def test_subtraction_moves_into_the_biases_and_back(architecture: str):
         torch.testing.assert_close(both(other, rows())[1], both(weights, rows())[1], rtol=1e-4, atol=1e-4)
 
 
+def test_folding_scales_the_skip_connection():
+    weights = random_weights("relu", "skip_transcoder", D_OUT, input_scaling=0.3, output_scaling=2.0)
+    for a, b in zip(both(weights, rows()), both(weights.folded(), rows()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_folding_a_zero_decoder_row_is_refused():
     weights = random_weights("topk", rescale_by_decoder_norm=True)
     weights.tensors["W_dec"][4] = 0
@@ -227,6 +233,11 @@ def test_what_a_format_cannot_say_is_folded(format: str, weights: DictionaryWeig
 def test_writing_what_cannot_be_represented(format: str, weights: DictionaryWeights, message: str, tmp_path: Path):
     with pytest.raises(ExchangeError, match=message):
         write(weights, tmp_path, format)
+
+
+def test_matryoshka_widths_become_group_sizes(tmp_path: Path):
+    weights = random_weights("matryoshka", subtract_b_dec=True, metadata={"matryoshka_widths": [4, 9, M]})
+    assert read(write(weights, tmp_path, "dictionary_learning")).metadata["group_sizes"] == [4, 5, 7]
 
 
 def test_batchtopk_needs_one_threshold_for_dictionary_learning(tmp_path: Path):

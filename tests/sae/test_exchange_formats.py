@@ -76,6 +76,12 @@ def test_saelens_before_6_topk_without_subtraction(tmp_path: Path):
     assert_computes(read(tmp_path), z, z @ t["W_dec"] + t["b_dec"])
 
 
+def test_saelens_before_6_attention_heads_are_flattened(tmp_path: Path):
+    save(tmp_path / "sae_weights.safetensors", saelens_tensors())
+    save_json(tmp_path / "cfg.json", OLD | {"hook_point": "blocks.3.attn.hook_z"})
+    assert read(tmp_path).metadata["reshape_activations"] == "hook_z"
+
+
 def test_saelens_before_6_finetuned(tmp_path: Path):
     t = saelens_tensors()
     factor = torch.rand(M) + 0.5
@@ -154,6 +160,13 @@ def test_sparsify(tmp_path: Path):
         read(folder)
 
 
+def test_sparsify_signed_latents_are_refused(tmp_path: Path):
+    save_json(tmp_path / "cfg.json", {"num_latents": M, "k": K, "d_in": D, "signed": True})
+    save(tmp_path / "sae.safetensors", normal(W_dec=(M, D)))
+    with pytest.raises(ExchangeError, match=r"cfg.json: signed = True cannot be represented, only False"):
+        read(tmp_path)
+
+
 def test_sparsify_width_by_expansion_factor(tmp_path: Path):
     t = normal(encoder__weight=(4 * D, D), encoder__bias=(4 * D,), W_dec=(4 * D, D), b_dec=(D,))
     save(tmp_path / "sae.safetensors", t)
@@ -218,6 +231,8 @@ def test_gemma_scope(lower: bool, tmp_path: Path):
     assert_computes(weights, z, z @ t["W_dec"] + t["b_dec"])
     assert (weights.form, weights.metadata["gemma_scope"]) == ("autoencoder", "layer_3/width_16k/average_l0_7")
     assert read(folder / "params.npz").d_sae == M
+    folder.rename(tmp_path / "transcoder")
+    assert read(tmp_path / "transcoder").form == "transcoder"
 
 
 def test_gemma_scope_2(tmp_path: Path):
@@ -244,6 +259,14 @@ def test_gemma_scope_2(tmp_path: Path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize(("out", "form"), [("a", "autoencoder"), (None, "autoencoder"), ("b", "transcoder")])
+def test_gemma_scope_2_form_is_decided_by_its_hook_points(out: str | None, form: str, tmp_path: Path):
+    save(tmp_path / "params.safetensors", normal(w_enc=(D, M), b_enc=(M,), w_dec=(M, D), b_dec=(D,), threshold=(M,)))
+    config = {"architecture": "jump_relu", "hf_hook_point_in": "a", "hf_hook_point_out": out}
+    save_json(tmp_path / "config.json", config)
+    assert read(tmp_path).form == form
+
+
 def openai(path: Path, **fields: Any) -> Tensors:
     t = normal(pre_bias=(D,), latent_bias=(M,), encoder__weight=(M, D), decoder__weight=(D, M))
     torch.save({**t, "stats_last_nonzero": torch.zeros(M, dtype=torch.long), **fields}, path)
@@ -255,6 +278,13 @@ def test_openai_relu(tmp_path: Path):
     z = ((rows() - t["pre_bias"]) @ t["encoder.weight"].t() + t["latent_bias"]).relu()
     for path in (tmp_path, tmp_path / "8.pt"):
         assert_computes(read(path), z, z @ t["decoder.weight"].t() + t["pre_bias"])
+
+
+def test_openai_tied(tmp_path: Path):
+    t = normal(pre_bias=(D,), latent_bias=(M,), encoder__weight=(M, D))
+    torch.save({**t, "decoder.linear.weight": t["encoder.weight"]}, tmp_path / "8.pt")
+    z = ((rows() - t["pre_bias"]) @ t["encoder.weight"].t() + t["latent_bias"]).relu()
+    assert_computes(read(tmp_path), z, z @ t["encoder.weight"] + t["pre_bias"])
 
 
 def test_openai_topk_normalises_rows(tmp_path: Path):
