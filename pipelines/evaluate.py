@@ -5,6 +5,7 @@ first positions and massive-norm rows pass unchanged in all three, as they do in
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from saeql.sae.hooks import capture, edit
+from saeql.sae.hooks import Capture, capture, edit
 from saeql.sae.metrics import VarianceUnexplained, bootstrap_ratio, ce_recovered, dead_share
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.trainer import Places, columns_of
@@ -38,8 +39,8 @@ class EvaluateConfig:
     """Draws of documents behind every interval."""
 
 
-#: New rows [n, d] for kept rows [n, d] at the written hook point; None leaves the model as it is.
-Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+#: New rows [n, d_out] from the kept rows [n, d_in] that are read and those that are replaced.
+Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Evaluator:
@@ -88,81 +89,114 @@ class Evaluator:
         return torch.stack(inside).all(0)
 
     def _cross_entropy(self, dictionary: SparseAutoencoder, read: str, write: str) -> list[dict]:
-        spliced = self._measure(read, write, {"spliced": lambda x, _: dictionary(x.float())})["spliced"]
         if write not in self._baselines:
             mean = training_mean(self.activations, self.info, write).to(self.lm.device)
-            replacements: dict[str, Replacement] = {
-                "model": None,
+            ablations: dict[str, Replacement] = {
                 "mean": lambda _, y: mean.expand_as(y),
                 "zero": lambda _, y: torch.zeros_like(y),
             }
-            self._baselines[write] = self._measure(write, write, replacements)
-        ce = {**self._baselines[write], "spliced": spliced}
-        base, n, draws = ce["model"], int(ce["model"].count.sum()), self.config.num_bootstrap
+            self._baselines[write] = self._measure(write, write, ablations)
+        ce = {**self._baselines[write], **self._measure(read, write, {"spliced": lambda x, _: dictionary(x.float())})}
+        base, spliced, draws = ce["model"], ce["spliced"], self.config.num_bootstrap
+        n = int(base.count.sum())
+
+        def interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
+            return bootstrap_ratio(above, below, num_draws=draws, seed=self.seed)
+
         rows = [_row(f"ce_{name}", ce[name].mean, n) for name in ("model", "spliced", "mean", "zero")]
-        increase = bootstrap_ratio(spliced.total - base.total, base.count, num_draws=draws, seed=self.seed)
+        increase = interval(spliced.total - base.total, base.count)
         rows.append(_row("ce_increase", spliced.mean - base.mean, n, increase))
-        for name, metric in (("mean", "ce_recovered"), ("zero", "ce_recovered_zero")):
-            kept, lost = ce[name].total - spliced.total, ce[name].total - base.total
-            interval = bootstrap_ratio(kept, lost, num_draws=draws, seed=self.seed)
-            rows.append(_row(metric, ce_recovered(base.mean, spliced.mean, ce[name].mean), n, interval))
+        rows.append(_row("kl", float(spliced.kl.sum() / n), n, interval(spliced.kl, base.count)))
+        for name, suffix in (("mean", ""), ("zero", "_zero")):
+            ablated = ce[name]
+            kept, lost = ablated.total - spliced.total, ablated.total - base.total
+            recovered = ce_recovered(base.mean, spliced.mean, ablated.mean)
+            rows.append(_row(f"ce_recovered{suffix}", recovered, n, interval(kept, lost)))
+            kl_kept = interval(ablated.kl - spliced.kl, ablated.kl)
+            rows.append(_row(f"kl_recovered{suffix}", float(1 - spliced.kl.sum() / ablated.kl.sum()), n, kl_kept))
         return rows
 
-    def _measure(self, read: str, write: str, replacements: dict[str, Replacement]) -> dict[str, "CrossEntropy"]:
-        reader = ShardReader(shard_folder(self.activations, write, "test"))
-        every = window_column(reader, "token_ids")  # [W, T]
-        num = min(self.config.ce_windows or len(every), len(every))
-        chosen = np.unique(np.linspace(0, len(every) - 1, num).round().astype(int))
-        windows, owners = every[chosen], window_column(reader, "document_ids")[chosen]
-        found = {}
-        with progress("evaluate", len(replacements) * windows.size, "tok") as advance:
-            for name, replacement in replacements.items():
-                found[name] = self._one_pass(windows, owners, read, write, replacement, advance)
-        return found
-
     @torch.no_grad()
-    def _one_pass(
-        self,
-        windows: np.ndarray,
-        owners: np.ndarray,
-        read: str,
-        write: str,
-        replacement: Replacement,
-        advance: Callable[[int], None],
-    ) -> "CrossEntropy":
-        """Next-token cross-entropy (nats) of windows [W, T], summed by document, with kept rows replaced."""
-        losses = np.empty((len(windows), windows.shape[1] - 1))
-        with capture(self.lm.model, [read]) as reader:
-
-            def splice(acts: torch.Tensor) -> torch.Tensor:
-                if replacement is None:
-                    return acts
-                x = acts if read == write else reader.acts[read]
-                keep = acts.float().norm(dim=-1) <= self.info.norm_limit(write)
-                keep &= x.float().norm(dim=-1) <= self.info.norm_limit(read)
-                keep[:, 0] = False
-                new = acts.clone()
-                new[keep] = replacement(x[keep], acts[keep]).to(acts.dtype)
-                return new
-
-            with edit(self.lm.model, write, splice):
-                for start in range(0, len(windows), self.config.batch_windows):
-                    ids = torch.from_numpy(windows[start : start + self.config.batch_windows]).long().to(self.lm.device)
+    def _measure(self, read: str, write: str, replacements: dict[str, Replacement]) -> dict[str, "CrossEntropy"]:
+        """Cross-entropy of the model as it is ("model") and under each replacement of its kept rows."""
+        windows, owners = self._windows(write)
+        losses = {name: np.zeros((len(windows), windows.shape[1] - 1)) for name in ("model", *replacements)}
+        divergences = {name: np.zeros_like(loss) for name, loss in losses.items()}
+        current: list[Replacement] = []
+        with ExitStack() as stack:
+            reader = stack.enter_context(capture(self.lm.model, [read]))
+            splice = self._splice(read, write, reader, current)
+            stack.enter_context(edit(self.lm.model, write, splice))
+            advance = stack.enter_context(progress("evaluate", len(losses) * windows.size, "tok"))
+            for start in range(0, len(windows), self.config.batch_windows):
+                at = slice(start, start + self.config.batch_windows)
+                ids = torch.from_numpy(windows[at]).long().to(self.lm.device)
+                base = None
+                for name in losses:
+                    current[:] = [replacements[name]] if name in replacements else []
                     logits = self.lm.model(input_ids=ids, use_cache=False).logits[:, :-1]
-                    for row in range(len(ids)):  # one window's float32 logits at a time
-                        loss = torch.nn.functional.cross_entropy(logits[row].float(), ids[row, 1:], reduction="none")
-                        losses[start + row] = loss.cpu().numpy()
+                    base = logits if base is None else base
+                    losses[name][at], divergences[name][at] = _compare(logits, base, ids)
                     advance(ids.numel())
         documents, inverse = np.unique(owners[:, 1:], return_inverse=True)
-        total = np.bincount(inverse.ravel(), losses.ravel(), len(documents))
-        return CrossEntropy(total, np.bincount(inverse.ravel(), minlength=len(documents)))
+        count = np.bincount(inverse.ravel(), minlength=len(documents))
+        sums = {
+            name: [
+                np.bincount(inverse.ravel(), values.ravel(), len(documents))
+                for values in (losses[name], divergences[name])
+            ]
+            for name in losses
+        }
+        return {name: CrossEntropy(total, kl, count) for name, (total, kl) in sums.items()}
+
+    def _windows(self, hook_point: str) -> tuple[np.ndarray, np.ndarray]:
+        """Test windows [W, T] spread evenly over the documents, and the document of every token."""
+        reader = ShardReader(shard_folder(self.activations, hook_point, "test"))
+        every = window_column(reader, "token_ids")
+        num = min(self.config.ce_windows or len(every), len(every))
+        chosen = np.unique(np.linspace(0, len(every) - 1, num).round().astype(int))
+        return every[chosen], window_column(reader, "document_ids")[chosen]
+
+    def _splice(self, read: str, write: str, reader: Capture, current: list[Replacement]):
+        """The edit that puts `current[0]` of what was read in place of the kept rows; none leaves everything."""
+
+        def splice(acts: torch.Tensor) -> torch.Tensor:
+            if not current:
+                return acts
+            x = acts if read == write else reader.acts[read]
+            keep = acts.float().norm(dim=-1) <= self.info.norm_limit(write)
+            keep &= x.float().norm(dim=-1) <= self.info.norm_limit(read)
+            keep[:, 0] = False
+            new = acts.clone()
+            new[keep] = current[0](x[keep], acts[keep]).to(acts.dtype)
+            return new
+
+        return splice
+
+
+def _compare(logits: torch.Tensor, base: torch.Tensor, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Next-token cross-entropy of logits [B, T - 1, V] and their KL divergence from `base`, nats, [B, T - 1] each.
+
+    One window's float32 logits at a time.
+    """
+    losses, divergences = [], []
+    for row in range(len(ids)):
+        log_p = logits[row].float().log_softmax(-1)
+        losses.append(-log_p.gather(1, ids[row, 1:, None])[:, 0])
+        if base is logits:
+            divergences.append(torch.zeros_like(losses[-1]))
+        else:
+            reference = base[row].float().log_softmax(-1)
+            divergences.append((reference.exp() * (reference - log_p)).sum(-1))
+    return torch.stack(losses).cpu().numpy(), torch.stack(divergences).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Summed cross-entropy (nats) and number of predicted tokens by document [D]."""
+    """Summed cross-entropy and KL divergence from the model as it is (nats), and predicted tokens, by document [D]."""
 
     total: np.ndarray
+    kl: np.ndarray
     count: np.ndarray
 
     @property

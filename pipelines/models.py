@@ -165,14 +165,19 @@ def model_folder(config: ModelConfig) -> Path:
     path = Path(config.name).expanduser()
     if path.is_dir():
         return path
+    return hub_folder(config.name, config.revision)
+
+
+def hub_folder(name: str, revision: str | None = None, more_patterns: Sequence[str] = ()) -> Path:
+    """Local copy of a hub repository's files. Raises ModelError where it cannot be reached."""
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *more_patterns]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated kinds; each one means the same to the user
         raise ModelError(
-            f"no model {config.name!r}: it is neither a local folder nor reachable on the hub ({_one_line(error)})"
+            f"no model {name!r}: it is neither a local folder nor reachable on the hub ({_one_line(error)})"
         ) from error
 
 

@@ -45,8 +45,10 @@ DEFINITIONS = {
     "ce_mean": "cross-entropy with activations replaced by their mean",
     "ce_zero": "cross-entropy with activations replaced by zero",
     "ce_increase": "what the reconstruction costs the model, nats per token",
+    "kl": "divergence of the model's predictions with the reconstruction from those without, nats per token",
     "ce_recovered": "share of the loss from mean ablation that the reconstruction avoids; 1 is perfect",
     "ce_recovered_zero": "the same against zero ablation, which flatters",
+    "kl_recovered": "share of the divergence under mean ablation that the reconstruction avoids",
 }
 
 

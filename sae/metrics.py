@@ -7,6 +7,8 @@
 - `ce_increase`: mean next-token cross-entropy (nats) with the hook point replaced by its reconstruction, minus without.
 - `ce_recovered`: 1 - ce_increase / (ce_ablated - ce), 1 for a perfect reconstruction and 0 for the ablation itself;
   mean ablation is the reference that is reported first, zero ablation flatters.
+- `kl`: mean KL divergence (nats) of the spliced model's predictions from the model's own; `kl_recovered` is
+  1 - kl / kl under ablation.
 """
 
 import numpy as np

@@ -73,6 +73,24 @@ def test_show_search_sql_and_steer(tiny_run: Path, capsys: pytest.CaptureFixture
         assert "baseline" in text and f"feature 5, {mode}" in text
 
 
+def test_export_and_import_bring_the_same_dictionary_back(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import torch
+
+    from saeql.pipelines import Run, load_dictionary
+
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(0)) * 3
+    with torch.no_grad():
+        expected = Run.open(tiny_run).dictionary()(x)
+        for name in ("saelens", "sparsify", "dictionary_learning"):
+            assert name in run(capsys, "export", tiny_run, tmp_path / name, "--format", name)
+            assert "topk autoencoder" in run(capsys, "import", tmp_path / name, tmp_path / f"{name}-back")
+            torch.testing.assert_close(load_dictionary(tmp_path / f"{name}-back")(x), expected, rtol=1e-5, atol=1e-5)
+    assert "format" in fails(capsys, "export", tiny_run, tmp_path / "x", "--format", "saelen")
+    assert "neither a local folder nor reachable" in fails(capsys, "import", "nobody/nothing", tmp_path / "y")
+
+
 def test_config_prints_toml_that_can_be_run(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     from saeql.pipelines import RunConfig, load_config
 

@@ -105,6 +105,30 @@ def test_metrics_agree_with_a_computation_of_their_own(tiny_run: Path):
     assert {m["split"] for m in metrics.values()} == {"test"}
 
 
+def test_divergence_is_that_of_a_computation_of_its_own(tiny_run: Path):
+    from saeql.pipelines import edit
+
+    run = Run.open(tiny_run)
+    with run.store() as store:
+        metrics = {m["metric"]: m["value"] for m in store.metrics()}
+    windows = torch.tensor(run.evidence.read("windows", split="test")["token_ids"].to_pylist())
+    chosen = torch.linspace(0, len(windows) - 1, min(12, len(windows)), dtype=torch.float64).round().long().unique()
+    model, dictionary, limit = run.language_model.model, run.dictionary(), run.harvest_info.norm_limit("resid_post.1")
+
+    def splice(acts: torch.Tensor) -> torch.Tensor:
+        keep = acts.norm(dim=-1, keepdim=True) <= limit
+        keep[:, 0] = False
+        return torch.where(keep, dictionary(acts.reshape(-1, 32)).view_as(acts), acts)
+
+    with torch.no_grad():
+        p = model(windows[chosen]).logits[:, :-1].log_softmax(-1)
+        with edit(model, "resid_post.1", splice):
+            q = model(windows[chosen]).logits[:, :-1].log_softmax(-1)
+    expected = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
+    assert metrics["kl"] == pytest.approx(float(expected), rel=1e-3)
+    assert 0 <= metrics["kl_recovered"] <= 1
+
+
 def test_cross_entropy_of_the_untouched_model_is_that_of_transformers(tiny_run: Path):
     run = Run.open(tiny_run)
     with run.store() as store:
