@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from saeql.sae.architectures import build
-from saeql.sae.config import DictionaryConfig
 from saeql.sae.exchange import DictionaryWeights, ExchangeError, detect, read, write
 
 D, D_OUT, M, K = 6, 5, 16, 3
@@ -328,14 +326,3 @@ def test_written_saelens_config(tmp_path: Path):
         "rescale_acts_by_decoder_norm": False,
         "metadata": {"sae_lens_version": "6.54.12", "model_name": "m"},
     }
-
-
-def test_reads_what_our_own_models_save(tmp_path: Path):
-    model = build(DictionaryConfig(architecture="topk", d_sae=M, k=K), D, seed=5)
-    with torch.no_grad():
-        model.b_dec.copy_(torch.linspace(-1, 1, D))
-    model.metadata = {"model_name": "m", "saeql": {"seed": 5}}
-    weights = read(model.save(tmp_path))
-    assert weights.metadata == model.metadata
-    with torch.no_grad():
-        torch.testing.assert_close(both(weights, rows())[1], model(rows()))
