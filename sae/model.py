@@ -39,6 +39,8 @@ class SparseAutoencoder(nn.Module):
     """
 
     architecture: str = ""
+    #: Whether half of all latents are active at the start: their sum must not overshoot the input.
+    starts_dense: bool = False
     #: Whether dead latents learn from the residual by the auxiliary loss of `sae/objective.py`.
     has_auxk: bool = True
 
@@ -84,6 +86,8 @@ class SparseAutoencoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(_unit_rows(self.d_sae, self.d_out, generator))
         self.W_enc.copy_(self.W_dec if self.reads_what_it_writes else _unit_rows(self.d_sae, self.d_in, generator))
+        if self.starts_dense:  # half of d_sae random unit rows, read and written, give x back d_sae / (2 d_in) times
+            self.W_enc.mul_(min(1.0, 2 * self.d_in / self.d_sae))
 
     # --- the forward pass ----------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ class GatedAutoencoder(SparseAutoencoder):
     """
 
     architecture = "gated"
+    starts_dense = True
     has_auxk = False
 
     def __init__(self, *args, **kwargs):

@@ -18,6 +18,7 @@ class JumpReluAutoencoder(SparseAutoencoder):
     """`z = pre * (pre > threshold)`, `pre = W_enc (x - b_dec) + b_enc`; the threshold is learnt as its logarithm."""
 
     architecture = "jumprelu"
+    starts_dense = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -16,6 +16,7 @@ class ReluAutoencoder(SparseAutoencoder):
     """`z = ReLU(W_enc (x - b_dec) + b_enc)`; decoder rows have unit norm, so that z cannot hide from the penalty."""
 
     architecture = "relu"
+    starts_dense = True
     has_auxk = False
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
