@@ -255,8 +255,8 @@ def jumprelu(
     """[N, d_sae]: pre where it exceeds its latent's `threshold` [d_sae], else 0.
 
     The gradient of pre is that of the kept elements; that of the threshold is -(threshold / bandwidth) * K times that
-    of z. `ste_to_input` lets the step's pseudo-derivative, (threshold / bandwidth) * K, through to pre as well. For log-
-    thresholds pass their `exp()`. Raises ValueError for shapes that do not fit or a bandwidth not above 0.
+    of z. `ste_to_input` lets the step's pseudo-derivative, (threshold / bandwidth) * K, through to pre as well.
+    For log-thresholds pass their `exp()`. Raises ValueError for shapes that do not fit or a bandwidth not above 0.
     """
     _check(pre, threshold, bandwidth)
     name = choose_backend(pre, backend)
