@@ -5,7 +5,7 @@ entries, a scan over digits and blocks, and a stable scatter. 65536 latents take
 every run gives the same order.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,9 +79,9 @@ def digit_scatter_fwd_kernel(
     key = tl.load(keys_ptr + e, mask=e < entries, other=0).to(tl.int32)
     digit = tl.where(e < entries, (key >> SHIFT) & (DIGITS - 1), DIGITS)
     # With its place below the digit every number is another one: any sort is stable.
-    packed: Any = tl.sort(digit * BLOCK + here)
+    packed = tl.sort(digit * BLOCK + here)
     digit = packed // BLOCK
-    e = block * BLOCK + packed % BLOCK
+    e = block * BLOCK + packed % BLOCK  # pyright: ignore[reportOperatorIssue]
     mask = digit < DIGITS
     to = tl.load(base_ptr + digit * num_blocks + block, mask=mask, other=0) + here
     key = tl.load(keys_ptr + e, mask=mask, other=0).to(tl.int32)
