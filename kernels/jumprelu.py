@@ -19,7 +19,7 @@ from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl,
 # Of a chunk of rows: it and its temporaries then stay in the cache.
 CPU_BLOCK_BYTES = 2**19
 GPU_BLOCK_BYTES = 2**26
-ROWS, COLUMNS = 16, 256  # of a tile in the backward kernel
+ROWS, COLUMNS = 8, 256  # of a tile in the backward kernel
 MAX_SLABS = 64
 
 

@@ -186,7 +186,7 @@ def _select(scores: Tensor, group_max: Tensor, k: int, group: int, relu: bool) -
         topk_select_fwd_kernel, (n,),
         scores, group_max, chosen, values, indices, columns, group_max.shape[1], k,
         RELU=relu, BITS=16 if scores.dtype == torch.bfloat16 else 32, GROUP=group, BLOCK_G=block_g, BLOCK_K=block_k,
-        num_warps=max(4, min(16, max(block_g, block_k * group) // 512)),
+        num_warps=max(4, min(8, max(block_g, block_k * group) // 512)),
     )  # fmt: skip
     return values, indices
 

@@ -115,7 +115,7 @@ def cases(dtype: str) -> dict[str, tuple[Any, ...]]:
         "encode_tf32": encode(dtype, D, *((8, 128, 128, 64) if half else (4, 64, 64, 32)), "tf32"),
         "group_max": (topk.group_max_fwd_kernel, [dtype, dtype, NUM, NUM], {"GROUP": 32, "BLOCK_G": 64}, four),
         "select": select(dtype, K, 4),
-        "select_k288": select(dtype, 288, 16),
+        "select_k288": select(dtype, 288, 8),
         "select_candidates": select(dtype, batch_topk.candidates_per_row(64, D_SAE), 8),
         "gather_sum": (
             sparse_matmul.gather_sum_fwd_kernel,
