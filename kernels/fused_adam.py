@@ -1,8 +1,8 @@
 """Adam on a weight whose rows are latents, fused with what a dictionary does to its decoder rows around the step.
 
 Projection takes from a row's gradient its component along the row; renormalisation puts the row back on the unit
-sphere after the step. Adam is that of Kingma and Ba (arXiv 1412.6980), bias-corrected, without weight decay, its
-moments in float32.
+sphere after the step. Adam is that of Kingma and Ba (arXiv 1412.6980), bias-corrected, without weight decay. It
+computes in float32; moments may be kept in bfloat16.
 """
 
 from dataclasses import dataclass
@@ -34,27 +34,30 @@ class AdamStep:
 
 
 class Moments(NamedTuple):
-    """Adam's running means of the gradient and of its square, float32, in the shape of the weight."""
+    """Adam's running means of the gradient and of its square, in the shape of the weight."""
 
     first: Tensor
     second: Tensor
 
     @classmethod
-    def like(cls, weight: Tensor) -> "Moments":
-        return cls(*(torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) for _ in range(2)))
+    def like(cls, weight: Tensor, dtype: torch.dtype = torch.float32) -> "Moments":
+        """Zeros; in bfloat16 they take half of the memory and are rounded to 8 bits after every step."""
+        return cls(*(torch.zeros(weight.shape, dtype=dtype, device=weight.device) for _ in range(2)))
 
 
 def adam_rows_reference(
     weight: Tensor, grad: Tensor, moments: Moments, adam: AdamStep, *, project: bool = False, renormalize: bool = False
 ) -> None:
-    w, g = weight.to(moments.first.dtype), grad.to(moments.first.dtype)
+    dtype = torch.promote_types(moments.first.dtype, torch.float32)
+    w, g = weight.to(dtype), grad.to(dtype)
     if project:
         g = g - (g * w).sum(1, keepdim=True) / (w * w).sum(1, keepdim=True).clamp_min(TINY) * w
-    moments.first.mul_(adam.beta1).add_(g, alpha=1 - adam.beta1)
-    moments.second.mul_(adam.beta2).addcmul_(g, g, value=1 - adam.beta2)
-    first = moments.first / (1 - adam.beta1**adam.step)
-    second = moments.second / (1 - adam.beta2**adam.step)
-    w = w - adam.lr * first / (second.sqrt() + adam.eps)
+    m = adam.beta1 * moments.first.to(dtype) + (1 - adam.beta1) * g
+    v = adam.beta2 * moments.second.to(dtype) + (1 - adam.beta2) * g * g
+    moments.first.copy_(m)
+    moments.second.copy_(v)
+    m, v = m / (1 - adam.beta1**adam.step), v / (1 - adam.beta2**adam.step)
+    w = w - adam.lr * m / (v.sqrt() + adam.eps)
     if renormalize:
         w = w / (w * w).sum(1, keepdim=True).clamp_min(TINY).sqrt()
     weight.copy_(w)
@@ -65,8 +68,8 @@ def adam_row(w, g, m_ptrs, v_ptrs, mask, lr, beta1, beta2, eps, correction1, cor
     """One row through projection, Adam and renormalisation; stores the moments, returns the new row."""
     if PROJECT:
         g -= tl.sum(g * w, axis=0) / tl.maximum(tl.sum(w * w, axis=0), 1e-30) * w
-    m = beta1 * tl.load(m_ptrs, mask=mask, other=0.0) + (1.0 - beta1) * g
-    v = beta2 * tl.load(v_ptrs, mask=mask, other=0.0) + (1.0 - beta2) * g * g
+    m = beta1 * tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32) + (1.0 - beta1) * g
+    v = beta2 * tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32) + (1.0 - beta2) * g * g
     tl.store(m_ptrs, m, mask=mask)
     tl.store(v_ptrs, v, mask=mask)
     w -= lr * (m / correction1) / (tl.sqrt(v / correction2) + eps)
@@ -79,8 +82,8 @@ def adam_row(w, g, m_ptrs, v_ptrs, mask, lr, beta1, beta2, eps, correction1, cor
 def adam_rows_fwd_kernel(
     weight_ptr,  # [rows, d], in place
     grad_ptr,  # [rows, d]
-    first_ptr,  # [rows, d] float32, in place
-    second_ptr,  # [rows, d] float32, in place
+    first_ptr,  # [rows, d], in place
+    second_ptr,  # [rows, d], in place
     d,
     lr,
     beta1,
@@ -139,18 +142,19 @@ def torch_adam_block(
     weight: Tensor, grad: Tensor, moments: Moments, adam: AdamStep, step: Tensor, project: bool, renormalize: bool
 ) -> None:
     """`grad` is scratch: the projection is made in place."""
-    w = weight if weight.dtype == torch.float32 else weight.float()
+    w, m, v = (t if t.dtype == torch.float32 else t.float() for t in (weight, *moments))
     if project:
         along = torch.linalg.vecdot(grad, w) / torch.linalg.vecdot(w, w).clamp_min_(TINY)
         grad.addcmul_(w, along[:, None], value=-1)
     torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
-        [w], [grad], [moments.first], [moments.second], [], [step], lr=adam.lr, beta1=adam.beta1, beta2=adam.beta2,
+        [w], [grad], [m], [v], [], [step], lr=adam.lr, beta1=adam.beta1, beta2=adam.beta2,
         weight_decay=0.0, eps=adam.eps, amsgrad=False, maximize=False,
     )  # fmt: skip
     if renormalize:
         w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min_(TINY**0.5))
-    if w is not weight:
-        weight.copy_(w)
+    for kept, new in zip((weight, *moments), (w, m, v), strict=True):
+        if new is not kept:
+            kept.copy_(new)
 
 
 def block_rows(weight: Tensor) -> int:

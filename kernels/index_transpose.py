@@ -81,7 +81,7 @@ def digit_scatter_fwd_kernel(
     # With its place below the digit every number is another one: any sort is stable.
     packed = tl.sort(digit * BLOCK + here)
     digit = packed // BLOCK
-    e = block * BLOCK + packed % BLOCK
+    e = block * BLOCK + packed % BLOCK  # pyright: ignore[reportOperatorIssue]
     mask = digit < DIGITS
     to = tl.load(base_ptr + digit * num_blocks + block, mask=mask, other=0) + here
     key = tl.load(keys_ptr + e, mask=mask, other=0).to(tl.int32)

@@ -19,7 +19,7 @@ from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl,
 # Of a chunk of rows: it and its temporaries then stay in the cache.
 CPU_BLOCK_BYTES = 2**19
 GPU_BLOCK_BYTES = 2**26
-ROWS, COLUMNS = 16, 256  # of a tile in the backward kernel
+ROWS, COLUMNS = 8, 256  # of a tile in the backward kernel
 MAX_SLABS = 64
 
 
@@ -255,8 +255,8 @@ def jumprelu(
     """[N, d_sae]: pre where it exceeds its latent's `threshold` [d_sae], else 0.
 
     The gradient of pre is that of the kept elements; that of the threshold is -(threshold / bandwidth) * K times that
-    of z. `ste_to_input` lets the step's pseudo-derivative, (threshold / bandwidth) * K, through to pre as well. For log-
-    thresholds pass their `exp()`. Raises ValueError for shapes that do not fit or a bandwidth not above 0.
+    of z. `ste_to_input` lets the step's pseudo-derivative, (threshold / bandwidth) * K, through to pre as well.
+    For log-thresholds pass their `exp()`. Raises ValueError for shapes that do not fit or a bandwidth not above 0.
     """
     _check(pre, threshold, bandwidth)
     name = choose_backend(pre, backend)

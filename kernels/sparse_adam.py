@@ -21,6 +21,7 @@ from .fused_adam import (
     torch_adam_block,
 )
 from .index_transpose import IndexTranspose, transpose_indices
+from .latent_rows import SEGMENT, latent_row, segment_sums
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
 from .sparse_matmul import SparseLatents, embedding_sum, scatter_sum_reference
 
@@ -47,15 +48,29 @@ class _Entries(NamedTuple):
     grad_out: Tensor  # [tokens, d_out]
 
 
+class _Target(NamedTuple):
+    weight: Tensor
+    moments: Moments
+    copy: Tensor | None
+    project: bool = False
+    renormalize: bool = False
+
+    def rows(self, at: slice) -> "_Target":
+        copy = None if self.copy is None else self.copy[at]
+        return self._replace(weight=self.weight[at], moments=Moments(*(m[at] for m in self.moments)), copy=copy)
+
+
 @triton.jit
 def sparse_adam_bwd_kernel(
     weights_ptr,  # [entries], sorted by latent
     tokens_ptr,  # [entries], sorted by latent
     offsets_ptr,  # [d_sae + 1]
     dense_ptr,  # [N, d]
+    sums_ptr,  # [entries // SEGMENT, d] float32, see latent_rows
     weight_ptr,  # [d_sae, d], in place
-    first_ptr,  # [d_sae, d] float32, in place
-    second_ptr,  # [d_sae, d] float32, in place
+    first_ptr,  # [d_sae, d], in place
+    second_ptr,  # [d_sae, d], in place
+    copy_ptr,  # [d_sae, d], written if HAS_COPY
     d,
     lr,
     beta1,
@@ -65,22 +80,15 @@ def sparse_adam_bwd_kernel(
     correction2,
     PROJECT: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     f = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < d
-    first = tl.load(offsets_ptr + f)
-    last = tl.load(offsets_ptr + f + 1)
-    g = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(first, last, BLOCK_T):
-        e = start + tl.arange(0, BLOCK_T)
-        s = tl.load(weights_ptr + e, mask=e < last, other=0.0).to(tl.float32)
-        rows = tl.load(tokens_ptr + e, mask=e < last, other=0).to(tl.int64)
-        x_mask = (s != 0.0)[:, None] & mask[None, :]
-        x = tl.load(dense_ptr + rows[:, None] * d + cols[None, :], mask=x_mask, other=0.0).to(tl.float32)
-        g += tl.sum(s[:, None] * x, axis=0)
+    g = latent_row(weights_ptr, tokens_ptr, offsets_ptr, dense_ptr, sums_ptr, f, cols, d, SEGMENT, BLOCK_T, BLOCK_D)
     at = f * d + cols
     w = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
     w = adam_row(
@@ -99,23 +107,19 @@ def sparse_adam_bwd_kernel(
         RENORMALIZE,
     )
     tl.store(weight_ptr + at, w.to(weight_ptr.dtype.element_ty), mask=mask)
+    if HAS_COPY:
+        tl.store(copy_ptr + at, w.to(copy_ptr.dtype.element_ty), mask=mask)
 
 
-def _triton_sparse_adam(
-    weights: Tensor,
-    transpose: IndexTranspose,
-    dense: Tensor,
-    weight: Tensor,
-    moments: Moments,
-    adam: AdamStep,
-    project: bool,
-    renormalize: bool,
-) -> None:
-    (d_sae, d), block = weight.shape, next_power_of_2(weight.shape[1])
+def _triton_sparse_adam(weights: Tensor, transpose: IndexTranspose, dense: Tensor, to: _Target, adam: AdamStep) -> None:
+    (d_sae, d), block = to.weight.shape, next_power_of_2(to.weight.shape[1])
+    copy = to.weight if to.copy is None else to.copy
     launch(
         sparse_adam_bwd_kernel, (d_sae,),
-        weights, transpose.tokens, transpose.offsets, dense, weight, moments.first, moments.second, d, *scalars(adam),
-        PROJECT=project, RENORMALIZE=renormalize, BLOCK_T=4, BLOCK_D=block, num_warps=num_warps(block),
+        weights, transpose.tokens, transpose.offsets, dense, segment_sums(weights, transpose, dense),
+        to.weight, *to.moments, copy, d, *scalars(adam),
+        PROJECT=to.project, RENORMALIZE=to.renormalize, HAS_COPY=to.copy is not None,
+        SEGMENT=SEGMENT, BLOCK_T=4, BLOCK_D=block, num_warps=num_warps(block),
     )  # fmt: skip
 
 
@@ -142,26 +146,32 @@ def _merge(terms: Sequence[SparseGrad]) -> _Entries:
     )
 
 
-def _torch_sparse_adam(
-    entries: _Entries,
-    weights: tuple[Tensor, Tensor],
-    moments: tuple[Moments, Moments],
-    adam: AdamStep,
-    project: bool,
-    renormalize: bool,
-) -> None:
-    step = torch.tensor(float(adam.step), device=weights[0].device)
+def _torch_sparse_adam(entries: _Entries, enc: _Target, dec: _Target, adam: AdamStep) -> None:
+    step = torch.tensor(float(adam.step), device=enc.weight.device)
     tokens, offsets = entries.transpose.tokens, entries.transpose.offsets
-    rows = min(block_rows(weight) for weight in weights)
-    sources = ((entries.grad_values, entries.x, False, False), (entries.values, entries.grad_out, project, renormalize))
+    rows = min(block_rows(enc.weight), block_rows(dec.weight))
+    sources = ((entries.grad_values, entries.x, enc), (entries.values, entries.grad_out, dec))
     bounds = [*offsets[::rows].tolist(), tokens.shape[0]]
-    for i, start in enumerate(range(0, weights[0].shape[0], rows)):
-        at, own = slice(start, start + rows), slice(bounds[i], bounds[i + 1])
+    for i, start in enumerate(range(0, enc.weight.shape[0], rows)):
+        own = slice(bounds[i], bounds[i + 1])
         bags = offsets[start : start + rows + 1] - bounds[i]
-        for weight, moment, (scale, dense, proj, renorm) in zip(weights, moments, sources, strict=True):
+        for scale, dense, target in sources:
+            to = target.rows(slice(start, start + rows))
             grad = embedding_sum(dense, tokens[own], bags, scale[own]).float()
-            block = Moments(moment.first[at], moment.second[at])
-            torch_adam_block(weight[at], grad, block, adam, step, proj, renorm)
+            torch_adam_block(to.weight, grad, to.moments, adam, step, to.project, to.renormalize)
+            if to.copy is not None:
+                to.copy.copy_(to.weight)
+
+
+def _reference_sparse_adam(terms: Sequence[SparseGrad], enc: _Target, dec: _Target, adam: AdamStep) -> None:
+    grad_enc = sum(scatter_sum_reference(t.latents.with_values(t.grad_values), t.x) for t in terms)
+    grad_dec = sum(scatter_sum_reference(t.latents, t.grad_out) for t in terms)
+    for grad, to in ((grad_enc, enc), (grad_dec, dec)):
+        adam_rows_reference(
+            to.weight, torch.as_tensor(grad), to.moments, adam, project=to.project, renormalize=to.renormalize
+        )
+        if to.copy is not None:
+            to.copy.copy_(to.weight)
 
 
 def _check_terms(terms: Sequence[SparseGrad], W_enc: Tensor, W_dec: Tensor) -> None:
@@ -177,6 +187,14 @@ def _check_terms(terms: Sequence[SparseGrad], W_enc: Tensor, W_dec: Tensor) -> N
             raise ValueError(f"latents: expected d_sae = {W_enc.shape[0]} as in W_enc, got {term.latents.d_sae}")
 
 
+def _check_copies(copies: tuple[Tensor, Tensor] | None, W_enc: Tensor, W_dec: Tensor) -> None:
+    for copy, weight in zip(copies or (), (W_enc, W_dec), strict=False):
+        if copy.shape != weight.shape or not copy.is_contiguous() or copy.device != weight.device:
+            raise ValueError(
+                f"copies: must be contiguous and on the device and in the shape of the weight, {weight.shape}"
+            )
+
+
 @torch.no_grad()
 def sparse_adam(
     terms: Sequence[SparseGrad],
@@ -188,27 +206,28 @@ def sparse_adam(
     *,
     project: bool = True,
     renormalize: bool = True,
+    copies: tuple[Tensor, Tensor] | None = None,
     backend: Backend | None = None,
 ) -> None:
     """One Adam step in place on W_enc [d_sae, d_in] and W_dec [d_sae, d_out] from the sparse terms of a loss.
 
     Equal to summing the terms' `scatter_sum` gradients and calling `adam_rows` on each weight; `project` and
-    `renormalize` concern W_dec alone. A latent of a compacted subset must carry its index in the full dictionary
-    here. To clip gradients, scale `grad_values` and `grad_out` first. Raises ValueError for shapes that do not fit.
+    `renormalize` concern W_dec alone. `copies` of both weights, in bfloat16 usually, are written in the same pass. A
+    latent of a compacted subset must carry its index in the full dictionary here. To clip gradients, scale
+    `grad_values` and `grad_out` first. Raises ValueError for shapes that do not fit.
     """
     check_moments("W_enc", W_enc, enc)
     check_moments("W_dec", W_dec, dec)
     _check_terms(terms, W_enc, W_dec)
+    _check_copies(copies, W_enc, W_dec)
+    copy_enc, copy_dec = copies or (None, None)
+    to_enc, to_dec = _Target(W_enc, enc, copy_enc), _Target(W_dec, dec, copy_dec, project, renormalize)
     name = choose_backend(W_enc, backend)
     if name == "reference":
-        grad_enc = sum(scatter_sum_reference(t.latents.with_values(t.grad_values), t.x) for t in terms)
-        grad_dec = sum(scatter_sum_reference(t.latents, t.grad_out) for t in terms)
-        adam_rows_reference(W_enc, torch.as_tensor(grad_enc), enc, adam)
-        adam_rows_reference(W_dec, torch.as_tensor(grad_dec), dec, adam, project=project, renormalize=renormalize)
-        return
+        return _reference_sparse_adam(terms, to_enc, to_dec, adam)
     entries = _merge(terms)
     entries = entries._replace(x=entries.x.contiguous(), grad_out=entries.grad_out.contiguous())
     if name == "torch":
-        return _torch_sparse_adam(entries, (W_enc, W_dec), (enc, dec), adam, project, renormalize)
-    _triton_sparse_adam(entries.grad_values, entries.transpose, entries.x, W_enc, enc, adam, False, False)
-    _triton_sparse_adam(entries.values, entries.transpose, entries.grad_out, W_dec, dec, adam, project, renormalize)
+        return _torch_sparse_adam(entries, to_enc, to_dec, adam)
+    _triton_sparse_adam(entries.grad_values, entries.transpose, entries.x, to_enc, adam)
+    _triton_sparse_adam(entries.values, entries.transpose, entries.grad_out, to_dec, adam)

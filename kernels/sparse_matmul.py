@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .index_transpose import IndexTranspose, transpose_indices
+from .latent_rows import SEGMENT, latent_row, segment_sums
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
 
 
@@ -120,23 +121,16 @@ def scatter_sum_fwd_kernel(
     tokens_ptr,  # [N * k], sorted by latent
     offsets_ptr,  # [d_sae + 1]
     dense_ptr,  # [N, d]
+    sums_ptr,  # [N * k // SEGMENT, d] float32, see latent_rows
     out_ptr,  # [d_sae, d]
     d,
+    SEGMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     f = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first = tl.load(offsets_ptr + f)
-    last = tl.load(offsets_ptr + f + 1)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(first, last, BLOCK_T):
-        e = start + tl.arange(0, BLOCK_T)
-        v = tl.load(weights_ptr + e, mask=e < last, other=0.0).to(tl.float32)
-        rows = tl.load(tokens_ptr + e, mask=e < last, other=0).to(tl.int64)
-        mask = (v != 0.0)[:, None] & (cols < d)[None, :]
-        x = tl.load(dense_ptr + rows[:, None] * d + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += tl.sum(v[:, None] * x, axis=0)
+    acc = latent_row(weights_ptr, tokens_ptr, offsets_ptr, dense_ptr, sums_ptr, f, cols, d, SEGMENT, BLOCK_T, BLOCK_D)
     tl.store(out_ptr + f * d + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < d)
 
 
@@ -178,18 +172,10 @@ def _triton_scatter_sum(weights: Tensor, transpose: IndexTranspose, dense: Tenso
     out = torch.empty(d_sae, d, dtype=dense.dtype, device=dense.device)
     block = min(512, next_power_of_2(d))
     launch(
-        scatter_sum_fwd_kernel,
-        (d_sae, -(-d // block)),
-        weights,
-        transpose.tokens,
-        transpose.offsets,
-        dense,
-        out,
-        d,
-        BLOCK_T=8,
-        BLOCK_D=block,
-        num_warps=4,
-    )
+        scatter_sum_fwd_kernel, (d_sae, -(-d // block)),
+        weights, transpose.tokens, transpose.offsets, dense, segment_sums(weights, transpose, dense), out, d,
+        SEGMENT=SEGMENT, BLOCK_T=8, BLOCK_D=block, num_warps=4,
+    )  # fmt: skip
     return out
 
 

@@ -30,6 +30,19 @@ def test_adam_rows(project: bool, renormalize: bool, dtype: torch.dtype, backend
     assert torch.equal(grad, before)
 
 
+@FLAGS
+def test_adam_rows_with_bf16_moments(project: bool, renormalize: bool, backend: Backend, device: str) -> None:
+    weight, grad = (randn(9, 63, seed=i, device=device) for i in range(2))
+    moments, adam = Moments(*(m.bfloat16() for m in moments_of(weight, 5))), AdamStep(step=3, lr=0.1)
+    expected, m64 = weight.double(), Moments(*(m.double() for m in moments))
+    adam_rows_reference(expected, grad.double(), m64, adam, project=project, renormalize=renormalize)
+    adam_rows(weight, grad, moments, adam, project=project, renormalize=renormalize, backend=backend)
+    assert_near(weight, expected)  # by the moments before they are rounded
+    assert moments.first.dtype == moments.second.dtype == torch.bfloat16
+    assert_near(moments.first, m64.first)
+    assert_near(moments.second, m64.second)
+
+
 def test_adam_rows_is_torch_adam_over_many_steps(backend: Backend, device: str) -> None:
     ours = randn(7, 20, seed=0, device=device)
     theirs = ours.clone().requires_grad_()

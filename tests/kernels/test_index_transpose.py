@@ -36,8 +36,9 @@ def test_the_reference_by_hand() -> None:
     assert offsets.tolist() == [0, 2, 2, 4, 6, 6]
 
 
-def test_one_full_block_and_narrow_indices(backend: Backend, device: str) -> None:
-    indices = make_indices(256, 4, 600, device)
+def test_full_blocks_and_narrow_indices(backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_transpose, "BLOCK", 128)
+    indices = make_indices(64, 4, 600, device)
     expected = transpose_indices_reference(indices, 600)
     assert all(map(torch.equal, transpose_indices(indices.int(), 600, backend=backend), expected))
     strided = indices.T.contiguous().T

@@ -142,7 +142,7 @@ class LargestTensor(TorchDispatchMode):
 def test_nothing_of_size_n_d_sae_but_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saeql.kernels.jumprelu.CPU_BLOCK_BYTES", 2**12)
     pre, threshold = make(64, 512, torch.float32, "cpu")
-    grad = torch.ones(64, 512)
+    pre, grad = pre.detach(), torch.ones(64, 512)
     with LargestTensor(64 * 512 // 2) as large:
         z = jumprelu(pre, threshold, BANDWIDTH)
         l0 = step_l0(pre, threshold, BANDWIDTH)

@@ -64,6 +64,51 @@ def test_sparse_adam_sums_its_terms(backend: Backend, device: str) -> None:
         assert_near(actual, expected)
 
 
+@pytest.mark.parametrize("segment", [4, 8, 16])
+def test_latents_that_fire_on_very_many_tokens(
+    segment: int, backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("latent_rows", "sparse_adam", "sparse_matmul"):
+        monkeypatch.setattr(f"saeql.kernels.{module}.SEGMENT", segment)
+    term = make_term(41, 3, 9, 20, device, seed=0, dtype=torch.float32)
+    with torch.no_grad():
+        term.latents.indices[:, 0] = 4  # of all tokens, and the others start and end anywhere in a segment
+        term.latents.indices[:, 1:].remainder_(4)
+        term.latents.indices[:, 2].add_(5)
+    counts = torch.bincount(term.latents.indices.flatten(), minlength=9)
+    assert int(counts.max()) == 41 and int(counts.min()) < 16
+    start = [randn(9, 20, seed=i, device=device) for i in range(2)]
+    results = []
+    for name in (backend, "reference"):
+        W_enc, W_dec = copy.deepcopy(start)
+        enc, dec = Moments.like(W_enc), Moments.like(W_dec)
+        sparse_adam([term], W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
+        gradient = scatter_sum(term.latents, term.grad_out, backend=name)  # pyright: ignore[reportArgumentType]
+        results.append((*enc, *dec, W_enc, W_dec, gradient))
+    for actual, expected in zip(*results, strict=True):
+        assert_near(actual, expected)
+
+
+@FLAGS
+def test_copies_and_bf16_moments(project: bool, renormalize: bool, backend: Backend, device: str) -> None:
+    term = make_term(11, 5, 24, 63, device, seed=0, dtype=torch.float32)
+    start = [randn(24, 63, seed=20 + i, device=device) for i in range(2)]
+    results = []
+    for name in (backend, "reference"):
+        W_enc, W_dec = copy.deepcopy(start)
+        copies = torch.empty_like(W_enc, dtype=torch.bfloat16), torch.empty_like(W_dec, dtype=torch.bfloat16)
+        enc, dec = Moments.like(W_enc, torch.bfloat16), Moments.like(W_dec, torch.bfloat16)
+        for step in (1, 2, 3):
+            sparse_adam([term], W_enc, enc, W_dec, dec, AdamStep(step, lr=0.1), project=project,
+                        renormalize=renormalize, copies=copies, backend=name)  # pyright: ignore[reportArgumentType]  # fmt: skip
+        assert enc.first.dtype == dec.second.dtype == torch.bfloat16
+        for bf16, weight in zip(copies, (W_enc, W_dec), strict=True):
+            torch.testing.assert_close(bf16.float(), weight, rtol=2**-7, atol=0)  # the interpreter rounds towards 0
+        results.append((*enc, *dec, W_enc, W_dec))
+    for actual, expected in zip(*results, strict=True):
+        assert_near(actual, expected, torch.bfloat16)
+
+
 def test_two_runs_are_bit_identical() -> None:
     results = []
     for _ in range(2):
@@ -83,3 +128,6 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     term = make_term(6, 3, 20, 4, "cpu", seed=0, dtype=torch.float32)
     with pytest.raises(ValueError, match="latents: expected d_sae = 5"):
         sparse_adam([term], W, Moments.like(W), W, Moments.like(W), adam)
+    term = make_term(3, 2, 5, 4, "cpu", seed=0, dtype=torch.float32)
+    with pytest.raises(ValueError, match="copies: must be contiguous"):
+        sparse_adam([term], W, Moments.like(W), W, Moments.like(W), adam, copies=(W, torch.zeros(5, 3)))
