@@ -37,7 +37,7 @@ def order_key(x, BITS: tl.constexpr):
     """Unsigned integers in the order of the floats `x`, NaN last; 0 is left free for padding."""
     x = x.to(tl.float32)
     bits = x.to(tl.uint32, bitcast=True)
-    key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    key = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     key = tl.where(x != x, 0xFFFFFFFF, key).to(tl.uint32)  # pyright: ignore[reportAttributeAccessIssue]
     return key >> (32 - BITS)
 
