@@ -14,6 +14,7 @@ stages.json            which stages are finished
 import fcntl
 import json
 import os
+import shutil
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,7 @@ from .label import label_dictionary
 from .models import LanguageModel, ModelIdentity, load_model, pick_device
 from .progress import progress
 from .steer import Steerer
+from .sweep import SWEEP_FOLDER
 from .tracking import MetricsLog
 
 #: In the order in which they run; a stage that runs again makes those after it stale.
@@ -257,6 +259,8 @@ class Run:
             )
             if resume and trainer.resume():
                 advance(trainer.step * config.train.batch_tokens)
+            else:  # what another start left would be taken for this one's by a later resume
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             log.keep_until(trainer.step)
             trainer.fit()
             trainer.finish()
@@ -362,9 +366,9 @@ class Run:
         first = STAGES.index(stage)
         kept = {name: value for name, value in self.finished().items() if STAGES.index(name) < first}
         _write_text(self.path / "stages.json", json.dumps(kept, indent=2) + "\n")
-        if stage in ("harvest",):
-            for file in (self.path / "checkpoints").glob("step-*/*"):
-                file.unlink()
+        if stage == "harvest":
+            for folder in (self.path, self.path / SWEEP_FOLDER):
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _mark_finished(self, stage: str, seconds: float) -> None:
         record = {"seconds": round(seconds, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}

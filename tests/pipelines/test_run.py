@@ -183,6 +183,21 @@ def test_a_stage_that_runs_again_makes_later_ones_stale(tiny_run: Path, tmp_path
     ]
 
 
+def test_a_new_harvest_or_a_new_start_forgets_old_checkpoints(tiny_run: Path, tmp_path: Path):
+    run = copy_of(tiny_run, tmp_path)
+    before = (run.dictionary_path / "sae_weights.safetensors").read_bytes()
+    list(run.execute(("harvest",), again=True))
+    assert not checkpoints(run.path / "checkpoints")
+    list(run.execute(("train",), resume=True))
+    assert (run.dictionary_path / "sae_weights.safetensors").read_bytes() == before
+    assert len(checkpoints(run.path / "checkpoints")) == 2
+    for state in (run.path / "checkpoints").glob("*/state.json"):
+        state.write_text("of another training")
+    list(run.execute(("train",), again=True, resume=False))
+    assert (run.dictionary_path / "sae_weights.safetensors").read_bytes() == before
+    list(run.execute(("train",), again=True, resume=True))
+
+
 def test_two_writers_exclude_each_other(tiny_run: Path, tmp_path: Path):
     run = copy_of(tiny_run, tmp_path)
     with run.locked(), pytest.raises(RunError, match=r"in use by another saeql process \(pid \d+\)"):
