@@ -7,8 +7,8 @@ count is decided when they are read: not the first position of a window, and no 
 `harvest.json`.
 """
 
+import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -26,6 +26,7 @@ from saeql.store.evidence import Evidence
 from saeql.store.records import SPLITS
 from saeql.store.shards import ShardReader, ShardWriter
 
+from .atomic import write_whole
 from .corpus import CorpusConfig, CorpusError, Document, documents
 from .models import LanguageModel, ModelIdentity
 from .progress import progress
@@ -82,9 +83,7 @@ class HarvestInfo:
 
     def save(self, folder: Path) -> None:
         """Write `harvest.json`, whole or not at all."""
-        temporary = folder / f"{HARVEST_FILE}.tmp.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(folder / HARVEST_FILE)
+        write_whole(folder / HARVEST_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def open_source(
@@ -153,7 +152,8 @@ def harvest(
     """
     shutil.rmtree(folder, ignore_errors=True)
     widths = probe_widths(language_model, hook_points)
-    _require_room(folder, corpus, sum(widths.values()))
+    value_bytes = 2 if _stored_dtype(language_model) == "bfloat16" else 4
+    _require_room(folder, corpus, sum(widths.values()) * value_bytes + 16)
     reading = _Reading(language_model, corpus, config)
     with ExitStack() as stack:
         writers = {
@@ -188,13 +188,13 @@ def probe_widths(language_model: LanguageModel, hook_points: Sequence[str]) -> d
     return {name: acts[name].shape[-1] for name in hook_points}
 
 
-def _require_room(folder: Path, corpus: CorpusConfig, d_in: int) -> None:
-    needed = corpus.max_tokens * (d_in * 2 + 16)
+def _require_room(folder: Path, corpus: CorpusConfig, row_bytes: int) -> None:
+    needed = corpus.max_tokens * row_bytes
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            28, f"no room for the activations: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
+            errno.ENOSPC, f"no room for the activations: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
             "lower corpus.max_tokens or choose another folder", str(folder)
         )  # fmt: skip
 

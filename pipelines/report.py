@@ -7,7 +7,6 @@ is escaped by Jinja2, and characters that do not show (control, bidi, line break
 import base64
 import hashlib
 import math
-import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+
+from .atomic import write_whole
 
 HIGHLIGHT_LEVELS = 10
 MAX_CHART_POINTS = 400
@@ -315,10 +316,4 @@ def write_report(path: str | Path, data: ReportData) -> Path:
     path = Path(path)
     text = render(data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_whole(path, text)

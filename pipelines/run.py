@@ -36,6 +36,7 @@ from saeql.sae.trainer import Trainer
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
+from .atomic import write_whole
 from .config import RunConfig, to_toml
 from .dictionaries import DictionarySpec, specify, start_dictionary
 from .evaluate import Evaluator, metrics_table
@@ -89,7 +90,7 @@ class Run:
         if path.exists() and any(path.iterdir()):
             raise RunError(f"{path} is not empty and holds no run; choose another directory with --out")
         path.mkdir(parents=True, exist_ok=True)
-        _write_text(path / "config.toml", to_toml(config))
+        write_whole(path / "config.toml", to_toml(config))
         return cls(path, config)
 
     @classmethod
@@ -365,14 +366,14 @@ class Run:
     def _mark_stale(self, stage: str) -> None:
         first = STAGES.index(stage)
         kept = {name: value for name, value in self.finished().items() if STAGES.index(name) < first}
-        _write_text(self.path / "stages.json", json.dumps(kept, indent=2) + "\n")
+        write_whole(self.path / "stages.json", json.dumps(kept, indent=2) + "\n")
         if stage == "harvest":
             for folder in (self.path, self.path / SWEEP_FOLDER):
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _mark_finished(self, stage: str, seconds: float) -> None:
         record = {"seconds": round(seconds, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        _write_text(self.path / "stages.json", json.dumps({**self.finished(), stage: record}, indent=2) + "\n")
+        write_whole(self.path / "stages.json", json.dumps({**self.finished(), stage: record}, indent=2) + "\n")
 
 
 def _width(info: HarvestInfo, hook_points: Sequence[str]) -> int:
@@ -381,12 +382,6 @@ def _width(info: HarvestInfo, hook_points: Sequence[str]) -> int:
 
 def _matmul_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return fast_matmul_dtype(device) if name == "auto" else getattr(torch, name)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _first_difference(old: dict, new: dict, where: str = "") -> tuple[str, Any, Any] | None:

@@ -5,7 +5,6 @@ without either.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from saeql.store.feature_store import Example, FeatureStore
 
+from .atomic import write_whole
 from .output import console, highlighted, print_records, print_steering, visible
 from .progress import progress
 from .steer import Edit, Steerer
@@ -66,9 +66,7 @@ class Showcase:
 
     def save(self, folder: Path) -> None:
         """Write `showcase.json`."""
-        temporary = folder / f"{SHOWCASE_FILE}.tmp.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(folder / SHOWCASE_FILE)
+        write_whole(folder / SHOWCASE_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Showcase":

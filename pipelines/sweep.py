@@ -5,7 +5,6 @@ measured on test documents. The report is a Pareto plot (PNG, and a page) and an
 """
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from saeql.sae.architectures import architecture
 from saeql.sae.config import ConfigError, DictionaryConfig
 from saeql.sae.files import load_dictionary
 
+from .atomic import write_whole
 from .dictionaries import DictionarySpec, specify
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def run_sweep(run: "Run", *, resume: bool = True, report_to: str = "none") -> li
             "advice": advise(rows),
             "dictionaries": rows,
         }
-        _write(folder / "sweep.json", json.dumps(summary, indent=2) + "\n")
+        write_whole(folder / "sweep.json", json.dumps(summary, indent=2) + "\n")
         write_pareto(folder, summary)
     return rows
 
@@ -163,16 +163,14 @@ def write_pareto(folder: Path, summary: dict[str, Any]) -> None:
     from jinja2 import Environment, PackageLoader
 
     png = _plot(summary["dictionaries"], summary["advice"]["dictionary"])
-    temporary = folder / f"sweep.png.tmp.{os.getpid()}"
-    temporary.write_bytes(png)
-    temporary.replace(folder / "sweep.png")
+    write_whole(folder / "sweep.png", png)
     environment = Environment(loader=PackageLoader("saeql.pipelines", "templates"), autoescape=True)
     columns = ["dictionary", "hook_point", "l0", "fvu", "dead_share", "ce_increase", "ce_recovered"]
     page = environment.get_template("sweep.html").render(
         **summary, columns=columns, front={r["dictionary"] for r in pareto(summary["dictionaries"])},
         plot=b64encode(png).decode(),
     )  # fmt: skip
-    _write(folder / "sweep.html", page)
+    write_whole(folder / "sweep.html", page)
 
 
 def _plot(rows: list[dict[str, Any]], chosen: str) -> bytes:
@@ -203,9 +201,3 @@ def _plot(rows: list[dict[str, Any]], chosen: str) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

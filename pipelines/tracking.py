@@ -9,6 +9,8 @@ from typing import Any
 
 from saeql.sae.config import ConfigError, suggestion
 
+from .atomic import write_whole
+
 REPORT_TO = ("none", "wandb", "trackio", "tensorboard")
 
 
@@ -33,9 +35,7 @@ class MetricsLog:
     def keep_until(self, step: int) -> None:
         """Drop lines after `step`: what a killed run logged beyond its last checkpoint is learnt again."""
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -5,16 +5,16 @@ It works on raw activations: scaling and centring are folded into the weights be
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .architectures import architecture
 from .config import ConfigError, DictionaryConfig, from_dict, to_dict
+from .exchange.files import write_config, write_safetensors
 from .model import SparseAutoencoder
 
 CONFIG_FILE = "cfg.json"
@@ -81,12 +81,10 @@ def save_dictionary(dictionary: SparseAutoencoder, folder: str | Path, *, densit
         weights["b_enc"] = dictionary.b_enc
     if dictionary.W_skip is not None:
         weights["W_skip"] = dictionary.W_skip
-    _write_safetensors(folder / WEIGHTS_FILE, weights)
+    write_safetensors(folder / WEIGHTS_FILE, {name: tensor.float() for name, tensor in weights.items()})
     if density is not None:
-        _write_safetensors(folder / SPARSITY_FILE, {"sparsity": torch.log10(density.float() + 1e-10)})
-    temporary = folder / f"{CONFIG_FILE}.tmp.{os.getpid()}"
-    temporary.write_text(json.dumps(saelens_config(dictionary), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / CONFIG_FILE)
+        write_safetensors(folder / SPARSITY_FILE, {"sparsity": torch.log10(density.float() + 1e-10)})
+    write_config(folder / CONFIG_FILE, saelens_config(dictionary))
     return folder
 
 
@@ -168,12 +166,6 @@ def _settings(config: dict[str, Any]) -> DictionaryConfig:
         return made
     name = config["architecture"]
     return from_dict(DictionaryConfig, {"architecture": _OURS.get(name, name), **shared})
-
-
-def _write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, temporary)
-    temporary.replace(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -40,16 +40,16 @@ class Learner:
     writes: slice
     steps: int = 0  # optimizer steps taken: skipped batches do not count
     skipped: int = 0
-    moments: dict[str, Moments] = field(default_factory=dict)  # by parameter name
-    averages: dict[str, torch.Tensor] = field(default_factory=dict)  # by parameter name, where weights are averaged
-    idle_tokens: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # [d_sae], rows since a latent fired
+    moments: dict[str, Moments] = field(init=False)  # by parameter name
+    averages: dict[str, torch.Tensor] = field(init=False)  # by parameter name, empty where weights are not averaged
+    idle_tokens: torch.Tensor = field(init=False)  # [d_sae], rows since a latent fired
     window: _Window = field(default_factory=_Window)
 
     def __post_init__(self) -> None:
         parameters = dict(self.dictionary.named_parameters())
         self.moments = {name: Moments.like(p.data) for name, p in parameters.items()}
-        if self.config.ema_decay is not None:
-            self.averages = {name: p.data.clone() for name, p in parameters.items()}
+        averaged = parameters if self.config.ema_decay is not None else {}
+        self.averages = {name: p.data.clone() for name, p in averaged.items()}
         device = self.dictionary.W_enc.device
         self.idle_tokens = torch.zeros(self.dictionary.d_sae, dtype=torch.int64, device=device)
 
