@@ -51,6 +51,15 @@ from .tracking import MetricsLog
 
 #: In the order in which they run; a stage that runs again makes those after it stale.
 STAGES = ("harvest", "train", "index", "label", "evaluate", "store", "report")
+#: What each stage reads must be up to date.
+_NEEDS = {
+    "train": ("harvest",),
+    "index": ("train",),
+    "label": ("index",),
+    "evaluate": ("train",),
+    "store": ("index", "label", "evaluate"),
+    "report": ("store",),
+}
 
 
 class RunError(ValueError):
@@ -179,7 +188,7 @@ class Run:
         """Run the stages that are not finished yet, in order, yielding (stage, seconds or None where reused).
 
         `again` runs the named stages even so. `resume` lets training go on from its last checkpoint.
-        Raises RunError where another process works on this run.
+        Raises RunError where another process works on this run, or a stage that a named one reads from is not finished.
         """
         for stage in stages:
             if stage not in STAGES:
@@ -189,6 +198,7 @@ class Run:
                 if not again and stage in self.finished():
                     yield stage, None
                     continue
+                self._require_inputs(stage)
                 self._mark_stale(stage)
                 started = time.monotonic()
                 self._run_stage(stage, resume=resume, **options)
@@ -362,6 +372,14 @@ class Run:
             yield
         finally:
             file.close()
+
+    def _require_inputs(self, stage: str) -> None:
+        missing = [name for name in _NEEDS.get(stage, ()) if name not in self.finished()]
+        if missing:
+            raise RunError(
+                f"{self.path}: {stage} reads what {missing[0]} makes, which is missing or out of date: "
+                f"`saeql {missing[0]} {self.path}` first"
+            )
 
     def _mark_stale(self, stage: str) -> None:
         first = STAGES.index(stage)

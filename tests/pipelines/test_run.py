@@ -198,6 +198,16 @@ def test_a_new_harvest_or_a_new_start_forgets_old_checkpoints(tiny_run: Path, tm
     list(run.execute(("train",), again=True, resume=True))
 
 
+def test_a_stage_does_not_read_what_is_out_of_date(tiny_run: Path, tmp_path: Path):
+    run = copy_of(tiny_run, tmp_path)
+    list(run.execute(("index",), again=True))
+    with pytest.raises(RunError, match="store reads what label makes, which is missing or out of date: `saeql label"):
+        list(run.execute(("store",), again=True))
+    assert list(run.finished()) == ["harvest", "train", "index"]
+    list(run.execute(("label", "evaluate", "store", "report")))
+    assert list(run.finished()) == list(STAGES)
+
+
 def test_two_writers_exclude_each_other(tiny_run: Path, tmp_path: Path):
     run = copy_of(tiny_run, tmp_path)
     with run.locked(), pytest.raises(RunError, match=r"in use by another saeql process \(pid \d+\)"):
