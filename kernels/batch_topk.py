@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .launch import Backend, choose_backend, guard, launch, tl, triton
 from .sparse_matmul import SparseLatents
-from .topk import check_k, encode_chunks, encode_tile, pre_chunks, tile_options, values_at
+from .topk import PreActs, check_k, encode_chunks, encode_tile, encoder_inputs, pre_chunks, tile_options, values_at
 
 COMPACT_COLUMNS = 1024
 
@@ -156,14 +156,14 @@ def candidates_per_row(k: int, d_sae: int) -> int:
     return min(d_sae, max(2 * k, min(4 * k, 512)))
 
 
-def _batch_entries(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend) -> _Entries:
+def _batch_entries(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend, wanted: PreActs | None = None) -> _Entries:
     """The largest of the batch among the largest of every row.
 
     The last of those kept is a lower bound of the threshold, so that a row may lack some only if all its candidates
     are above the bound, and whatever it lacks is above the bound as well.
     """
     n, width = x.shape[0], candidates_per_row(k, W.shape[0])
-    values, indices = encode_chunks(x, W, b, width, name)
+    values, indices = encode_chunks(x, W, b, width, name, wanted)
     bound = _kth_largest(values.view(-1), n * k)
     cut = (values.amin(1) > bound) if width < W.shape[0] else torch.zeros(n, dtype=torch.bool, device=x.device)
     again = cut.nonzero()[:, 0]
@@ -230,24 +230,29 @@ def encode_batch_topk(
     k: int,
     *,
     matmul_dtype: torch.dtype | None = None,
+    W_cast: Tensor | None = None,
+    wanted: PreActs | None = None,
     backend: Backend | None = None,
 ) -> tuple[SparseLatents, Tensor]:
     """Keep the N * k largest positive elements of x @ W_enc.T + b_enc (Bussmann et al., arXiv 2412.06410). No gradient.
 
     Returns the latents, padded to the widest row, and the smallest value kept (0 where none is), whose running mean
     is the threshold of inference. x [N, d_in], W_enc [d_sae, d_in], b_enc [d_sae] of one dtype. `matmul_dtype` is the
-    precision in which latents are *chosen*, as in `encode_topk`. Of equal elements at the threshold as many are kept as
-    make N * k; which ones is not specified. Raises ValueError for shapes or a k that do not fit.
+    precision in which latents are *chosen*; it, `W_cast` and `wanted` are as in `encode_topk`. Of equal elements at
+    the threshold as many are kept as make N * k; which ones is not specified. Raises ValueError for shapes or a k that
+    do not fit.
     """
     guard(x=(x, "N d_in"), W_enc=(W_enc, "d_sae d_in"), b_enc=(b_enc, "d_sae"))
     check_k(k, W_enc.shape[0], "d_sae")
     name = choose_backend(x, backend)
     dtype = matmul_dtype or x.dtype
-    narrow = [t.to(dtype).contiguous() for t in (x, W_enc, b_enc)]
+    narrow = encoder_inputs(x, W_enc, b_enc, dtype, W_cast)
     if name == "reference":
-        entries = _dense_entries(encode_batch_topk_reference(narrow[0], narrow[1], narrow[2], k))
+        entries = _dense_entries(encode_batch_topk_reference(*narrow, k))
+        if wanted is not None:
+            wanted.take(narrow[0] @ narrow[1].T + narrow[2])
     else:
-        entries = _batch_entries(narrow[0], narrow[1], narrow[2], k, name)
+        entries = _batch_entries(*narrow, k, name, wanted)
     values, indices = _pad(entries, x.shape[0], W_enc.shape[0])
     if dtype != x.dtype:
         values = values_at(x, W_enc, b_enc, indices, name) * (values > 0)
@@ -274,11 +279,11 @@ def encode_threshold(
     name = choose_backend(x, backend)
     dtype = matmul_dtype or x.dtype
     limit = _limit(threshold, W_enc)
-    narrow = [t.to(dtype).contiguous() for t in (x, W_enc, b_enc)]
+    narrow = encoder_inputs(x, W_enc, b_enc, dtype, None)
     if name == "reference":
-        entries = _dense_entries(encode_threshold_reference(narrow[0], narrow[1], narrow[2], limit))
+        entries = _dense_entries(encode_threshold_reference(*narrow, limit))
     else:
-        entries = _threshold_entries(narrow[0], narrow[1], narrow[2], limit, name)
+        entries = _threshold_entries(*narrow, limit, name)
     values, indices = _pad(entries, x.shape[0], W_enc.shape[0])
     if dtype != x.dtype:
         exact = values_at(x, W_enc, b_enc, indices, name)

@@ -157,11 +157,9 @@ def torch_adam_block(
             kept.copy_(new)
 
 
-def block_rows(weight: Tensor) -> int:
-    if weight.device.type != "cpu":
-        return max(1, weight.shape[0])
-    per_row = 4 * max(1, weight.shape[1:].numel())
-    return max(1, CPU_BLOCK_BYTES // per_row)
+def block_rows(width: int, device: torch.device) -> int:
+    """Rows of `width` numbers that a CPU works on at a time; elsewhere all of them."""
+    return max(1, CPU_BLOCK_BYTES // (4 * max(1, width))) if device.type == "cpu" else 2**31
 
 
 def check_moments(name: str, weight: Tensor, moments: Moments) -> None:
@@ -198,7 +196,7 @@ def adam_rows(
     if name == "triton" and weight.dim() == 2:
         return _triton_adam_rows(weight, grad.contiguous(), moments, adam, project, renormalize)
     step = torch.tensor(float(adam.step), device=weight.device)
-    rows = block_rows(weight)
+    rows = block_rows(weight.shape[1:].numel(), weight.device)
     for start in range(0, weight.shape[0], rows):
         at = slice(start, start + rows)
         g = grad[at].to(torch.float32, copy=project)

@@ -301,7 +301,29 @@ def pre_chunks(x: Tensor, d_sae: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield part, pre[: part.shape[0]]
 
 
-def encode_chunks(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend) -> tuple[Tensor, Tensor]:
+class PreActs:
+    """Asks an encoder for the pre-activations of some latents [m], which it has in hand anyway.
+
+    `taken` is [N, m] after the call, in the dtype of the encoder's matmul.
+    """
+
+    def __init__(self, latents: Tensor):
+        self.latents = latents
+        self._parts: list[Tensor] = []
+
+    def take(self, pre: Tensor) -> None:
+        """Rows of the full [rows, d_sae], in the order of the batch."""
+        self._parts.append(pre.index_select(1, self.latents))
+
+    @property
+    def taken(self) -> Tensor:
+        """[N, m]."""
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
+
+
+def encode_chunks(
+    x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend, wanted: PreActs | None = None
+) -> tuple[Tensor, Tensor]:
     parts: list[tuple[Tensor, Tensor]] = []
     for part, out in pre_chunks(x, W.shape[0]):
         if name == "triton":
@@ -309,8 +331,20 @@ def encode_chunks(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend) -> tup
         else:
             values, indices = _torch_row_topk(torch.addmm(b, part, W.T, out=out), k)
             parts.append((values.relu_(), indices))
+        if wanted is not None:
+            wanted.take(out)
     values, indices = zip(*parts, strict=True)
     return (values[0], indices[0]) if len(parts) == 1 else (torch.cat(values), torch.cat(indices))
+
+
+def encoder_inputs(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype, W_cast: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the encoder's matmul reads, in its dtype. Raises ValueError where `W_cast` is not W_enc in that dtype."""
+    if W_cast is not None and (W_cast.dtype != dtype or W_cast.shape != W_enc.shape):
+        raise ValueError(f"W_cast: expected {dtype} {list(W_enc.shape)}, got {W_cast.dtype} {list(W_cast.shape)}")
+    W = W_enc.to(dtype) if W_cast is None else W_cast
+    return x.to(dtype).contiguous(), W.contiguous(), b_enc.to(dtype).contiguous()
 
 
 def values_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, indices: Tensor, name: Backend) -> Tensor:
@@ -326,23 +360,28 @@ def encode_topk(
     k: int,
     *,
     matmul_dtype: torch.dtype | None = None,
+    W_cast: Tensor | None = None,
+    wanted: PreActs | None = None,
     backend: Backend | None = None,
 ) -> SparseLatents:
     """Keep the k largest of each row of x @ W_enc.T + b_enc and put them through a ReLU. Not differentiable.
 
     x [N, d_in], W_enc [d_sae, d_in], b_enc [d_sae] of one dtype. `matmul_dtype` (bfloat16, usually) is the precision in
-    which the latents are *chosen*; the values of those kept are then computed again in the dtype of x. Never has more
-    than a chunk of the [N, d_sae] pre-activations in memory. Raises ValueError for shapes or a k that do not fit.
+    which the latents are *chosen*; the values of those kept are then computed again in the dtype of x. `W_cast` is
+    W_enc in that precision where the caller has it, `wanted` takes some pre-activations along. Never has more than a
+    chunk of all the [N, d_sae] in memory. Raises ValueError for shapes or a k that do not fit.
     """
     guard(x=(x, "N d_in"), W_enc=(W_enc, "d_sae d_in"), b_enc=(b_enc, "d_sae"))
     check_k(k, W_enc.shape[0], "d_sae")
     name = choose_backend(x, backend)
     dtype = matmul_dtype or x.dtype
-    args = [t.to(dtype).contiguous() for t in (x, W_enc, b_enc)]
+    args = encoder_inputs(x, W_enc, b_enc, dtype, W_cast)
     if name == "reference":
-        values, indices = encode_topk_reference(args[0], args[1], args[2], k)
+        values, indices = encode_topk_reference(*args, k)
+        if wanted is not None:
+            wanted.take(args[0] @ args[1].T + args[2])
     else:
-        values, indices = encode_chunks(args[0], args[1], args[2], k, name)
+        values, indices = encode_chunks(*args, k, name, wanted)
     if dtype != x.dtype:
         values = values_at(x, W_enc, b_enc, indices, name)
     return SparseLatents(values, indices, W_enc.shape[0])

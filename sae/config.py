@@ -90,6 +90,8 @@ class TrainConfig:
     """Last share of the steps, over which the learning rate falls linearly to 0."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Adam's moment decays."""
+    moments_dtype: str = "float32"
+    """Adam's moments: "float32", or "bfloat16" for half of their memory (kept rounded, computed in float32)."""
     b_dec_init: str = "geometric_median"
     """Start of the decoder bias: "geometric_median" or "mean" of the first rows."""
     init_tokens: int = 8192
@@ -127,6 +129,7 @@ class TrainConfig:
             raise ConfigError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay must lie between 0 and 1, got {self.ema_decay}")
+        _check_choice("train.moments_dtype", self.moments_dtype, ("float32", "bfloat16"))
         _check_choice("train.b_dec_init", self.b_dec_init, ("geometric_median", "mean"))
         _check_choice("train.matmul_dtype", self.matmul_dtype, ("auto", "float32", "bfloat16"))
 

@@ -1,17 +1,20 @@
 """One dictionary while it learns: its optimizer state and counters, and one step on a batch."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from saeql.kernels.fused_adam import AdamStep, Moments, adam_rows
+from saeql.kernels.sparse_adam import sparse_adam
 
 from .config import TrainConfig
 from .metrics import dead_share
 from .model import SparseAutoencoder
 from .objective import LossTerms, loss_terms
+from .sparse_step import sparse_step
 
 
 @dataclass
@@ -44,10 +47,12 @@ class Learner:
     averages: dict[str, torch.Tensor] = field(init=False)  # by parameter name, empty where weights are not averaged
     idle_tokens: torch.Tensor = field(init=False)  # [d_sae], rows since a latent fired
     window: _Window = field(default_factory=_Window)
+    W_enc_cast: torch.Tensor | None = None  # W_enc in the dtype of the encoder's matmul, kept by the optimizer
 
     def __post_init__(self) -> None:
         parameters = dict(self.dictionary.named_parameters())
-        self.moments = {name: Moments.like(p.data) for name, p in parameters.items()}
+        dtype = getattr(torch, self.config.moments_dtype)
+        self.moments = {name: Moments.like(p.data, dtype) for name, p in parameters.items()}
         averaged = parameters if self.config.ema_decay is not None else {}
         self.averages = {name: p.data.clone() for name, p in averaged.items()}
         device = self.dictionary.W_enc.device
@@ -61,56 +66,97 @@ class Learner:
         y = x if self.reads == self.writes else rows[:, self.writes]
         dead = (self.idle_tokens >= self.config.dead_after_tokens).nonzero().squeeze(1)
         buffers = {name: b.clone() for name, b in self.dictionary.named_buffers()}
-        terms, outcome = loss_terms(
-            self.dictionary,
-            x,
-            y,
-            dead,
-            auxk_coefficient=self.config.auxk_coefficient,
-            sparsity_share=sparsity_share,
-            matmul_dtype=matmul_dtype,
-        )
-        if not math.isfinite(float(terms.total.detach())):
+        adam = AdamStep(self.steps + 1, self.config.peak_lr(self.dictionary.d_sae) * lr_share, *self.config.adam_betas)
+        if self.dictionary.selects:
+            learned = self._sparse_step(x, y, dead, adam, matmul_dtype)
+        else:
+            learned = self._autograd_step(x, y, dead, adam, sparsity_share, matmul_dtype)
+        if not learned:
             for name, buffer in self.dictionary.named_buffers():
                 buffer.copy_(buffers[name])
             self.skipped += 1
             return False
-        for parameter in self.dictionary.parameters():
-            parameter.grad = None
-        terms.total.backward()
-        self._update(self.config.peak_lr(self.dictionary.d_sae) * lr_share)
-        self.idle_tokens += len(x)
-        self.idle_tokens[outcome.fired] = 0
-        self._count(terms, float(outcome.num_active), len(x))
+        self.steps += 1
+        for name, average in self.averages.items():
+            average.lerp_(self.dictionary.get_parameter(name).data, 1 - cast(float, self.config.ema_decay))
         return True
 
-    def _update(self, lr: float) -> None:
-        """Clip, Adam with the decoder's rows kept on the unit sphere, weight average."""
-        self._clip()
-        self.steps += 1
-        adam = AdamStep(self.steps, lr, *self.config.adam_betas)
-        for name, parameter in self.dictionary.named_parameters():
+    def _sparse_step(
+        self, x: torch.Tensor, y: torch.Tensor, dead: torch.Tensor, adam: AdamStep, matmul_dtype: torch.dtype | None
+    ) -> bool:
+        """Loss, gradients and update without autograd; False where the loss is not finite."""
+        dictionary, config = self.dictionary, self.config
+        if matmul_dtype not in (None, dictionary.W_enc.dtype) and self.W_enc_cast is None:
+            self.W_enc_cast = dictionary.W_enc.data.to(matmul_dtype)
+        step = sparse_step(
+            dictionary, x, y, dead,
+            auxk_coefficient=config.auxk_coefficient, matmul_dtype=matmul_dtype, W_enc_cast=self.W_enc_cast,
+        )  # fmt: skip
+        if not self._count(step.terms, step.num_active, len(x)):
+            return False
+        weights, others = step.weights, step.others
+        if config.max_grad_norm is not None:
+            squares = weights.square_norm() + sum(g.float().square().sum() for g in others.values())
+            scale = clip_scale(squares.sqrt(), config.max_grad_norm)
+            weights, others = weights.scaled(scale), {name: g * scale for name, g in others.items()}
+        moments = self.moments
+        sparse_adam(
+            weights, dictionary.W_enc.data, moments["W_enc"], dictionary.W_dec.data, moments["W_dec"], adam,
+            copies=(self.W_enc_cast, None),
+        )  # fmt: skip
+        for name, grad in others.items():
+            adam_rows(dictionary.get_parameter(name).data, grad, moments[name], adam)
+        self._see(step.fired, len(x))
+        return True
+
+    def _autograd_step(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        dead: torch.Tensor,
+        adam: AdamStep,
+        sparsity_share: float,
+        matmul_dtype: torch.dtype | None,
+    ) -> bool:
+        """The same for a loss that autograd has to take apart."""
+        dictionary, config = self.dictionary, self.config
+        terms, outcome = loss_terms(
+            dictionary, x, y, dead,
+            auxk_coefficient=config.auxk_coefficient, sparsity_share=sparsity_share, matmul_dtype=matmul_dtype,
+        )  # fmt: skip
+        if not self._count(terms, outcome.num_active, len(x)):
+            return False
+        for parameter in dictionary.parameters():
+            parameter.grad = None
+        terms.total.backward()
+        if config.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(dictionary.parameters(), config.max_grad_norm)
+        for name, parameter in dictionary.named_parameters():
             if parameter.grad is None:  # a loss that does not reach it
                 continue
-            unit_norm = name == "W_dec"
-            adam_rows(
-                parameter.data, parameter.grad, self.moments[name], adam, project=unit_norm, renormalize=unit_norm
-            )
-            if name in self.averages and self.config.ema_decay is not None:
-                self.averages[name].lerp_(parameter.data, 1 - self.config.ema_decay)
+            unit = name == "W_dec"
+            adam_rows(parameter.data, parameter.grad, self.moments[name], adam, project=unit, renormalize=unit)
+        self._see(outcome.fired, len(x))
+        return True
 
-    def _clip(self) -> None:
-        if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.config.max_grad_norm)
+    def _see(self, fired: torch.Tensor, num_rows: int) -> None:
+        self.idle_tokens += num_rows
+        self.idle_tokens[fired] = 0
 
-    def _count(self, terms: LossTerms, num_active: float, num_rows: int) -> None:
+    def _count(self, terms: LossTerms, num_active: torch.Tensor, num_rows: int) -> bool:
+        """Add to the window; False, with nothing added, where the loss is not finite."""
+        numbers = (terms.total, terms.reconstruction, terms.sparsity, terms.auxiliary, num_active)
+        total, *parts = torch.stack([number.detach().double() for number in numbers]).tolist()  # one transfer
+        if not math.isfinite(total):
+            return False
         window = self.window
-        window.reconstruction += float(terms.reconstruction.detach())
-        window.sparsity += float(terms.sparsity.detach())
-        window.auxiliary += float(terms.auxiliary.detach())
-        window.num_active += num_active
+        window.reconstruction += parts[0]
+        window.sparsity += parts[1]
+        window.auxiliary += parts[2]
+        window.num_active += parts[3]
         window.num_rows += num_rows
         window.num_steps += 1
+        return True
 
     def log_line(self) -> dict[str, Any]:
         """Means since the last call, which starts a new count; empty where no step was taken."""
@@ -151,3 +197,14 @@ class Learner:
     def state(self) -> dict[str, int]:
         """Counters beside the tensors."""
         return {"steps": self.steps, "skipped": self.skipped}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, int]) -> None:
+        """Take over what `tensors` and `state` gave."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+        self.steps, self.skipped, self.W_enc_cast = counters["steps"], counters["skipped"], None
+
+
+def clip_scale(norm: torch.Tensor, limit: float) -> torch.Tensor:
+    """What gradients of this norm are multiplied with, so that it does not exceed the limit."""
+    return (limit / (norm + 1e-6)).clamp_max(1.0)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from saeql.kernels.autograd import SparseLatents, sparse_decode, topk_encode
+from saeql.kernels.topk import PreActs
 
 from .config import ConfigError, DictionaryConfig
 
@@ -41,6 +42,8 @@ class SparseAutoencoder(nn.Module):
     architecture: str = ""
     #: Whether half of all latents are active at the start: their sum must not overshoot the input.
     starts_dense: bool = False
+    #: Whether the loss of what `select` chooses is plain reconstruction: then `sparse_step.py` makes the gradients.
+    selects: bool = False
     #: Whether dead latents learn from the residual by the auxiliary loss of `sae/objective.py`.
     has_auxk: bool = True
 
@@ -97,6 +100,20 @@ class SparseAutoencoder(nn.Module):
 
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Training forward pass on rows x [N, d_in] with targets y [N, d_out]."""
+        raise NotImplementedError
+
+    def select(
+        self,
+        centred: torch.Tensor,
+        *,
+        matmul_dtype: torch.dtype | None = None,
+        W_cast: torch.Tensor | None = None,
+        wanted: PreActs | None = None,
+    ) -> SparseLatents:
+        """Latents of a training batch, without gradient, of rows [N, d_in] with any encoder bias taken off.
+
+        Only where `selects`. `W_cast` and `wanted` are as in `encode_topk`.
+        """
         raise NotImplementedError
 
     def decode(self, latents: SparseLatents, x: torch.Tensor | None = None) -> torch.Tensor:

@@ -41,6 +41,11 @@ def loss_terms(
     return LossTerms(total, outcome.reconstruction, sparsity, auxiliary), outcome
 
 
+def num_auxiliary(num_dead: int, d_in: int) -> int:
+    """k_aux: how many dead latents try to explain the residual of a row."""
+    return min(num_dead, max(1, d_in // 2))
+
+
 def auxk_loss(
     dictionary: SparseAutoencoder, x: torch.Tensor, residual: torch.Tensor, dead: torch.Tensor
 ) -> torch.Tensor:
@@ -49,7 +54,6 @@ def auxk_loss(
     The top-k runs over the compacted subset `dead` [m] with k_aux = min(m, d_in / 2); both encoder and decoder rows of
     the dead latents receive its gradient.
     """
-    k_aux = min(len(dead), max(1, dictionary.d_in // 2))
-    latents = dictionary.encode_subset(x, dead, k_aux)
+    latents = dictionary.encode_subset(x, dead, num_auxiliary(len(dead), dictionary.d_in))
     error = residual - sparse_decode(latents, dictionary.W_dec[dead], None)
     return error.square().sum() / residual.square().sum().clamp_min(1e-12)

@@ -169,18 +169,14 @@ class Trainer:
     def train_step(self, rows: torch.Tensor) -> None:
         """One optimizer step of every dictionary on scaled rows [N, columns].
 
-        Rows that are not finite reach no dictionary: the batch is skipped and counted.
+        A batch whose loss is not finite changes nothing in a dictionary: it is skipped and counted.
         """
         lr_share = learning_rate_share(self.step, self.config)
         warmup = self.config.sparsity_warmup_steps
         sparsity_share = min(1.0, (self.step + 1) / warmup) if warmup else 1.0
-        is_finite = bool(torch.isfinite(rows.sum()))
         self.step += 1
         for learner in self.learners:
-            if is_finite:
-                learner.step(rows, lr_share, sparsity_share, self.matmul_dtype)
-            else:
-                learner.skipped += 1
+            learner.step(rows, lr_share, sparsity_share, self.matmul_dtype)
             if learner.skipped > max(1, self.config.max_skipped_share * self.config.num_steps):
                 raise TrainingError(
                     f"{learner.name}: {learner.skipped} of {self.step} batches were not finite, more than "
@@ -236,9 +232,7 @@ class Trainer:
             for key, tensor in learner.tensors().items():
                 if key not in tensors or tensors[key].shape != tensor.shape:
                     raise CheckpointError(f"{self.folder}: the checkpoint does not hold {key} {tuple(tensor.shape)}")
-                tensor.copy_(tensors[key])
-            counters = checkpoint.state["learners"][learner.name]
-            learner.steps, learner.skipped = counters["steps"], counters["skipped"]
+            learner.load(tensors, checkpoint.state["learners"][learner.name])
         self.step, self.cursor = checkpoint.step, Cursor.from_state(checkpoint.state["cursor"])
         return True
 

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests multiply small matrices: a second thread only waits for the first, on a busy machine for long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 

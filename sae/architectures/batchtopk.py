@@ -7,6 +7,8 @@ value is active, as in a JumpReLU dictionary with one threshold.
 import torch
 
 from saeql.kernels.autograd import SparseLatents, batch_topk_encode, threshold_encode
+from saeql.kernels.batch_topk import encode_batch_topk
+from saeql.kernels.topk import PreActs
 
 from ..model import Outcome, SparseAutoencoder
 
@@ -17,6 +19,7 @@ class BatchTopKAutoencoder(SparseAutoencoder):
     """`z = ReLU(BatchTopK(W_enc (x - b_dec) + b_enc))` in training, `z = pre * (pre > threshold)` at inference."""
 
     architecture = "batchtopk"
+    selects = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -30,20 +33,38 @@ class BatchTopKAutoencoder(SparseAutoencoder):
             x, self.W_enc, self.b_enc, threshold, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype
         )
 
-    def select(self, x: torch.Tensor, matmul_dtype: torch.dtype | None) -> SparseLatents:
-        """Latents of a training batch; moves the running threshold."""
+    def select(
+        self,
+        centred: torch.Tensor,
+        *,
+        matmul_dtype: torch.dtype | None = None,
+        W_cast: torch.Tensor | None = None,
+        wanted: PreActs | None = None,
+    ) -> SparseLatents:
+        """Latents of a training batch, without gradient; moves the running threshold."""
+        k = self.config.k
+        latents, threshold = encode_batch_topk(
+            centred, self.W_enc, self.b_enc, k, matmul_dtype=matmul_dtype, W_cast=W_cast, wanted=wanted
+        )
+        self._move_threshold(threshold)
+        return latents
+
+    def batch_latents(self, x: torch.Tensor, matmul_dtype: torch.dtype | None) -> SparseLatents:
+        """The same with gradient, of rows x [N, d_in]."""
         latents, threshold = batch_topk_encode(
             x, self.W_enc, self.b_enc, self.config.k, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype
         )
-        with torch.no_grad():
-            first = self.threshold < 0
-            moved = _MOMENTUM * self.threshold + (1 - _MOMENTUM) * threshold
-            self.threshold.copy_(torch.where(first, threshold, moved))
+        self._move_threshold(threshold)
         return latents
+
+    @torch.no_grad()
+    def _move_threshold(self, smallest: torch.Tensor) -> None:
+        moved = _MOMENTUM * self.threshold + (1 - _MOMENTUM) * smallest
+        self.threshold.copy_(torch.where(self.threshold < 0, smallest, moved))
 
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Reconstruction only: sparsity is built in."""
-        return self.sparse_outcome(self.select(x, matmul_dtype), x, y)
+        return self.sparse_outcome(self.batch_latents(x, matmul_dtype), x, y)
 
     def fold_extra(self, c: float, shift: torch.Tensor) -> None:
         """The threshold is compared with latents."""

@@ -16,6 +16,7 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
     """The mean, over nested prefixes of the latents, of each prefix's reconstruction error."""
 
     architecture = "matryoshka"
+    selects = False  # the prefixes' losses are autograd's
 
     @property
     def widths(self) -> list[int]:
@@ -32,7 +33,7 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Mean error of the prefixes; `y_hat` is the whole dictionary's."""
         by_row = self.config.matryoshka_selection == "topk"
-        latents = self.encode(x, matmul_dtype=matmul_dtype) if by_row else self.select(x, matmul_dtype)
+        latents = self.encode(x, matmul_dtype=matmul_dtype) if by_row else self.batch_latents(x, matmul_dtype)
         base = self.with_skip(self.b_dec.expand_as(y), x)
         y_hat, losses, start = base, [], 0
         for stop in self.widths:

@@ -3,6 +3,7 @@
 import torch
 
 from saeql.kernels.autograd import SparseLatents, topk_encode
+from saeql.kernels.topk import PreActs, encode_topk
 
 from ..model import Outcome, SparseAutoencoder
 
@@ -11,12 +12,25 @@ class TopKAutoencoder(SparseAutoencoder):
     """`z = ReLU(TopK(W_enc (x - b_dec) + b_enc))`, `x_hat = z W_dec + b_dec`."""
 
     architecture = "topk"
+    selects = True
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """The k largest latents of rows x [N, d_in], clipped at zero."""
         return topk_encode(
             x, self.W_enc, self.b_enc, self.config.k, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype
         )
+
+    def select(
+        self,
+        centred: torch.Tensor,
+        *,
+        matmul_dtype: torch.dtype | None = None,
+        W_cast: torch.Tensor | None = None,
+        wanted: PreActs | None = None,
+    ) -> SparseLatents:
+        """The same without gradient."""
+        k = self.config.k
+        return encode_topk(centred, self.W_enc, self.b_enc, k, matmul_dtype=matmul_dtype, W_cast=W_cast, wanted=wanted)
 
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Reconstruction only: sparsity is built in."""

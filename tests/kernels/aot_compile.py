@@ -22,6 +22,7 @@ from saeql.kernels import (
     jumprelu,
     latent_rows,
     sparse_adam,
+    sparse_grads,
     sparse_matmul,
     topk,
 )
@@ -135,6 +136,12 @@ def cases(dtype: str) -> dict[str, tuple[Any, ...]]:
             {**segment, "BLOCK_T": 8, "BLOCK_D": 512},
             four,
         ),
+        "square_norm": (
+            sparse_grads.square_norm_fwd_kernel,
+            [dtype, INT, INT, dtype, FP32, dtype, INT, FP32, NUM],
+            {"HAS_ROWS": True, **segment, "BLOCK_T": 4, "BLOCK_D": 1024},
+            four,
+        ),
         "adam_rows": (
             fused_adam.adam_rows_fwd_kernel,
             [dtype, dtype, FP32, FP32, *ADAM],
@@ -143,8 +150,8 @@ def cases(dtype: str) -> dict[str, tuple[Any, ...]]:
         ),
         "sparse_adam": (
             sparse_adam.sparse_adam_bwd_kernel,
-            [dtype, INT, INT, dtype, FP32, dtype, dtype, dtype, BF16, *ADAM],
-            {**unit, "HAS_COPY": True, **segment, "BLOCK_T": 4, "BLOCK_D": 1024},
+            [dtype, INT, INT, dtype, FP32, dtype, INT, dtype, dtype, dtype, BF16, *ADAM],
+            {**unit, "HAS_ROWS": True, "HAS_COPY": True, **segment, "BLOCK_T": 4, "BLOCK_D": 1024},
             eight,
         ),
     }

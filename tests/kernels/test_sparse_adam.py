@@ -7,7 +7,8 @@ from torch import Tensor
 
 from saeql.kernels.fused_adam import AdamStep, Moments, adam_rows_reference
 from saeql.kernels.launch import Backend
-from saeql.kernels.sparse_adam import SparseGrad, sparse_adam
+from saeql.kernels.sparse_adam import sparse_adam
+from saeql.kernels.sparse_grads import RowGrads, SparseGrad, SparseGrads
 from saeql.kernels.sparse_matmul import SparseLatents, scatter_sum
 
 FLAGS = pytest.mark.parametrize(("project", "renormalize"), [(False, False), (True, True)], ids=["plain", "unit"])
@@ -43,7 +44,8 @@ def test_sparse_adam(
     grad_dec = scatter_sum(latents, term.grad_out.double(), backend="reference")
     adam_rows_reference(wide[0][0], grad_enc, wide[0][1], adam)
     adam_rows_reference(wide[1][0], grad_dec, wide[1][1], adam, project=project, renormalize=renormalize)
-    sparse_adam([term], W_enc, enc, W_dec, dec, adam, project=project, renormalize=renormalize, backend=backend)
+    grads = SparseGrads([term])
+    sparse_adam(grads, W_enc, enc, W_dec, dec, adam, project=project, renormalize=renormalize, backend=backend)
     for weight, moments, (expected, expected_moments) in ((W_enc, enc, wide[0]), (W_dec, dec, wide[1])):
         assert_near(weight, expected)
         # The torch backend rounds a bf16 gradient once more before it is squared.
@@ -58,17 +60,55 @@ def test_sparse_adam_sums_its_terms(backend: Backend, device: str) -> None:
     for name in (backend, "reference"):
         W_enc, W_dec = copy.deepcopy(start)
         enc, dec = Moments.like(W_enc), Moments.like(W_dec)
-        sparse_adam(terms, W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
+        sparse_adam(SparseGrads(terms), W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
         results.append((*enc, *dec, W_enc, W_dec))
     for actual, expected in zip(*results, strict=True):
         assert_near(actual, expected)
+
+
+def make_rows(latents: list[int], d: int, device: str) -> RowGrads:
+    rows, m = torch.tensor(latents, device=device), len(latents)
+    return RowGrads(
+        rows, *(randn(m, d, seed=50 + i, device=device) for i in range(2)), randn(m, seed=52, device=device)
+    )
+
+
+def test_rows_that_are_summed_already_are_added(backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saeql.kernels.fused_adam.CPU_BLOCK_BYTES", 16 * 4 * 7)  # several blocks
+    term, rows = make_term(6, 3, 20, 16, device, seed=0, dtype=torch.float32), make_rows([0, 6, 7, 19], 16, device)
+    start = [randn(20, 16, seed=i, device=device) for i in range(2)]
+    results = []
+    for name in (backend, "reference"):
+        grads = SparseGrads([term], rows).scaled(0.5)
+        W_enc, W_dec = copy.deepcopy(start)
+        enc, dec = Moments.like(W_enc), Moments.like(W_dec)
+        sparse_adam(grads, W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
+        results.append((*enc, *dec, W_enc, W_dec, grads.b_enc()))
+    for actual, expected in zip(*results, strict=True):
+        assert_near(actual, expected)
+    enc = scatter_sum(term.latents.with_values(term.grad_values), term.x, backend="reference")
+    enc[rows.latents] += rows.W_enc
+    assert_near(results[0][0], 0.1 * 0.5 * enc)
+    bias = torch.zeros(20, device=device).index_add_(0, term.latents.indices.flatten(), term.grad_values.flatten())
+    assert_near(results[0][-1], 0.5 * bias.index_add(0, rows.latents, rows.b_enc))
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_square_norm_is_that_of_both_gradients(
+    with_rows: bool, backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saeql.kernels.fused_adam.CPU_BLOCK_BYTES", 19 * 4 * 7)
+    terms = [make_term(n, k, 20, 19, device, seed=n, dtype=torch.float32) for n, k in ((6, 3), (4, 7))]
+    grads = SparseGrads(terms, make_rows([2, 3, 18], 19, device) if with_rows else None)
+    expected = sum(g.double().square().sum() for g in grads.dense())
+    assert_near(grads.square_norm(backend=backend), torch.as_tensor(expected))
 
 
 @pytest.mark.parametrize("segment", [4, 8, 16])
 def test_latents_that_fire_on_very_many_tokens(
     segment: int, backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("latent_rows", "sparse_adam", "sparse_matmul"):
+    for module in ("latent_rows", "sparse_adam", "sparse_grads", "sparse_matmul"):
         monkeypatch.setattr(f"saeql.kernels.{module}.SEGMENT", segment)
     term = make_term(41, 3, 9, 20, device, seed=0, dtype=torch.float32)
     with torch.no_grad():
@@ -82,7 +122,7 @@ def test_latents_that_fire_on_very_many_tokens(
     for name in (backend, "reference"):
         W_enc, W_dec = copy.deepcopy(start)
         enc, dec = Moments.like(W_enc), Moments.like(W_dec)
-        sparse_adam([term], W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
+        sparse_adam(SparseGrads([term]), W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
         gradient = scatter_sum(term.latents, term.grad_out, backend=name)  # pyright: ignore[reportArgumentType]
         results.append((*enc, *dec, W_enc, W_dec, gradient))
     for actual, expected in zip(*results, strict=True):
@@ -99,7 +139,7 @@ def test_copies_and_bf16_moments(project: bool, renormalize: bool, backend: Back
         copies = torch.empty_like(W_enc, dtype=torch.bfloat16), torch.empty_like(W_dec, dtype=torch.bfloat16)
         enc, dec = Moments.like(W_enc, torch.bfloat16), Moments.like(W_dec, torch.bfloat16)
         for step in (1, 2, 3):
-            sparse_adam([term], W_enc, enc, W_dec, dec, AdamStep(step, lr=0.1), project=project,
+            sparse_adam(SparseGrads([term]), W_enc, enc, W_dec, dec, AdamStep(step, lr=0.1), project=project,
                         renormalize=renormalize, copies=copies, backend=name)  # pyright: ignore[reportArgumentType]  # fmt: skip
         assert enc.first.dtype == dec.second.dtype == torch.bfloat16
         for bf16, weight in zip(copies, (W_enc, W_dec), strict=True):
@@ -116,7 +156,7 @@ def test_two_runs_are_bit_identical() -> None:
         enc, dec = Moments.like(W_enc), Moments.like(W_dec)
         for step in range(1, 4):
             term = make_term(300, 8, 200, 63, "cpu", seed=step, dtype=torch.float32)
-            sparse_adam([term], W_enc, enc, W_dec, dec, AdamStep(step, lr=0.01))
+            sparse_adam(SparseGrads([term]), W_enc, enc, W_dec, dec, AdamStep(step, lr=0.01))
         results.append((W_enc, W_dec, *enc, *dec))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -124,10 +164,10 @@ def test_two_runs_are_bit_identical() -> None:
 def test_arguments_that_do_not_fit_are_named() -> None:
     W, adam = torch.zeros(5, 4), AdamStep(1, lr=0.1)
     with pytest.raises(ValueError, match="terms: expected at least one"):
-        sparse_adam([], W, Moments.like(W), W, Moments.like(W), adam)
+        sparse_adam(SparseGrads([]), W, Moments.like(W), W, Moments.like(W), adam)
     term = make_term(6, 3, 20, 4, "cpu", seed=0, dtype=torch.float32)
     with pytest.raises(ValueError, match="latents: expected d_sae = 5"):
-        sparse_adam([term], W, Moments.like(W), W, Moments.like(W), adam)
+        sparse_adam(SparseGrads([term]), W, Moments.like(W), W, Moments.like(W), adam)
     term = make_term(3, 2, 5, 4, "cpu", seed=0, dtype=torch.float32)
     with pytest.raises(ValueError, match="copies: must be contiguous"):
-        sparse_adam([term], W, Moments.like(W), W, Moments.like(W), adam, copies=(W, torch.zeros(5, 3)))
+        sparse_adam(SparseGrads([term]), W, Moments.like(W), W, Moments.like(W), adam, copies=(W, torch.zeros(5, 3)))

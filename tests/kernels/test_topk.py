@@ -3,8 +3,9 @@ import torch
 from kernel_checks import assert_near, randn
 from torch import Tensor
 
+from saeql.kernels.batch_topk import encode_batch_topk
 from saeql.kernels.launch import Backend
-from saeql.kernels.topk import encode_topk, row_topk
+from saeql.kernels.topk import PreActs, encode_topk, row_topk
 
 SHAPES = [(5, 63, 4), (3, 1000, 32), (2, 40, 40), (4, 1, 1), (1, 1000, 300)]
 
@@ -90,3 +91,27 @@ def test_encode_topk_refuses_shapes_that_do_not_fit() -> None:
         encode_topk(torch.zeros(2, 4), torch.zeros(9, 4), torch.zeros(8), 2)
     with pytest.raises(ValueError, match="k: must be between 1 and d_sae = 9, got 10"):
         encode_topk(torch.zeros(2, 4), torch.zeros(9, 4), torch.zeros(9), 10)
+
+
+@pytest.mark.parametrize("encoder", ["topk", "batch_topk"])
+def test_some_pre_activations_are_taken_along(
+    encoder: str, backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saeql.kernels.topk.CPU_CHUNK_BYTES", 1)  # as many chunks as there may be
+    x, W, b = (
+        randn(140, 8, seed=0, device=device),
+        randn(40, 8, seed=1, device=device),
+        randn(40, seed=2, device=device),
+    )
+    wanted = PreActs(torch.tensor([0, 3, 39], device=device))
+    cast = W.bfloat16()
+    encode = encode_topk if encoder == "topk" else encode_batch_topk
+    encode(x, W, b, 4, matmul_dtype=torch.bfloat16, W_cast=cast, wanted=wanted, backend=backend)
+    assert wanted.taken.dtype == torch.bfloat16
+    assert_near(wanted.taken, (x @ W.T + b)[:, wanted.latents])
+
+
+def test_a_cast_weight_that_does_not_fit_is_refused() -> None:
+    x, W, b = randn(3, 8, seed=0), randn(40, 8, seed=1), randn(40, seed=2)
+    with pytest.raises(ValueError, match=r"W_cast: expected torch.bfloat16 \[40, 8\], got torch.float32"):
+        encode_topk(x, W, b, 4, matmul_dtype=torch.bfloat16, W_cast=W)

@@ -150,12 +150,59 @@ def test_too_many_poisoned_batches_end_the_training():
         Trainer(CONFIG, {"a": dictionary}, Poisoned()).fit()
 
 
-def test_clipping_is_exact():
-    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
-    trainer = Trainer(replace(CONFIG, max_grad_norm=1e-3), {"a": dictionary}, PlantedSource())
-    trainer.fit()
-    norm = torch.stack([p.grad.norm() for p in dictionary.parameters() if p.grad is not None]).norm()
-    assert float(norm) == pytest.approx(1e-3, rel=1e-4)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1e-2}, {"ema_decay": 0.9}], ids=["plain", "clip", "average"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_training_without_autograd_is_that_with_it(architecture: str, options: dict, monkeypatch: pytest.MonkeyPatch):
+    config = replace(CONFIG, num_steps=40, dead_after_tokens=256, **options)
+    results = []
+    for selects in (True, False):
+        dictionary = build(DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K), D_IN)
+        with torch.no_grad():
+            dictionary.b_enc[:9] = -1e3  # dead for good, so that the auxiliary loss runs
+        monkeypatch.setattr(type(dictionary), "selects", selects)
+        lines = []
+        trainer = Trainer(config, {"a": dictionary}, PlantedSource(), on_log=lines.append)
+        trainer.fit()
+        trainer.finish()
+        results.append((weights(trainer), lines))
+    assert results[0][1][-1]["auxk_loss"] > 0
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        for key in ("fvu", "l0", "dead_share", "auxk_loss"):
+            assert one[key] == pytest.approx(other[key], rel=1e-3), key
+    for name, tensor in results[0][0].items():
+        torch.testing.assert_close(tensor, results[1][0][name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("selects", [True, False])
+def test_clipping_is_exact(selects: bool, monkeypatch: pytest.MonkeyPatch):
+    """After one step the first moment is (1 - beta1) of the clipped gradient; the decoder's is projected as well."""
+    moments = []
+    for limit in (None, 1e-3):
+        dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
+        monkeypatch.setattr(type(dictionary), "selects", selects)
+        trainer = Trainer(replace(CONFIG, num_steps=1, max_grad_norm=limit), {"a": dictionary}, PlantedSource())
+        trainer.fit()
+        moments.append({name: moment.first for name, moment in trainer.learners[0].moments.items()})
+    shares = [float(moments[1][name].norm() / moments[0][name].norm()) for name in moments[0]]
+    assert shares == pytest.approx([shares[0]] * 4, rel=1e-4) and shares[0] < 0.1
+    norms = [float(moments[1][name].norm()) / 0.1 for name in ("W_enc", "b_enc", "b_dec")]
+    assert 0.3e-3 < sum(n * n for n in norms) ** 0.5 <= 1e-3
+
+
+def test_moments_in_bfloat16_take_half_and_learn_the_same(tmp_path: Path):
+    full, half = (trained(tmp_path / d, config=replace(CONFIG, moments_dtype=d)) for d in ("float32", "bfloat16"))
+    assert half.learners[0].moments["W_enc"].first.dtype == torch.bfloat16
+    x = PlantedSource().rows(5000)
+    errors = []
+    for trainer in (full, half):
+        trainer.finish()
+        errors.append(float(fvu(x, trainer.learners[0].dictionary(x).detach())))
+    assert errors[1] < errors[0] + 0.05
+    again = Trainer(replace(CONFIG, moments_dtype="bfloat16"), {"a": build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)},
+                    PlantedSource(), folder=tmp_path / "bfloat16")  # fmt: skip
+    assert again.resume() and torch.equal(
+        again.learners[0].moments["W_dec"].second, half.learners[0].moments["W_dec"].second
+    )
 
 
 def test_weight_average_is_that_of_the_steps():
