@@ -17,6 +17,7 @@ every result, so that a run cut short keeps what it has.
 
 import argparse
 import datetime
+import gc
 import json
 import platform
 import shutil
@@ -243,7 +244,8 @@ def main(argv: list[str] | None = None) -> int:
             odd = parse_shape(ODD, 0.0, device)
             replace(benchmark, shape=odd, deadline=deadline).check((torch.float32, torch.bfloat16))
         benchmark.run(arguments.sections, arguments.rounds)
-        if device == "cuda":
+        if device == "cuda":  # a peer's trainer may be a circle
+            gc.collect()
             torch.cuda.empty_cache()
     if results.path is not None:
         print(f"\nsaved to {results.path}")
