@@ -1,40 +1,26 @@
 """One full training step of each peer library that is installed, driven as its own trainer drives it.
 
 Every factory returns `step(x)`, one optimizer step on x [rows, d_in] float32, for a top-k dictionary with Adam. `dead`
-is the share of latents declared dead, so that auxiliary losses run. A library that is missing is left out and named.
+of a shape is the share of latents declared dead, so that auxiliary losses run. `autocast` is the mixed precision that
+a library's own training loop offers; sparsify takes it by itself on a card. Where a library is missing, its factory
+raises ImportError.
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from bench_shapes import Shape
 
 Step = Callable[[torch.Tensor], Any]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What is trained."""
-
-    rows: int
-    d_in: int
-    d_sae: int
-    k: int
-    dead: float
-    device: str
-
-    @property
-    def num_dead(self) -> int:
-        """Latents declared dead."""
-        return int(self.dead * self.d_sae)
-
-
-def saelens(shape: Shape) -> Step:
+def saelens(shape: Shape, autocast: bool = False) -> Step:
     """SAELens's trainer with its top-k training class."""
     from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig  # pyright: ignore[reportMissingImports]
@@ -44,7 +30,7 @@ def saelens(shape: Shape) -> Step:
         total_training_samples=10**9,
         train_batch_size_samples=shape.rows,
         lr_end=3e-4,
-        autocast=False,
+        autocast=autocast,
         dead_feature_window=1000,
         device=shape.device,
     )
@@ -88,7 +74,7 @@ def sparsify(shape: Shape) -> Step:
     return step
 
 
-def dictionary_learning(shape: Shape) -> Step:
+def dictionary_learning(shape: Shape, autocast: bool = False) -> Step:
     """dictionary_learning's top-k trainer."""
     from dictionary_learning.trainers.top_k import TopKTrainer  # pyright: ignore[reportMissingImports]
 
@@ -109,15 +95,24 @@ def dictionary_learning(shape: Shape) -> Step:
         if shape.num_dead:
             trainer.num_tokens_since_fired[: shape.num_dead] = 10**8
         taken[0] += 1
-        trainer.update(taken[0], x)
+        with torch.autocast(shape.device, torch.bfloat16, enabled=autocast):
+            trainer.update(taken[0], x.bfloat16() if autocast else x)
 
     return step
 
 
-PEERS: dict[str, Callable[[Shape], Step]] = {
-    "SAELens": saelens,
-    "sparsify (Adam)": sparsify,
-    "dictionary_learning": dictionary_learning,
-}
 #: The packages behind the names, for their versions.
 PACKAGES = {"SAELens": "sae-lens", "sparsify (Adam)": "eai-sparsify", "dictionary_learning": "dictionary-learning"}
+
+
+def peers(device: str) -> dict[str, Callable[[Shape], Step]]:
+    """Each library's step as it is by default, and on a card in mixed precision too."""
+    found: dict[str, Callable[[Shape], Step]] = {
+        "SAELens": saelens,
+        "sparsify (Adam)": sparsify,
+        "dictionary_learning": dictionary_learning,
+    }
+    if device == "cuda":
+        found["SAELens, bfloat16 autocast"] = partial(saelens, autocast=True)
+        found["dictionary_learning, bfloat16 autocast"] = partial(dictionary_learning, autocast=True)
+    return found

@@ -1,21 +1,30 @@
-"""Time one training step, ours and the peers', as multiples of the encoder GEMM alone, interleaved in one process.
+"""Time our training step and the peers', and every kernel by itself, against what the device can do at best.
 
-    python scripts/bench_train.py --rows 1024 --d-in 576 --d-sae 9216 --k 32 --threads 1 --rounds 9 [--dead 0.2 --save]
+    python scripts/bench_train.py [--shapes 1024,576,9216,32 --sections steps --rounds 9 --threads 1 --dead 0.2 --save]
 
-One thread is timed in process CPU time, which a busy machine disturbs least; more threads in wall time. On CUDA the
-steps run on the card, are timed with events, and the measured matmul and copy ceilings are printed too. Rows are sparse
-mixtures of directions with a skewed prior, so that latents fire unevenly. `--save` appends the result to
-docs/benchmarks/<device>-<date>.json. SAELens, sparsify and dictionary_learning take part where they are installed.
+For each shape (rows,d_in,d_sae,k; without `--shapes` those of docs/performance.md for this device):
+
+    check    every kernel against its float64 reference; the script ends with 1 where one is wrong
+    steps    one training step, interleaved with the encoder's matmul and the steps of SAELens, sparsify and
+             dictionary_learning where they can be imported, as multiples of that matmul and of the arithmetic floor
+    kernels  milliseconds, bytes by count, GB/s and TFLOP/s of every kernel as shares of the measured ceilings
+
+Matmul and copy ceilings are measured first, and kernels are also checked at an odd shape that needs every mask. One
+thread is timed in process CPU time, which a busy machine disturbs least; more threads in wall time; a card with events.
+`--save` appends to docs/benchmarks/<device>-<date>.json, `--out DIR` to the like file in DIR; it is written again with
+every result, so that a run cut short keeps what it has.
 """
 
 import argparse
 import datetime
+import gc
 import json
 import platform
-import statistics
+import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,133 +32,52 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from bench_peers import PACKAGES, PEERS, Shape, Step
+from bench_ceilings import Ceilings, floor, measure_ceilings, measure_encoder, precisions
+from bench_clock import Clock, Deadline
+from bench_kernels import HEADER, check_lines, dtypes, print_check, print_time, time_lines
+from bench_peers import PACKAGES
+from bench_shapes import DEFAULTS, ODD, Shape, parse_shape
+from bench_steps import OURS, base_precision, measure, profile, report
 
-from saeql.kernels.launch import fast_matmul_dtype
-from saeql.sae.architectures import build
-from saeql.sae.config import DictionaryConfig, TrainConfig
-from saeql.sae.trainer import Trainer
+from saeql.pipelines.atomic import write_whole
 
 ROOT = Path(__file__).parent.parent
-FLOOR = "encoder GEMM, float32 (the floor)"
+OUT = ROOT / "docs" / "benchmarks"
+SECTIONS = ("check", "steps", "kernels")
+ROUNDS = {"cpu": 9, "cuda": 50}
+#: A card is often lent for ten minutes at a time.
+BUDGET_SECONDS = {"cpu": float("inf"), "cuda": 500.0}
 
 
-class _NoSource:
-    """The benchmark hands rows to the trainer itself."""
+class Results:
+    """The entries of one device and day; with a folder they are in its file whenever `save` has been called."""
 
-    def __init__(self, d_in: int):
-        self.widths = {"rows": d_in}
+    def __init__(self, folder: Path | None, device: str):
+        name = f"{device}-{datetime.date.today().isoformat()}"
+        self.path = None if folder is None else folder / f"{name}.json"
+        self._entries: list[dict[str, Any]] = []
+        if self.path is not None and self.path.exists():
+            self._entries = json.loads(self.path.read_text())
 
-    def batches(self, cursor: object = None):
-        return iter(())
+    def add(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """A new entry, to be filled in and saved."""
+        self._entries.append(entry)
+        self.save()
+        return entry
 
-
-def make_rows(num: int, shape: Shape) -> list[torch.Tensor]:
-    """`num` batches [rows, d_in] with unit variance."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(4 * shape.d_in, shape.d_in, generator=generator), dim=1)
-    prior = 1 / torch.arange(1, 4 * shape.d_in + 1) ** 0.7
-    batches = []
-    for _ in range(num):
-        chosen = torch.multinomial(prior, shape.rows * 24, replacement=True, generator=generator).view(shape.rows, 24)
-        weight = torch.rand(shape.rows, 24, generator=generator) + 0.5
-        x = torch.nn.functional.embedding_bag(chosen, directions, per_sample_weights=weight, mode="sum")
-        x += 0.05 * torch.randn(shape.rows, shape.d_in, generator=generator)
-        batches.append(((x - x.mean(0)) / x.std()).to(shape.device))
-    return batches
+    def save(self) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, json.dumps(self._entries, indent=1) + "\n")
 
 
-def ours(shape: Shape, dtype: torch.dtype | None) -> Step:
-    """The trainer's own step."""
-    dictionary = build(DictionaryConfig(d_sae=shape.d_sae, k=shape.k), shape.d_in).to(shape.device)
-    config = TrainConfig(num_steps=10**6, batch_tokens=shape.rows)
-    trainer = Trainer(config, {"a": dictionary}, _NoSource(shape.d_in), matmul_dtype=dtype)
-
-    def step(x: torch.Tensor) -> None:
-        if shape.num_dead:
-            trainer.learners[0].idle_tokens[: shape.num_dead] = config.dead_after_tokens
-        trainer.train_step(x)
-
-    return step
-
-
-def steps(shape: Shape) -> dict[str, Step]:
-    """The floor, ours with each encoder precision of this device, and the peers that are installed."""
-    weight = torch.randn(shape.d_sae, shape.d_in, device=shape.device)
-    bias = torch.zeros(shape.d_sae, device=shape.device)
-    out = torch.empty(shape.rows, shape.d_sae, device=shape.device)
-    found: dict[str, Step] = {FLOOR: lambda x: torch.addmm(bias, x, weight.t(), out=out)}
-    for dtype in dict.fromkeys((None, fast_matmul_dtype(shape.device))):
-        found[f"saeql, encoder {str(dtype or torch.float32).removeprefix('torch.')}"] = ours(shape, dtype)
-    for name, make in PEERS.items():
-        try:
-            found[name] = make(shape)
-        except ImportError as error:
-            print(f"left out: {name} ({error})")
-    return found
-
-
-def seconds(step: Step, x: torch.Tensor, threads: int) -> float:
-    """Time of one step."""
-    if x.is_cuda:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step(x)
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 1e3
-    clock = time.process_time if threads == 1 else time.perf_counter
-    begin = clock()
-    step(x)
-    return clock() - begin
-
-
-def ceilings() -> dict[str, float]:
-    """Measured bf16 matmul (TFLOP/s) and copy (TB/s) rates of the card."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    big = torch.empty(2**30, device="cuda", dtype=torch.uint8)
-    target = torch.empty_like(big)
-    for _ in range(3):
-        _ = a @ a
-        target.copy_(big)
-    matmul = min(seconds(lambda x: x @ x, a, 1) for _ in range(10))
-    copy = min(seconds(lambda x: target.copy_(x), big, 1) for _ in range(10))
-    return {"matmul_tflops": 2 * 8192**3 / matmul / 1e12, "copy_tb_per_second": 2 * 2**30 / copy / 1e12}
-
-
-def describe_device() -> dict[str, Any]:
+def describe_device(device: str) -> dict[str, Any]:
     """What the numbers were taken on."""
-    if torch.cuda.is_available():
-        return {"name": torch.cuda.get_device_name().replace(" ", "-"), **ceilings()}
+    if device == "cuda":
+        return {"name": torch.cuda.get_device_name().replace(" ", "-"), "cuda": torch.version.cuda}
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in flags.replace("\n", " ")]
     return {"name": f"cpu-{platform.machine()}", "flags": known}
-
-
-def measure(shape: Shape, rounds: int, threads: int) -> dict[str, list[float]]:
-    """Seconds of every step in interleaved rounds."""
-    pool, timed = make_rows(4, shape), steps(shape)
-    for step in timed.values():
-        for x in pool[:2]:
-            step(x)
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    for n in range(rounds):
-        for name, step in timed.items():
-            times[name].append(seconds(step, pool[n % len(pool)], threads))
-    return times
-
-
-def report(shape: Shape, times: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Print and return medians, as multiples of the floor."""
-    floor = statistics.median(times[FLOOR])
-    rows = []
-    for name, values in sorted(times.items(), key=lambda item: statistics.median(item[1])):
-        median = statistics.median(values)
-        rows.append(
-            {"step": name, "milliseconds": round(median * 1e3, 2), "multiple_of_floor": round(median / floor, 3)}
-        )
-        print(f"{name:36} {median * 1e3:8.1f} ms  {median / floor:6.2f} x floor  {shape.rows / median:11,.0f} tokens/s")
-    return rows
 
 
 def _version(package: str) -> str | None:
@@ -159,48 +87,175 @@ def _version(package: str) -> str | None:
         return None
 
 
-def save(entry: dict[str, Any], device: str) -> Path:
-    """Append to docs/benchmarks/<device>-<date>.json."""
-    path = ROOT / "docs" / "benchmarks" / f"{device}-{entry['date']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*entries, entry], indent=1) + "\n")
-    return path
+def versions() -> dict[str, str | None]:
+    """Of what the numbers depend on; None where it is not installed."""
+    packages = {"triton": "triton", **PACKAGES}
+    return {"torch": torch.__version__, **{name: _version(package) for name, package in packages.items()}}
 
 
-def main() -> None:
-    """Parse, time in interleaved rounds, print, save."""
+def _commit() -> str | None:
+    """Of this checkout; None where there is no git or only a copy of the files."""
+    if shutil.which("git") is None:
+        return None
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return asked.stdout.strip() or None
+
+
+@dataclass
+class Benchmark:
+    """The sections of one shape. Each fills in the entry and saves it as it goes along."""
+
+    shape: Shape
+    clock: Clock
+    ceilings: Ceilings
+    results: Results
+    entry: dict[str, Any]
+    deadline: Deadline
+
+    def rates(self) -> None:
+        """The encoder's matmul by precision, and the arithmetic floor by the best rates seen."""
+        shape, precision = self.shape, base_precision(self.shape.device)
+        gemm = measure_encoder(shape, self.clock, self.ceilings)
+        size = precisions(shape.device)[precision].itemsize
+        least = floor(shape, size, self.ceilings.matmul(precision), self.ceilings.copy)
+        self.entry["ceilings"] = self.ceilings.as_json()
+        self.entry["encoder_gemm_milliseconds"] = {name: round(ms, 4) for name, ms in gemm.items()}
+        self.entry["arithmetic_floor"] = {"precision": precision, **{name: round(ms, 4) for name, ms in least.items()}}
+        speeds = (f"{name} {ms:.3f} ms ({self.ceilings.encoder[name]:.3g} TFLOP/s)" for name, ms in gemm.items())
+        parts = " + ".join(f"{name} {ms:.3f}" for name, ms in least.items() if name != "milliseconds")
+        print(f"\n{shape}\nencoder GEMM: {', '.join(speeds)}")
+        print(f"arithmetic floor, {precision}: {least['milliseconds']:.3f} ms = {parts}")
+        self.results.save()
+
+    def check(self, types: tuple[torch.dtype, ...]) -> None:
+        """Every kernel against its reference."""
+        print(f"\ncheck: {self.shape}")
+        for line in check_lines(self.shape, types, self.deadline):
+            print_check(line)
+            self.entry["check"].append(line)
+            self.results.save()
+
+    def steps(self, rounds: int) -> None:
+        """Whole training steps, in at most half of the time that is left."""
+        print()
+        share = Deadline(self.deadline.left / 2)
+        times, self.entry["left_out"] = measure(self.shape, rounds, self.clock, share)
+        self.entry["rounds"] = len(next(iter(times.values())))
+        self.entry["steps"] = report(self.shape, times, self.entry["arithmetic_floor"]["milliseconds"])
+        self.results.save()
+
+    def kernels(self) -> None:
+        """Every kernel timed."""
+        print(f"\n{HEADER}")
+        self.entry["kernels"] = []
+        for line in time_lines(self.shape, self.clock, self.ceilings, self.deadline):
+            print_time(line)
+            self.entry["kernels"].append(line)
+            self.results.save()
+
+    def run(self, sections: Sequence[str], rounds: int) -> None:
+        """All of `sections`, as far as time allows; steps always."""
+        self.rates()
+        if "check" in sections:
+            self.check(dtypes(self.shape.device))
+        if "steps" in sections:
+            self.steps(rounds)
+        if "kernels" in sections:
+            self.kernels()
+        if self.deadline.passed:
+            self.entry["out_of_time"] = True
+            print("out of time: kernels that are missing here were not looked at (see --time-budget)")
+            self.results.save()
+
+
+def failures(entries: list[dict[str, Any]]) -> list[str]:
+    """Kernels that are wrong or do not run, and steps of ours that do not run."""
+    lines = [line for entry in entries for line in entry["check"] if not line["passed"]]
+    lines += [line for entry in entries for line in entry.get("kernels", []) if "error" in line]
+    kernels = {f"{line['kernel']} ({line['dtype']}, {line['backend']})" for line in lines}
+    return sorted(kernels | {name for entry in entries for name in entry.get("left_out", {}) if name.startswith(OURS)})
+
+
+def write_profile(shape: Shape, folder: Path, device: str) -> None:
+    """The profiler's table of one step, beside the results."""
+    sizes = f"{shape.rows}-{shape.d_in}-{shape.d_sae}-{shape.k}"
+    file = folder / f"{device}-{datetime.date.today().isoformat()}-{sizes}-profile.txt"
+    profile(shape, file)
+    print(f"\nprofile of a step of {shape} in {file}")
+
+
+def parse(argv: list[str] | None, device: str) -> argparse.Namespace:
+    """The command line; `shapes` become Shape objects."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 1024), ("d-in", 576), ("d-sae", 9216), ("k", 32), ("threads", 1), ("rounds", 9)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument(
-        "--dead", type=float, default=0.0, help="share of latents declared dead, so that auxiliary losses run"
-    )
-    parser.add_argument("--save", action="store_true", help="append to docs/benchmarks/")
-    arguments = parser.parse_args()
+    add = parser.add_argument
+    add("--shapes", nargs="+", default=DEFAULTS[device], metavar="ROWS,D_IN,D_SAE,K")
+    add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    add("--rounds", type=int, default=ROUNDS[device], help="of all steps; fewer where time is up")
+    add("--threads", type=int, default=1)
+    add("--dead", type=float, default=0.0, help="share of latents declared dead, so that auxiliary losses run")
+    add("--time-budget", type=float, default=BUDGET_SECONDS[device], help="seconds for everything")
+    add("--save", action="store_true", help="append the results to a file in docs/benchmarks/")
+    add("--out", type=Path, default=OUT, metavar="DIR", help="append them to a file in DIR instead")
+    add("--peers", type=Path, help="a folder to import peers from, after the installed packages")
+    add("--profile", action="store_true", help="write the profiler's table of one step too")
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.shapes = [parse_shape(text, arguments.dead, device) for text in arguments.shapes]
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, save. Returns 1 where a kernel is wrong, or a kernel or step of ours does not run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = parse(argv, device)
+    deadline = Deadline(arguments.time_budget)
+    if arguments.peers:
+        sys.path.append(str(arguments.peers.resolve()))
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = Shape(arguments.rows, arguments.d_in, arguments.d_sae, arguments.k, arguments.dead, device)
-    about = describe_device()
-    print(f"{about}, {arguments.threads} threads, torch {torch.__version__}, {shape}")
-    rows = report(shape, measure(shape, arguments.rounds, arguments.threads))
-    if arguments.save:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout
-        entry = {
-            "date": datetime.date.today().isoformat(),
-            "commit": commit.strip(),
-            "device": about,
-            "threads": arguments.threads,
-            "versions": {"torch": torch.__version__, **{name: _version(p) for name, p in PACKAGES.items()}},
-            "shape": vars(shape),
-            "rounds": arguments.rounds,
-            "steps": rows,
-        }
-        print(f"saved to {save(entry, about['name']).relative_to(ROOT)}")
+    clock, about, entries = Clock(device, arguments.threads), describe_device(device), []
+    results = Results(arguments.out if arguments.save or arguments.out != OUT else None, about["name"])
+    print(f"{about}, {arguments.threads} threads, torch {torch.__version__}")
+    ceilings = measure_ceilings(clock)
+    square = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in ceilings.square.items())
+    print(f"ceilings: copy {ceilings.copy:,.0f} GB/s read and written; square products {square}")
+    for n, shape in enumerate(arguments.shapes):
+        if deadline.passed:
+            print(f"left out: {shape} (out of time, see --time-budget)")
+            continue
+        entries.append(
+            results.add(
+                {
+                    "date": datetime.date.today().isoformat(),
+                    "commit": _commit(),
+                    "device": about,
+                    "threads": arguments.threads,
+                    "versions": versions(),
+                    "shape": vars(shape),
+                    "check": [],
+                }
+            )
+        )
+        share = Deadline(deadline.left / (len(arguments.shapes) - n))
+        benchmark = Benchmark(shape, clock, ceilings, results, entries[-1], share)
+        if n == 0 and "check" in arguments.sections:
+            odd = parse_shape(ODD, 0.0, device)
+            replace(benchmark, shape=odd, deadline=deadline).check((torch.float32, torch.bfloat16))
+        benchmark.run(arguments.sections, arguments.rounds)
+        if device == "cuda":  # a peer's trainer may be a circle
+            gc.collect()
+            torch.cuda.empty_cache()
+    if results.path is not None:
+        print(f"\nsaved to {results.path}")
+    if arguments.profile:
+        write_profile(arguments.shapes[0], arguments.out, about["name"])
+    wrong = failures(entries)
+    if wrong:
+        print(f"\nWRONG: {', '.join(wrong)}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 sys.path.insert(0, str(Path(__file__).parent))  # for kernel_checks
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))  # for the benchmark's checks
 
 from saeql.kernels.launch import HAS_TRITON, INTERPRETED
 
