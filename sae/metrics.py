@@ -102,9 +102,10 @@ class Bootstrap:
 
     def __init__(self, num_groups: int, num_draws: int = 2000, seed: int = 0):
         self.num_groups = num_groups
-        share = np.full(num_groups, 1 / num_groups) if num_groups else np.zeros(0)
-        drawn = np.random.default_rng(seed).multinomial(num_groups, share, size=num_draws)
-        self.weights = drawn.astype(np.float64)
+        self.weights = np.zeros((num_draws, num_groups))
+        if num_groups:
+            shares = np.full(num_groups, 1 / num_groups)
+            self.weights[:] = np.random.default_rng(seed).multinomial(num_groups, shares, size=num_draws)
 
     def estimate(self, statistic: Statistic, n: int) -> Estimate:
         """Value of a statistic and the quantiles of its draws."""
@@ -113,12 +114,17 @@ class Bootstrap:
 
     def centred_estimate(self, statistic: Statistic, n: int, *, num_draws: int | None = None) -> list[Estimate]:
         """The same for shares [B, M] that drawing with replacement shifts: a draw misses a third of the documents, so
-        more latents are silent in it. The draws are moved to have the value for their mean, within [0, 1].
+        more latents are silent in it. The draws are moved to have the value for their mean, within [0, 1], and the
+        interval holds the value.
         """
         values = statistic(np.ones((1, self.num_groups)))[0]
         draws = statistic(self.weights[:num_draws])
-        moved = (draws - draws.mean(0) + values).clip(0, 1)
-        return [Estimate(float(v), n, *self._interval(moved[:, m])) for m, v in enumerate(values)]
+        moved, found = (draws - draws.mean(0) + values).clip(0, 1), []
+        for value, column in zip(values.tolist(), moved.T, strict=True):
+            low, high = self._interval(column)
+            around = (None, None) if low is None or high is None else (min(low, value), max(high, value))
+            found.append(Estimate(value, n, *around))
+        return found
 
     def _interval(self, draws: np.ndarray) -> tuple[float | None, float | None]:
         draws = draws[np.isfinite(draws)]
@@ -231,7 +237,7 @@ class RowMetrics:
 
     def _by_group(self, cells: torch.Tensor, every: bool) -> np.ndarray:
         """Sums [G, ...] of the kept rows, or of `every` row."""
-        pairs = cells[: 2 * len(self.groups)].view(len(self.groups), 2, -1)
+        pairs = cells[: 2 * len(self.groups)].view(len(self.groups), 2, cells.shape[1])
         return (pairs.sum(1) if every else pairs[:, 0]).cpu().numpy()
 
 
