@@ -142,12 +142,47 @@ def label(run: RunPath) -> None:
 
 
 @app.command
-def evaluate(run: RunPath) -> None:
-    """Measure fvu, l0, dead latents and cross-entropy on test documents.
+def evaluate(
+    run: RunPath,
+    *,
+    dictionary: Annotated[
+        str | None,
+        Parameter(
+            help="Another dictionary than the run's: a name in the run or its sweep, or a folder or file from "
+            "anywhere, of ours or of another library. It is measured and printed; the run stays as it is."
+        ),
+    ] = None,
+    reads: Annotated[
+        list[str] | None, Parameter(help="Hook points that it reads; unset: what its metadata says.", negative="")
+    ] = None,
+    writes: Annotated[
+        list[str] | None, Parameter(help="Hook points that it writes; unset: what its metadata says.", negative="")
+    ] = None,
+    allow_mismatch: Annotated[
+        bool, Parameter(help="Measure on a model that the dictionary was not trained on.", negative="")
+    ] = False,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+) -> None:
+    """Measure fvu, l0, dead latents, cross-entropy and divergence on test documents, with intervals over documents.
 
-    Example: saeql evaluate runs/demo
+    Example: saeql evaluate runs/demo --dictionary path/to/dictionary --json
     """
-    _stage("evaluate", run)
+    from .metric_table import print_evaluation
+    from .run import Run
+
+    opened = Run.open(run)
+    if dictionary is None:
+        _stage("evaluate", run)
+        name, places = opened.spec.name, opened.spec.places
+        rows = opened.evidence.read("metrics").to_pylist()
+    else:
+        from .find_dictionary import find_dictionary
+
+        name, found, places = find_dictionary(
+            opened, dictionary, tuple(reads or ()), tuple(writes or ()), allow_mismatch=allow_mismatch
+        )
+        rows = opened.evaluator().metrics(found, places)
+    print_evaluation(name, places.reads, places.writes, rows, as_json=json)
 
 
 @app.command

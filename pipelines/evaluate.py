@@ -1,12 +1,16 @@
-"""Evaluate: what the dictionary costs, measured on test documents only. Definitions are in `sae/metrics.py`.
+"""Evaluate: what a dictionary costs, measured on test documents only. Definitions are in `sae/metrics.py`.
 
-Cross-entropy is read with the hook point's kept rows replaced, by the reconstruction, by the training mean, or by zero;
-first positions and massive-norm rows pass unchanged in all three, as they do in training.
+Every metric comes twice. By itself it is about kept rows: first positions of windows and massive-norm rows are not
+counted, and pass unchanged where cross-entropy is read, as they do in training. Under its name with `_all_rows` they
+count, and are replaced like every other row. A crosscoder's hook points are replaced all at once, and each by itself
+under the metric's name with `@<hook point>`; what it reads is always the untouched model's.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+import errno
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +18,24 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from saeql.sae.hooks import Capture, capture, edit
-from saeql.sae.metrics import VarianceUnexplained, bootstrap_ratio, ce_recovered, dead_share
+from saeql.sae.metrics import Bootstrap, DocumentGroups, Estimate, RowMetrics, TokenLosses, ratio, splice_estimates
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.trainer import Places, columns_of
 from saeql.store.records import METRICS
 from saeql.store.shards import ShardReader
 
+from .atomic import write_whole
 from .harvest import HarvestInfo, open_source, shard_folder
 from .models import LanguageModel
 from .progress import progress
-from .sources import window_column
+from .sources import ShardSource, window_column
+from .splice import Splicer
+
+ABLATIONS = ("mean", "zero")
+ALL_ROWS = "_all_rows"
+BASELINES_FOLDER = "baselines"
+#: Name of a metric that is a bin of the density histogram: share of latents between two densities.
+HISTOGRAM_BIN = "density[{low:.1e},{high:.1e})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +46,20 @@ class EvaluateConfig:
     """Test windows on which cross-entropy is read, spread evenly over the test documents; 0 takes all."""
     batch_windows: int = 8
     """Windows of one forward pass."""
+    batch_tokens: int = 4096
+    """Stored rows encoded at once; no metric depends on it."""
     num_bootstrap: int = 2000
     """Draws of documents behind every interval."""
 
 
-#: New rows [n, d_out] from the kept rows [n, d_in] that are read and those that are replaced.
-Replacement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+#: Activations [B, T, d] to be put in place, by hook point.
+New = dict[str, torch.Tensor]
 
 
 class Evaluator:
-    """Measures dictionaries on test documents; what does not depend on the dictionary is measured once."""
+    """Measures dictionaries on test documents; what does not depend on the dictionary is measured once and kept beside
+    the stored activations.
+    """
 
     def __init__(
         self,
@@ -57,97 +72,142 @@ class Evaluator:
     ):
         self.lm, self.activations, self.info = language_model, activations, info
         self.config, self.seed = config, seed
-        self._baselines: dict[str, dict[str, CrossEntropy]] = {}
+        self._baselines: dict[str, dict[str, TokenLosses]] = {}
 
     def metrics(self, dictionary: SparseAutoencoder, places: Places) -> list[dict[str, Any]]:
-        """Rows metric, value, n, low, high. Cross-entropy is left out for crosscoders, which write several places."""
+        """Rows metric, value, n, low, high; the density histogram is one row a bin."""
         dictionary = dictionary.to(self.lm.device)
         rows = self._reconstruction(dictionary, places)
-        if len(places.writes) == 1:
-            rows += self._cross_entropy(dictionary, places.reads[0], places.writes[0])
-        return rows
+        draws = {"num_draws": self.config.num_bootstrap, "seed": self.seed}
+        found = rows.estimates(**draws) | self._spliced(dictionary, places)
+        for low, high, share in rows.density_histogram(**draws):
+            found[HISTOGRAM_BIN.format(low=low, high=high)] = share
+        return [{"metric": name, **asdict(estimate)} for name, estimate in found.items()]
+
+    # --- stored rows ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _reconstruction(self, dictionary: SparseAutoencoder, places: Places) -> list[dict]:
-        """fvu of what is written, with and without the rows that are left out; l0; dead share."""
-        device, info = self.lm.device, self.info
-        names = tuple(dict.fromkeys((*places.reads, *places.writes)))
-        source = open_source(self.activations, "test", info, names, 4096, device, first_positions=True)
-        source.norm_limits = dict.fromkeys(names, float("inf"))
-        reads, writes = columns_of(source.widths, places.reads), columns_of(source.widths, places.writes)
-        meters = _Meters(dictionary)
+    def _reconstruction(self, dictionary: SparseAutoencoder, places: Places) -> RowMetrics:
+        source = self._every_row("test", _names(places), self.config.batch_tokens)
+        widths = source.widths
+        reads, writes = columns_of(widths, places.reads), columns_of(widths, places.writes)
+        meter = RowMetrics(dictionary.d_out, dictionary.d_sae, parts=_parts(widths, places))
         for batch in source.batches():
             acts = batch.acts.float()
-            keep = (batch.positions > 0).to(device) & self._within(acts, source.widths)
-            meters.update(acts[:, reads], acts[:, writes], keep, batch.document_ids.to(device))
-        return meters.rows(self.config.num_bootstrap, self.seed)
+            keep = (batch.positions > 0).to(acts.device) & self._within(acts, widths)
+            x = acts[:, reads]
+            latents = dictionary.encode(x)
+            meter.update(acts[:, writes], dictionary.decode(latents, x), latents, batch.document_ids, keep)
+        return meter
+
+    def _every_row(self, split: str, names: tuple[str, ...], batch_tokens: int) -> ShardSource:
+        """All stored rows, those that are left out elsewhere too."""
+        source = open_source(
+            self.activations, split, self.info, names, batch_tokens, self.lm.device, first_positions=True
+        )
+        source.norm_limits = dict.fromkeys(names, float("inf"))
+        return source
 
     def _within(self, acts: torch.Tensor, widths: dict[str, int]) -> torch.Tensor:
-        """Rows [N] that are massive at none of the hook points."""
-        parts = acts.split(list(widths.values()), dim=1)
-        inside = [p.norm(dim=1) <= self.info.norm_limit(name) for p, name in zip(parts, widths, strict=True)]
+        """Rows of acts [..., columns] that are massive at none of the hook points."""
+        parts = acts.split(list(widths.values()), dim=-1)
+        inside = [p.norm(dim=-1) <= self.info.norm_limit(name) for p, name in zip(parts, widths, strict=True)]
         return torch.stack(inside).all(0)
 
-    def _cross_entropy(self, dictionary: SparseAutoencoder, read: str, write: str) -> list[dict]:
-        if write not in self._baselines:
-            mean = training_mean(self.activations, self.info, write).to(self.lm.device)
-            ablations: dict[str, Replacement] = {
-                "mean": lambda _, y: mean.expand_as(y),
-                "zero": lambda _, y: torch.zeros_like(y),
-            }
-            self._baselines[write] = self._measure(write, write, ablations)
-        ce = {**self._baselines[write], **self._measure(read, write, {"spliced": lambda x, _: dictionary(x.float())})}
-        base, spliced, draws = ce["model"], ce["spliced"], self.config.num_bootstrap
-        n = int(base.count.sum())
+    # --- predictions with activations replaced -------------------------------------------------------------------
 
-        def interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
-            return bootstrap_ratio(above, below, num_draws=draws, seed=self.seed)
+    def _spliced(self, dictionary: SparseAutoencoder, places: Places) -> dict[str, Estimate]:
+        losses = self._losses(dictionary, places)
+        model = losses["model"]
+        bootstrap = Bootstrap(len(model.count), self.config.num_bootstrap, self.seed)
+        found = {"ce_model": bootstrap.estimate(ratio(model.ce, model.count), int(model.count.sum()))}
+        for suffix in ("", ALL_ROWS, *(f"@{name}" for name in places.writes if len(places.writes) > 1)):
+            ablated = {name: losses[name + suffix] for name in ABLATIONS}
+            estimates = splice_estimates(model, losses[f"spliced{suffix}"], ablated, bootstrap)
+            found |= {f"{name}{suffix}": estimate for name, estimate in estimates.items()}
+        return found
 
-        rows = [_row(f"ce_{name}", ce[name].mean, n) for name in ("model", "spliced", "mean", "zero")]
-        increase = interval(spliced.total - base.total, base.count)
-        rows.append(_row("ce_increase", spliced.mean - base.mean, n, increase))
-        rows.append(_row("kl", float(spliced.kl.sum() / n), n, interval(spliced.kl, base.count)))
-        for name, suffix in (("mean", ""), ("zero", "_zero")):
-            ablated = ce[name]
-            kept, lost = ablated.total - spliced.total, ablated.total - base.total
-            recovered = ce_recovered(base.mean, spliced.mean, ablated.mean)
-            rows.append(_row(f"ce_recovered{suffix}", recovered, n, interval(kept, lost)))
-            kl_kept = interval(ablated.kl - spliced.kl, ablated.kl)
-            rows.append(_row(f"kl_recovered{suffix}", float(1 - spliced.kl.sum() / ablated.kl.sum()), n, kl_kept))
-        return rows
+    def _losses(self, dictionary: SparseAutoencoder, places: Places) -> dict[str, TokenLosses]:
+        """Losses of the model as it is ("model") and under every replacement, baselines only where not known yet."""
+        key = self._baseline_key(places)
+        if key not in self._baselines and (stored := self._load_baselines(key)):
+            self._baselines[key] = stored
+        if key in self._baselines:
+            return self._baselines[key] | self._measure(dictionary, places, None)
+        losses = self._measure(dictionary, places, self._training_means(places.writes))
+        self._baselines[key] = {name: value for name, value in losses.items() if not name.startswith("spliced")}
+        self._save_baselines(key)
+        return losses
 
     @torch.no_grad()
-    def _measure(self, read: str, write: str, replacements: dict[str, Replacement]) -> dict[str, "CrossEntropy"]:
-        """Cross-entropy of the model as it is ("model") and under each replacement of its kept rows."""
-        windows, owners = self._windows(write)
-        losses = {name: np.zeros((len(windows), windows.shape[1] - 1)) for name in ("model", *replacements)}
-        divergences = {name: np.zeros_like(loss) for name, loss in losses.items()}
-        current: list[Replacement] = []
-        with ExitStack() as stack:
-            reader = stack.enter_context(capture(self.lm.model, [read]))
-            splice = self._splice(read, write, reader, current)
-            stack.enter_context(edit(self.lm.model, write, splice))
-            advance = stack.enter_context(progress("evaluate", len(losses) * windows.size, "tok"))
+    def _measure(
+        self, dictionary: SparseAutoencoder, places: Places, means: dict[str, dict[str, torch.Tensor]] | None
+    ) -> dict[str, TokenLosses]:
+        windows, owners = self._windows(places.writes[0])
+        groups = DocumentGroups()
+        owners = groups.of(owners[:, 1:])
+        sums: dict[str, np.ndarray] = {}  # [2, G]: cross-entropy and divergence
+        with (
+            Splicer(self.lm.model, _names(places), places.writes) as splicer,
+            progress("evaluate", windows.size, "tok") as advance,
+        ):
             for start in range(0, len(windows), self.config.batch_windows):
                 at = slice(start, start + self.config.batch_windows)
                 ids = torch.from_numpy(windows[at]).long().to(self.lm.device)
-                base = None
-                for name in losses:
-                    current[:] = [replacements[name]] if name in replacements else []
-                    logits = self.lm.model(input_ids=ids, use_cache=False).logits[:, :-1]
-                    base = logits if base is None else base
-                    losses[name][at], divergences[name][at] = _compare(logits, base, ids)
-                    advance(ids.numel())
-        documents, inverse = np.unique(owners[:, 1:], return_inverse=True)
-        count = np.bincount(inverse.ravel(), minlength=len(documents))
-        sums = {
-            name: [
-                np.bincount(inverse.ravel(), values.ravel(), len(documents))
-                for values in (losses[name], divergences[name])
-            ]
-            for name in losses
+                base, acts = splicer.run(ids)
+                for name, new in self._replacements(dictionary, places, acts, means):
+                    logits = splicer.again(new) if new else base
+                    losses = _compare(logits[:, :-1], base[:, :-1], ids)
+                    total = sums.setdefault(name, np.zeros((2, len(groups))))
+                    for row, values in zip(total, losses, strict=True):
+                        row += np.bincount(owners[at].ravel(), values.ravel(), len(groups))
+                advance(ids.numel())
+        count = np.bincount(owners.ravel(), minlength=len(groups))
+        return {name: TokenLosses(ce, kl, count) for name, (ce, kl) in sums.items()}
+
+    def _replacements(
+        self,
+        dictionary: SparseAutoencoder,
+        places: Places,
+        acts: dict[str, torch.Tensor],
+        means: dict[str, dict[str, torch.Tensor]] | None,
+    ) -> Iterator[tuple[str, New]]:
+        """What is put in place of activations [B, T, d] read from the model as it is; nothing for "model"."""
+        widths = {name: acts[name].shape[-1] for name in _names(places)}
+        keep = self._within(torch.cat([acts[name].float() for name in widths], -1), widths)
+        keep[:, 0] = False
+        x = torch.cat([acts[name] for name in places.reads], -1).float()
+        y_hat = dictionary(x.flatten(0, 1)).view(*x.shape[:2], -1)
+        parts = y_hat.split([widths[name] for name in places.writes], -1)
+        whole = {"spliced": {suffix: dict(zip(places.writes, parts, strict=True)) for suffix in ("", ALL_ROWS)}}
+        if means is not None:
+            yield "model", {}
+            whole["mean"] = means
+            whole["zero"] = {s: {n: m.new_zeros(len(m)) for n, m in means[s].items()} for s in ("", ALL_ROWS)}
+        for kind, rows in whole.items():
+            every = {n: v.to(acts[n].dtype).expand_as(acts[n]) for n, v in rows[ALL_ROWS].items()}
+            kept = {n: torch.where(keep[..., None], v.to(acts[n].dtype), acts[n]) for n, v in rows[""].items()}
+            yield kind, kept
+            yield kind + ALL_ROWS, every
+            if len(places.writes) > 1:
+                yield from ((f"{kind}@{name}", {name: kept[name]}) for name in kept)
+
+    def _training_means(self, names: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
+        """Mean [d] of the training rows at every hook point: of kept rows (""), and of all rows."""
+        source = self._every_row("train", names, 8192)
+        widths = source.widths
+        sums = {suffix: torch.zeros(sum(widths.values()), dtype=torch.float64) for suffix in ("", ALL_ROWS)}
+        counts = dict.fromkeys(sums, 0)
+        for batch in source.batches():
+            acts = batch.acts.float()
+            keep = (batch.positions > 0).to(acts.device) & self._within(acts, widths)
+            for suffix, rows in (("", acts[keep]), (ALL_ROWS, acts)):
+                sums[suffix] += rows.sum(0, dtype=torch.float64).cpu()
+                counts[suffix] += len(rows)
+        means = {suffix: (total / max(counts[suffix], 1)).float().to(self.lm.device) for suffix, total in sums.items()}
+        return {
+            suffix: dict(zip(widths, mean.split(list(widths.values())), strict=True)) for suffix, mean in means.items()
         }
-        return {name: CrossEntropy(total, kl, count) for name, (total, kl) in sums.items()}
 
     def _windows(self, hook_point: str) -> tuple[np.ndarray, np.ndarray]:
         """Test windows [W, T] spread evenly over the documents, and the document of every token."""
@@ -157,21 +217,50 @@ class Evaluator:
         chosen = np.unique(np.linspace(0, len(every) - 1, num).round().astype(int))
         return every[chosen], window_column(reader, "document_ids")[chosen]
 
-    def _splice(self, read: str, write: str, reader: Capture, current: list[Replacement]):
-        """The edit that puts `current[0]` of what was read in place of the kept rows; none leaves everything."""
+    # --- what every dictionary of the same place shares ----------------------------------------------------------
 
-        def splice(acts: torch.Tensor) -> torch.Tensor:
-            if not current:
-                return acts
-            x = acts if read == write else reader.acts[read]
-            keep = acts.float().norm(dim=-1) <= self.info.norm_limit(write)
-            keep &= x.float().norm(dim=-1) <= self.info.norm_limit(read)
-            keep[:, 0] = False
-            new = acts.clone()
-            new[keep] = current[0](x[keep], acts[keep]).to(acts.dtype)
-            return new
+    def _baseline_key(self, places: Places) -> str:
+        """Name of the baselines of a place: all that their numbers depend on."""
+        of = {
+            "version": 1,
+            "harvest": asdict(self.info),
+            "rows_judged_at": sorted(_names(places)),
+            "writes": places.writes,
+            "ce_windows": self.config.ce_windows,
+            "dtype": str(self.lm.model.dtype),
+            "device": self.lm.device.type,
+            "torch": torch.__version__,
+        }
+        return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
-        return splice
+    def _load_baselines(self, key: str) -> dict[str, TokenLosses] | None:
+        file = self.activations / BASELINES_FOLDER / f"{key}.json"
+        if not file.exists():
+            return None
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return {name: TokenLosses(*(np.array(column) for column in columns)) for name, columns in stored.items()}
+
+    def _save_baselines(self, key: str) -> None:
+        columns = {name: [c.tolist() for c in (v.ce, v.kl, v.count)] for name, v in self._baselines[key].items()}
+        try:
+            (self.activations / BASELINES_FOLDER).mkdir(exist_ok=True)
+            write_whole(self.activations / BASELINES_FOLDER / f"{key}.json", json.dumps(columns) + "\n")
+        except OSError as error:  # a run of somebody else's: the next evaluation measures them again
+            if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+
+
+def _names(places: Places) -> tuple[str, ...]:
+    """Hook points that are read or written, none twice."""
+    return tuple(dict.fromkeys((*places.reads, *places.writes)))
+
+
+def _parts(widths: dict[str, int], places: Places) -> dict[str, slice]:
+    """Columns of y at each hook point that is written, where there are several."""
+    if len(places.writes) == 1:
+        return {}
+    ends = np.cumsum([widths[name] for name in places.writes]).tolist()
+    return {name: slice(end - widths[name], end) for name, end in zip(places.writes, ends, strict=True)}
 
 
 def _compare(logits: torch.Tensor, base: torch.Tensor, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -183,79 +272,9 @@ def _compare(logits: torch.Tensor, base: torch.Tensor, ids: torch.Tensor) -> tup
     for row in range(len(ids)):
         log_p = logits[row].float().log_softmax(-1)
         losses.append(-log_p.gather(1, ids[row, 1:, None])[:, 0])
-        if base is logits:
-            divergences.append(torch.zeros_like(losses[-1]))
-        else:
-            reference = base[row].float().log_softmax(-1)
-            divergences.append((reference.exp() * (reference - log_p)).sum(-1))
+        reference = base[row].float().log_softmax(-1)
+        divergences.append((reference.exp() * (reference - log_p)).sum(-1))
     return torch.stack(losses).cpu().numpy(), torch.stack(divergences).cpu().numpy()
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """Summed cross-entropy and KL divergence from the model as it is (nats), and predicted tokens, by document [D]."""
-
-    total: np.ndarray
-    kl: np.ndarray
-    count: np.ndarray
-
-    @property
-    def mean(self) -> float:
-        """Nats per token."""
-        return float(self.total.sum() / self.count.sum())
-
-
-class _Meters:
-    """Streaming sums behind the reconstruction metrics."""
-
-    def __init__(self, dictionary: SparseAutoencoder):
-        self.dictionary, d_out = dictionary, dictionary.d_out
-        self.kept, self.everything = VarianceUnexplained(d_out), VarianceUnexplained(d_out)
-        self.fired = torch.zeros(dictionary.d_sae, dtype=torch.int64)
-        self.num_active = 0
-        self.errors: dict[int, tuple[float, int]] = {}  # squared error and rows by document
-
-    def update(self, x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor, documents: torch.Tensor) -> None:
-        """Rows x [N, d_in] with what is to be written, y [N, d_out]; `keep` [N] marks those that count."""
-        latents = self.dictionary.encode(x)
-        y_hat = self.dictionary.decode(latents, x)
-        self.everything.update(y, y_hat)
-        self.kept.update(y[keep], y_hat[keep])
-        values = latents.values[keep]
-        self.num_active += int((values > 0).sum())
-        fired = latents.indices[keep][values > 0].long().cpu()
-        self.fired += torch.bincount(fired, minlength=self.dictionary.d_sae)
-        error = (y[keep] - y_hat[keep]).double().square().sum(1)
-        for document in documents[keep].unique().tolist():
-            mine = documents[keep] == document
-            total, count = self.errors.get(document, (0.0, 0))
-            self.errors[document] = (total + float(error[mine].sum()), count + int(mine.sum()))
-
-    def rows(self, num_bootstrap: int, seed: int) -> list[dict]:
-        """The metrics. Documents are drawn with the variance about the common mean shared out by their rows."""
-        count = max(self.kept.count, 1)
-        error, rows = (np.array(column) for column in zip(*self.errors.values(), strict=True))
-        interval = bootstrap_ratio(error, rows / count * self.kept.total, num_draws=num_bootstrap, seed=seed)
-        return [
-            _row("fvu", self.kept.value(), self.kept.count, interval),
-            _row("fvu_all_rows", self.everything.value(), self.everything.count),
-            _row("l0", self.num_active / count, self.kept.count),
-            _row("dead_share", dead_share(self.fired), self.dictionary.d_sae),
-        ]
-
-
-def training_mean(activations: Path, info: HarvestInfo, hook_point: str) -> torch.Tensor:
-    """Mean [d] of the kept training rows at a hook point."""
-    total, count = torch.zeros(info.widths[hook_point], dtype=torch.float64), 0
-    for batch in open_source(activations, "train", info, (hook_point,), 8192).batches():
-        total += batch.acts.float().sum(0).double()
-        count += len(batch.acts)
-    return (total / count).float()
-
-
-def _row(metric: str, value: float, n: int, interval: tuple[float, float] | None = None) -> dict[str, Any]:
-    low, high = interval if interval else (None, None)
-    return {"metric": metric, "value": value, "n": n, "low": low, "high": high}
 
 
 def metrics_table(name: str, rows: list[dict[str, Any]]) -> pa.Table:

@@ -24,7 +24,10 @@ MAX_CHART_POINTS = 400
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of the run with what it means. `low`..`high` is its 95 % interval, None where there is none."""
+    """One number of the run with what it means, and the same over all rows, those counted in that are else left out.
+
+    `low`..`high` are 95 % intervals; None where there is none.
+    """
 
     name: str
     value: float | None
@@ -33,6 +36,9 @@ class Metric:
     n: int | None = None
     low: float | None = None
     high: float | None = None
+    all_rows: float | None = None
+    all_rows_low: float | None = None
+    all_rows_high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """report.html of a run: gathers the page's data from the store, the training curve and the showcase."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from saeql.store.feature_store import FeatureStore
 
+from .metric_table import paired
 from .report import (
     Example,
     FeatureDetail,
@@ -17,7 +19,7 @@ from .report import (
     TrainingPoint,
     write_report,
 )
-from .showcase import DEFINITIONS, Showcase
+from .showcase import Showcase
 from .tracking import read_metrics
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def write_run_report(run: "Run", showcase: Showcase) -> None:
         data = ReportData(
             title=showcase.title,
             facts=_facts(run),
-            metrics=[_metric(m) for m in showcase.metrics],
+            metrics=[Metric(**asdict(line)) for line in paired(showcase.metrics)],
             training=[
                 TrainingPoint(m["step"], m["fvu"], m["dead_share"], m["lr"]) for m in read_metrics(run.metrics_path)
             ],
@@ -50,11 +52,6 @@ def write_run_report(run: "Run", showcase: Showcase) -> None:
             timings=[(stage, record["seconds"]) for stage, record in run.finished().items()],
         )
     write_report(run.path / REPORT_FILE, data)
-
-
-def _metric(row: dict[str, Any]) -> Metric:
-    name = row["metric"]
-    return Metric(name, row["value"], DEFINITIONS[name], n=row["n"], low=row["low"], high=row["high"])
 
 
 def _facts(run: "Run") -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from rich.text import Text
 from saeql.store.feature_store import Example, FeatureStore
 
 from .atomic import write_whole
+from .metric_table import print_metrics
 from .output import console, highlighted, print_records, print_steering, visible
 from .progress import progress
 from .steer import Edit, Steerer
@@ -34,27 +35,10 @@ WHERE kind = 'structural' AND auroc_low > 0.8 AND n_active >= 30
 ORDER BY f1 DESC
 LIMIT 5"""
 
-#: One line for a newcomer about every metric that is shown.
-DEFINITIONS = {
-    "fvu": "share of the activations' variance that the dictionary does not explain; 0 is perfect, 1 is the mean",
-    "fvu_all_rows": "the same with first positions and massive-norm rows counted in; few rows, most of the variance",
-    "l0": "features active on one token, on average",
-    "dead_share": "features that are active on no test token",
-    "ce_model": "cross-entropy of the untouched model on test text, nats per token",
-    "ce_spliced": "cross-entropy with activations replaced by their reconstruction",
-    "ce_mean": "cross-entropy with activations replaced by their mean",
-    "ce_zero": "cross-entropy with activations replaced by zero",
-    "ce_increase": "what the reconstruction costs the model, nats per token",
-    "kl": "divergence of the model's predictions with the reconstruction from those without, nats per token",
-    "ce_recovered": "share of the loss from mean ablation that the reconstruction avoids; 1 is perfect",
-    "ce_recovered_zero": "the same against zero ablation, which flatters",
-    "kl_recovered": "share of the divergence under mean ablation that the reconstruction avoids",
-}
-
 
 @dataclass(frozen=True)
 class Showcase:
-    """Plain data of the final screen. `metrics` are rows of the view metrics in the order of `DEFINITIONS`."""
+    """Plain data of the final screen. `metrics` are rows of the view metrics ."""
 
     title: str
     metrics: list[dict[str, Any]]
@@ -85,10 +69,7 @@ def make_showcase(run: "Run") -> Showcase:
         counts = store.sql("SELECT kind, count(*) AS n FROM features GROUP BY kind ORDER BY n DESC")
         showcase = Showcase(
             title=f"{run.spec.name} of {identity.model_name} at {' + '.join(run.spec.reads)}",
-            metrics=sorted(
-                (m for m in store.metrics() if m["metric"] in DEFINITIONS),
-                key=lambda m: list(DEFINITIONS).index(m["metric"]),
-            ),
+            metrics=store.metrics(run.spec.name),
             label_counts=dict(zip(counts["kind"].to_pylist(), counts["n"].to_pylist(), strict=True)),
             features=features,
             sql={
@@ -162,8 +143,7 @@ def print_showcase(run: "Run") -> None:
     shown, out = Showcase.load(run.path), console()
     out.print()
     out.print(Panel(Text(shown.title, "bold"), expand=False))
-    rows = [[m["metric"], m["value"], _interval(m), DEFINITIONS[m["metric"]]] for m in shown.metrics]
-    print_records(["metric", "value", "95 % interval", "on test documents"], rows, "table")
+    print_metrics(shown.metrics)
     left_out = sum(r["num_massive_rows"] for r in shown.rows), sum(r["num_first_position_rows"] for r in shown.rows)
     out.print(Text(f"left out: {left_out[0]} massive-norm rows, {left_out[1]} first positions of windows", "dim"))
     counts = ", ".join(f"{n} {'unexplained' if kind == 'none' else kind}" for kind, n in shown.label_counts.items())
@@ -191,10 +171,6 @@ def print_showcase(run: "Run") -> None:
         f'saeql steer {run.path} --feature {change["feature"]} --strength 0.3 --prompt "I think that"',
     ):
         out.print(Text(f"  {line}", "cyan"))
-
-
-def _interval(metric: dict[str, Any]) -> str:
-    return f"{metric['low']:.4f} to {metric['high']:.4f}" if metric["low"] is not None else ""
 
 
 def _narrow(example: Example, before: int = 6, after: int = 4) -> Example:

@@ -111,6 +111,7 @@ COMMENT ON VIEW activations IS 'Every positive activation on a kept row. Filter 
 CREATE VIEW metrics AS
 SELECT d.dictionary, m.* EXCLUDE (dictionary_id) FROM evidence.metrics m JOIN evidence.dictionaries d USING (dictionary_id);
 COMMENT ON VIEW metrics IS 'Metrics of every dictionary on every split, with the rows or tokens they were measured on.';
+COMMENT ON COLUMN metrics.metric IS 'NAME leaves first positions and massive-norm rows out, NAME_all_rows counts them in; NAME@PLACE is of one hook point of several; density[a,b) is the share of features active on a share of rows from a to below b.';
 COMMENT ON COLUMN metrics.low IS 'Lower end of the 95 % interval over documents, null where there is none.';
 
 CREATE VIEW tokens AS

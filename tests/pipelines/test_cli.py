@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -114,6 +115,31 @@ BAD_CONFIGS = [
     ({"label.active_fraction": "2.0"}, r"active_fraction must be in \[0, 1\)"),
     ({"corpus.max_tokens": "9000000000000000"}, r"no room for the activations"),
 ]
+
+
+def test_evaluate_measures_the_run_and_any_other_dictionary(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from saeql.pipelines import Run
+
+    with Run.open(tiny_run).store() as store:
+        stored = {m["metric"]: m for m in store.metrics()}
+    run(capsys, "export", tiny_run, tmp_path / "foreign", "--format", "sparsify")
+    for dictionary in ("topk_96_k4", tmp_path / "foreign"):
+        told = json.loads(run(capsys, "evaluate", tiny_run, "--dictionary", dictionary, "--json"))
+        assert told["reads"] == told["writes"] == ["resid_post.1"] and told["split"] == "test"
+        metrics = {m.pop("metric"): m for m in told["metrics"]}
+        for name in ("fvu", "fvu_all_rows", "l0", "dead_share", "ce_increase", "kl_all_rows", "ce_recovered_zero"):
+            for key in ("value", "low", "high", "n"):
+                assert metrics[name][key] == pytest.approx(stored[name][key], rel=1e-4, abs=1e-6), (name, key)
+        assert sum(b["share"] for b in told["density_histogram"]) == pytest.approx(1 - metrics["dead_share"]["value"])
+    assert "no dictionary 'topk_96': neither" in fails(capsys, "evaluate", tiny_run, "--dictionary", "topk_96")
+
+    shutil.copytree(tiny_run, tmp_path / "run")
+    text = run(capsys, "evaluate", tmp_path / "run")
+    assert "topk_96_k4 at resid_post.1" in text and "ce_recovered_zero" in text and "all rows" in text
+    assert list(Run.open(tmp_path / "run").finished())[-1] == "evaluate"
+    assert {m["metric"] for m in Run.open(tmp_path / "run").evidence.read("metrics").to_pylist()} == stored.keys()
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ def test_a_crosscoder_runs_end_to_end(harvested: Path, tiny_config: Path, tmp_pa
     assert (dictionary.d_in, dictionary.d_out) == (64, 64)
     with run.store() as store:
         metrics = {m["metric"]: m["value"] for m in store.metrics()}
-    assert metrics["fvu"] < 1 and "ce_increase" not in metrics
+    assert metrics["fvu"] < 1 and {"fvu@resid_post.1", "fvu@mlp_out.1", "ce_increase"} < metrics.keys()
+    # layer 1 ends in resid_post.1, which is put in place of whatever mlp_out.1 had led to
+    assert metrics["ce_increase"] == metrics["ce_increase@resid_post.1"] != metrics["ce_increase@mlp_out.1"]
     steerer = run.steerer()
     ids, row = torch.tensor([[1, 5, 9, 11]]), dictionary.W_dec[3].detach()
     with torch.no_grad(), capture(run.language_model.model, ["mlp_out.1"]) as reader:

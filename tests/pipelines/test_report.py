@@ -74,7 +74,7 @@ def sample() -> ReportData:
                 0.2533,
             ),
             Metric("l0", 32.0, "Active features a token, on average.", "Equals k.", 36123),
-            Metric("ce_recovered", 0.9534, "Share of the prediction kept after replacing.", "", 8192, 0.948, 0.959),
+            Metric("ce_recovered", 0.9534, "Share kept after replacing.", "", 8192, 0.948, 0.959, 0.6081, 0.585, 0.636),
             Metric("dead", 0.0174, "Share of features that never fire.", "", 4608),
         ],
         training=[TrainingPoint(s, *_curve(s)) for s in range(0, 3001, 20)],

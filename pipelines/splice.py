@@ -1,0 +1,139 @@
+"""A model's predictions with activations replaced: run once as it is, then again and again with something in place.
+
+Layers that no replacement reaches give the same output every time, so that only the first run computes them: half of
+the model for a hook point in its middle. Whether that holds for a model is checked on its first batch.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from saeql.sae.hooks import HookPointError, capture, edit, layer_stack, resolve
+
+
+class Splicer:
+    """Inside the block: `run` gives logits and activations of a batch, `again` its logits with some replaced.
+
+    Raises HookPointError for a hook point that the model does not have.
+    """
+
+    def __init__(self, model: Any, reads: Sequence[str], writes: Sequence[str]):
+        self.model, self.reads, self.writes = model, list(reads), list(writes)
+        self._new: Mapping[str, torch.Tensor] = {}
+        self._ids: torch.Tensor | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Splicer":
+        with ExitStack() as stack:
+            self._prefix = stack.enter_context(_prefix(self.model, self.writes))
+            self._reader = stack.enter_context(capture(self.model, self.reads))
+            for name in self.writes:
+                stack.enter_context(edit(self.model, name, lambda acts, name=name: self._new.get(name, acts)))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def run(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Logits [B, T, V] of ids [B, T] as the model is, and its activations [B, T, d] at every hook point read."""
+        self._ids = ids
+        with self._prefix.recorded():
+            logits = self._forward()
+        acts = dict(self._reader.acts)
+        self._prefix.check(self._forward, logits)
+        return logits, acts
+
+    def again(self, new: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of the same ids with `new` [B, T, d] in place at hook points that are written."""
+        self._new = new
+        try:
+            with self._prefix.replayed():
+                return self._forward()
+        finally:
+            self._new = {}
+
+    def _forward(self) -> torch.Tensor:
+        return self.model(input_ids=self._ids, use_cache=False).logits
+
+
+class _Prefix:
+    """The first layers of a model, whose output is recorded in one forward pass and given back in others."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        self.layers = layers
+        self.output: Any = None
+        self.is_checked = not self.layers
+        self._recording = False
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """A forward pass in the block records."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def record(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        """Hook of the last layer."""
+        if self._recording:
+            self.output = output
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """The layers give back what was recorded instead of computing; their hooks still run."""
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.forward = lambda *_args, **_kwargs: self.output
+            yield
+        finally:
+            for layer, forward in zip(self.layers, before, strict=True):
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = forward
+
+    def check(self, forward: Any, expected: torch.Tensor) -> None:
+        """Give up on replaying unless it leads to the very same logits: some models hand more than the residual stream
+        from layer to layer.
+        """
+        if self.is_checked:
+            return
+        self.is_checked = True
+        try:
+            with self.replayed():
+                same = torch.equal(forward(), expected)
+        except Exception:  # whatever a layer that gets less than it expects may raise
+            same = False
+        if not same:
+            self.layers = []
+
+
+@contextmanager
+def _prefix(model: nn.Module, writes: Sequence[str]) -> Iterator[_Prefix]:
+    """The layers that end before any of the hook points is written."""
+    try:
+        path, layers = layer_stack(model)
+    except HookPointError:
+        path, layers = "", nn.ModuleList()
+    num_layers = min((_num_layers_before(model, name, path) for name in writes), default=0)
+    prefix = _Prefix(list(layers)[:num_layers])
+    handle = prefix.layers[-1].register_forward_hook(prefix.record) if prefix.layers else None
+    try:
+        yield prefix
+    finally:
+        if handle:
+            handle.remove()
+
+
+def _num_layers_before(model: nn.Module, name: str, path: str) -> int:
+    point = resolve(model, name)
+    if point.layer is None or not f"{point.module_path}.".startswith(f"{path}.{point.layer}."):
+        return 0
+    is_layer_output = point.side == "out" and point.module_path == f"{path}.{point.layer}"
+    return point.layer + is_layer_output
