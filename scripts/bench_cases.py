@@ -25,7 +25,8 @@ from saeql.kernels.jumprelu import (
     step_l0_grads_reference,
     step_l0_reference,
 )
-from saeql.kernels.sparse_adam import SparseGrad, sparse_adam
+from saeql.kernels.sparse_adam import sparse_adam
+from saeql.kernels.sparse_grads import RowGrads, SparseGrad, SparseGrads
 from saeql.kernels.sparse_matmul import (
     SparseLatents,
     gather_sum,
@@ -256,35 +257,51 @@ def _optimizers(w: Workload) -> list[Case]:
 
     def both_inputs(dtype: torch.dtype | None = None) -> tuple[Any, ...]:
         enc, dec = rows_inputs(dtype), rows_inputs(dtype)
-        copies = tuple(torch.zeros_like(w.W) for _ in range(2)) if copied else None
+        copies = tuple(torch.zeros_like(w.W) for _ in range(2)) if copied else (None, None)
         return *enc, *dec, copies
 
     def both_call(W_enc: Tensor, enc: Moments, W_dec: Tensor, dec: Moments, copies: Any) -> tuple[Any, ...]:
-        term = SparseGrad(w.latents, w.grad_values, w.x, w.grad_out)
-        sparse_adam([term], W_enc, enc, W_dec, dec, ADAM, copies=copies)
+        sparse_adam(both_grads(), W_enc, enc, W_dec, dec, ADAM, copies=copies)
         return W_enc, *enc, W_dec, *dec, copies
 
     def both_compare(actual: tuple[Any, ...]) -> list[Pair]:
         W_enc, enc, W_dec, dec, _ = both_inputs(torch.float64)
         wide = w.latents.with_values(w.latents.values.double())
         term = SparseGrad(wide, w.grad_values.double(), w.x.double(), w.grad_out.double())
-        sparse_adam([term], W_enc, enc, W_dec, dec, ADAM, backend="reference")
+        exact = RowGrads(summed.latents, *(part.double() for part in summed[1:]))
+        sparse_adam(SparseGrads([term], exact), W_enc, enc, W_dec, dec, ADAM, backend="reference")
         names = [f"{weight} {part}".strip() for weight in ("W_enc", "W_dec") for part in ("", "first", "second")]
         expected = (W_enc, *enc, W_dec, *dec)
         # The PyTorch path sums a row of a gradient in the dtype of its terms.
         found = [w.pair(*parts) for parts in zip(names, actual[:-1], expected, strict=True)]
-        copies = zip(("W_enc copy", "W_dec copy"), actual[-1] or (), (W_enc, W_dec), strict=False)
-        return found + [w.pair(*parts) for parts in copies]
+        copies = zip(("W_enc copy", "W_dec copy"), actual[-1], (W_enc, W_dec), strict=True)
+        return found + [w.pair(*parts) for parts in copies if parts[1] is not None]
+
+    summed_at = torch.arange(0, w.shape.d_sae - 1, 16, device=w.W.device)
+    summed = RowGrads(summed_at, grad[summed_at], grad[summed_at + 1], grad[summed_at, 0])
+
+    def both_grads() -> SparseGrads:
+        return SparseGrads([SparseGrad(w.latents, w.grad_values, w.x, w.grad_out)], summed)
+
+    def norm_compare(actual: Tensor) -> list[Pair]:
+        expected = torch.stack([grad.double().square().sum() for grad in both_grads().dense()]).sum()
+        return [w.pair("sum of squares", actual, expected)]
 
     copy_bytes = " + 4*F*d" if copied else ""
     return [
         Case("adam_rows", "F*d*(24 + s)", rows_call, rows_compare, rows_inputs),
         Case(
             "sparse_adam",
-            f"48*F*d{copy_bytes} + N*k*(2*d*s + 6*s + 24) + 8*F",
+            f"48*F*d{copy_bytes} + N*k*(2*d*s + 6*s + 24) + 8*F + F*d*s//8",
             both_call,
             both_compare,
             both_inputs,
+        ),
+        Case(
+            "square_norm",
+            "N*k*(2*d*s + 6*s + 24) + 8*F + F*d*s//8",
+            lambda: both_grads().square_norm(),
+            norm_compare,
         ),
     ]
 

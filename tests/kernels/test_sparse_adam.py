@@ -68,9 +68,8 @@ def test_sparse_adam_sums_its_terms(backend: Backend, device: str) -> None:
 
 def make_rows(latents: list[int], d: int, device: str) -> RowGrads:
     rows, m = torch.tensor(latents, device=device), len(latents)
-    return RowGrads(
-        rows, *(randn(m, d, seed=50 + i, device=device) for i in range(2)), randn(m, seed=52, device=device)
-    )
+    enc, dec = (randn(m, d, seed=50 + i, device=device) for i in range(2))
+    return RowGrads(rows, enc, dec, randn(m, seed=52, device=device))
 
 
 def test_rows_that_are_summed_already_are_added(backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
