@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .batch_topk import encode_batch_topk, encode_threshold, smallest_kept
+from .batch_topk import KthLargest, encode_batch_topk, encode_threshold, smallest_kept
 from .index_transpose import IndexTranspose
 from .launch import Backend, guard
 from .sparse_matmul import SparseLatents, gather_sum, latent_sum, sampled_dot, scatter_sum
@@ -188,6 +188,8 @@ def batch_topk_encode(
     *,
     b_dec: Tensor | None = None,
     matmul_dtype: torch.dtype | None = None,
+    kth_largest: KthLargest | None = None,
+    num_rows: int | None = None,
     backend: Backend | None = None,
 ) -> tuple[SparseLatents, Tensor]:
     """The N * k largest positive of (x - b_dec) @ W_enc.T + b_enc (Bussmann et al., arXiv 2412.06410), padded.
@@ -197,7 +199,10 @@ def batch_topk_encode(
     """
 
     def select(centred: Tensor, W_enc: Tensor, b_enc: Tensor) -> SparseLatents:
-        return encode_batch_topk(centred, W_enc, b_enc, k, matmul_dtype=matmul_dtype, backend=backend)[0]
+        return encode_batch_topk(
+            centred, W_enc, b_enc, k,
+            matmul_dtype=matmul_dtype, kth_largest=kth_largest, num_rows=num_rows, backend=backend,
+        )[0]  # fmt: skip
 
     latents = _encode(x, W_enc, b_enc, b_dec, select, backend)
     return latents, smallest_kept(latents.values.detach())

@@ -5,7 +5,8 @@ padding has the value 0, so that it adds nothing anywhere, and an index that its
 every row, so that no latent collects the padding of all of them.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from .sparse_matmul import SparseLatents
 from .topk import PreActs, check_k, encode_chunks, encode_tile, encoder_inputs, pre_chunks, tile_options, values_at
 
 COMPACT_COLUMNS = 1024
+
+
+#: The k-th largest of the values of all ranks together, 0 where they are fewer: `sae/comm.py` has one.
+KthLargest: TypeAlias = Callable[[Tensor, int], Tensor]
 
 
 class _Entries(NamedTuple):
@@ -144,9 +149,11 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
     return values.topk(k, sorted=False).values.amin() if 0 < k <= values.numel() else values.new_zeros(())
 
 
-def _keep_largest(values: Tensor, k: int) -> Tensor:
+def _keep_largest(values: Tensor, k: int, kth_largest: KthLargest) -> Tensor:
     """Where the k largest positive elements of a flat tensor are; of those equal to the last one, the first."""
-    bound = _kth_largest(values, k)
+    bound = kth_largest(values, k)
+    if kth_largest is not _kth_largest:  # some are elsewhere: of equal ones each rank keeps all
+        return (values >= bound) & (values > 0)
     keep, equal = values > bound, (values == bound) & (values > 0)
     return keep | (equal & (equal.cumsum(0) <= k - keep.sum()))
 
@@ -156,15 +163,24 @@ def candidates_per_row(k: int, d_sae: int) -> int:
     return min(d_sae, max(2 * k, min(4 * k, 512)))
 
 
-def _batch_entries(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend, wanted: PreActs | None = None) -> _Entries:
-    """The largest of the batch among the largest of every row.
+def _batch_entries(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    total: int,
+    width: int,
+    name: Backend,
+    wanted: PreActs | None = None,
+    kth_largest: KthLargest = _kth_largest,
+) -> _Entries:
+    """The `total` largest of the batch among the `width` largest of every row.
 
     The last of those kept is a lower bound of the threshold, so that a row may lack some only if all its candidates
     are above the bound, and whatever it lacks is above the bound as well.
     """
-    n, width = x.shape[0], candidates_per_row(k, W.shape[0])
+    n = x.shape[0]
     values, indices = encode_chunks(x, W, b, width, name, wanted)
-    bound = _kth_largest(values.view(-1), n * k)
+    bound = kth_largest(values.view(-1), total)
     cut = (values.amin(1) > bound) if width < W.shape[0] else torch.zeros(n, dtype=torch.bool, device=x.device)
     again = cut.nonzero()[:, 0]
     rows = torch.arange(n, device=x.device).repeat_interleave(width)
@@ -173,7 +189,7 @@ def _batch_entries(x: Tensor, W: Tensor, b: Tensor, k: int, name: Backend, wante
         more = _threshold_entries(x[again], W, b, _limit(bound, W), name)
         found.values[cut.repeat_interleave(width)] = 0
         found = _Entries(*map(torch.cat, zip(found, more._replace(rows=again[more.rows]), strict=True)))
-    at = _keep_largest(found.values, n * k).nonzero()[:, 0]
+    at = _keep_largest(found.values, total, kth_largest).nonzero()[:, 0]
     if again.numel():
         at = at[found.rows[at].int().sort(stable=True).indices]
     return _Entries(*(column[at] for column in found))
@@ -232,6 +248,8 @@ def encode_batch_topk(
     matmul_dtype: torch.dtype | None = None,
     W_cast: Tensor | None = None,
     wanted: PreActs | None = None,
+    kth_largest: KthLargest | None = None,
+    num_rows: int | None = None,
     backend: Backend | None = None,
 ) -> tuple[SparseLatents, Tensor]:
     """Keep the N * k largest positive elements of x @ W_enc.T + b_enc (Bussmann et al., arXiv 2412.06410). No gradient.
@@ -239,11 +257,13 @@ def encode_batch_topk(
     Returns the latents, padded to the widest row, and the smallest value kept (0 where none is), whose running mean
     is the threshold of inference. x [N, d_in], W_enc [d_sae, d_in], b_enc [d_sae] of one dtype. `matmul_dtype` is the
     precision in which latents are *chosen*; it, `W_cast` and `wanted` are as in `encode_topk`. Of equal elements at
-    the threshold as many are kept as make N * k; which ones is not specified. Raises ValueError for shapes or a k that
-    do not fit.
+    the threshold as many are kept as make N * k; which ones is not specified. Where rows or latents of the batch are on
+    other ranks, `num_rows` is the whole batch's N and `kth_largest` finds an element among all ranks. Raises ValueError
+    for shapes or a k that do not fit.
     """
     guard(x=(x, "N d_in"), W_enc=(W_enc, "d_sae d_in"), b_enc=(b_enc, "d_sae"))
-    check_k(k, W_enc.shape[0], "d_sae")
+    if kth_largest is None:
+        check_k(k, W_enc.shape[0], "d_sae")
     name = choose_backend(x, backend)
     dtype = matmul_dtype or x.dtype
     narrow = encoder_inputs(x, W_enc, b_enc, dtype, W_cast)
@@ -252,7 +272,9 @@ def encode_batch_topk(
         if wanted is not None:
             wanted.take(narrow[0] @ narrow[1].T + narrow[2])
     else:
-        entries = _batch_entries(*narrow, k, name, wanted)
+        width = candidates_per_row(k, W_enc.shape[0])
+        total = (num_rows or x.shape[0]) * k
+        entries = _batch_entries(*narrow, total, width, name, wanted, kth_largest or _kth_largest)
     values, indices = _pad(entries, x.shape[0], W_enc.shape[0])
     if dtype != x.dtype:
         values = values_at(x, W_enc, b_enc, indices, name) * (values > 0)

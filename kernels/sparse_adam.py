@@ -118,7 +118,7 @@ def _torch_sparse_adam(grads: SparseGrads, enc: _Target, dec: _Target, adam: Ada
 
 
 def _reference_sparse_adam(grads: SparseGrads, enc: _Target, dec: _Target, adam: AdamStep) -> None:
-    for grad, to in zip(grads.dense(), (enc, dec), strict=True):
+    for grad, to in zip(grads.dense(backend="reference"), (enc, dec), strict=True):
         adam_rows_reference(to.weight, grad, to.moments, adam, project=to.project, renormalize=to.renormalize)
         if to.copy is not None:
             to.copy.copy_(to.weight)

@@ -12,7 +12,7 @@ from .fused_adam import block_rows
 from .index_transpose import IndexTranspose, transpose_indices
 from .latent_rows import SEGMENT, latent_row, segment_sums
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
-from .sparse_matmul import SparseLatents, embedding_sum, scatter_sum_reference
+from .sparse_matmul import SparseLatents, embedding_sum, scatter_sum, scatter_sum_reference
 
 
 class SparseGrad(NamedTuple):
@@ -156,15 +156,21 @@ class SparseGrads:
             sums[self.rows.latents] += self.rows.b_enc.to(sums.dtype)
         return sums.to(entries.grad_values.dtype)
 
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """[d_sae, d_in] and [d_sae, d_out]: both gradients in memory, for tests and small inputs."""
-        enc = sum(scatter_sum_reference(t.latents.with_values(t.grad_values), t.x) for t in self.terms)
-        dec = sum(scatter_sum_reference(t.latents, t.grad_out) for t in self.terms)
-        enc, dec = torch.as_tensor(enc), torch.as_tensor(dec)
-        if self.rows is not None:
-            enc = enc.index_add(0, self.rows.latents, self.rows.W_enc.to(enc.dtype))
-            dec = dec.index_add(0, self.rows.latents, self.rows.W_dec.to(dec.dtype))
-        return enc, dec
+    def dense(self, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+        """[d_sae, d_in] and [d_sae, d_out]: both gradients in memory."""
+        first = self.terms[0]
+        if choose_backend(first.x, backend) == "reference":
+            enc = [scatter_sum_reference(t.latents.with_values(t.grad_values), t.x) for t in self.terms]
+            dec = [scatter_sum_reference(t.latents, t.grad_out) for t in self.terms]
+        else:
+            enc = [scatter_sum(t.latents.with_values(t.grad_values), t.x, backend=backend) for t in self.terms]
+            dec = [scatter_sum(t.latents, t.grad_out, backend=backend) for t in self.terms]
+        for grads, row in ((enc, "W_enc"), (dec, "W_dec")):
+            for more in grads[1:]:
+                grads[0] += more
+            if self.rows is not None:
+                grads[0].index_add_(0, self.rows.latents, getattr(self.rows, row).to(grads[0].dtype))
+        return enc[0], dec[0]
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The float32 gradients of both weights `rows` latents at a time: (which latents, of W_enc, of W_dec)."""
@@ -193,7 +199,7 @@ class SparseGrads:
         first = self.terms[0]
         name = choose_backend(first.x, backend)
         if name == "reference":
-            return torch.stack([grad.double().square().sum() for grad in self.dense()]).sum().float()
+            return torch.stack([grad.double().square().sum() for grad in self.dense(backend=name)]).sum().float()
         if name == "triton":
             entries, rows = self.entries, self.rows
             return _triton_square_norm(entries.grad_values, entries.x, rows and rows.W_enc, self) + _triton_square_norm(

@@ -9,9 +9,9 @@ import torch
 
 from saeql.kernels.fused_adam import AdamStep, Moments, adam_rows
 from saeql.kernels.sparse_adam import sparse_adam
+from saeql.kernels.sparse_grads import SparseGrads
 
 from .config import TrainConfig
-from .metrics import dead_share
 from .model import SparseAutoencoder
 from .objective import LossTerms, loss_terms
 from .sparse_step import sparse_step
@@ -58,6 +58,11 @@ class Learner:
         device = self.dictionary.W_enc.device
         self.idle_tokens = torch.zeros(self.dictionary.d_sae, dtype=torch.int64, device=device)
 
+    @property
+    def num_latents(self) -> int:
+        """d_sae of the whole dictionary, those of other ranks included."""
+        return self.dictionary.d_sae * self.dictionary.comm.feature_size
+
     def step(
         self, rows: torch.Tensor, lr_share: float, sparsity_share: float, matmul_dtype: torch.dtype | None
     ) -> bool:
@@ -66,7 +71,7 @@ class Learner:
         y = x if self.reads == self.writes else rows[:, self.writes]
         dead = (self.idle_tokens >= self.config.dead_after_tokens).nonzero().squeeze(1)
         buffers = {name: b.clone() for name, b in self.dictionary.named_buffers()}
-        adam = AdamStep(self.steps + 1, self.config.peak_lr(self.dictionary.d_sae) * lr_share, *self.config.adam_betas)
+        adam = AdamStep(self.steps + 1, self.config.peak_lr(self.num_latents) * lr_share, *self.config.adam_betas)
         if self.dictionary.selects:
             learned = self._sparse_step(x, y, dead, adam, matmul_dtype)
         else:
@@ -94,20 +99,54 @@ class Learner:
         )  # fmt: skip
         if not self._count(step.terms, step.num_active, len(x)):
             return False
-        weights, others = step.weights, step.others
-        if config.max_grad_norm is not None:
-            squares = weights.square_norm() + sum(g.float().square().sum() for g in others.values())
-            scale = clip_scale(squares.sqrt(), config.max_grad_norm)
+        if dictionary.comm.data_size > 1:
+            self._update(dict(zip(("W_enc", "W_dec"), step.weights.dense(), strict=True)), step.others, adam)
+        else:
+            self._update_sparse(step.weights, step.others, adam)
+        self._see(step.fired, len(x))
+        return True
+
+    def _update_sparse(self, weights: SparseGrads, others: dict[str, torch.Tensor], adam: AdamStep) -> None:
+        """Apply the gradients of both weights as they are summed, those of the other parameters, clipped as one."""
+        dictionary, moments = self.dictionary, self.moments
+        if self.config.max_grad_norm is not None:
+            scale = self._clip_scale(weights.square_norm(), others)
             weights, others = weights.scaled(scale), {name: g * scale for name, g in others.items()}
-        moments = self.moments
         sparse_adam(
             weights, dictionary.W_enc.data, moments["W_enc"], dictionary.W_dec.data, moments["W_dec"], adam,
             copies=(self.W_enc_cast, None),
         )  # fmt: skip
         for name, grad in others.items():
             adam_rows(dictionary.get_parameter(name).data, grad, moments[name], adam)
-        self._see(step.fired, len(x))
-        return True
+
+    def _update(self, rows: dict[str, torch.Tensor], others: dict[str, torch.Tensor], adam: AdamStep) -> None:
+        """The same for gradients in memory: `rows` of this rank's rows alone, `others` of all rows already."""
+        self.dictionary.comm.sum_data(*rows.values())
+        scale = None
+        if self.config.max_grad_norm is not None:
+            squares = torch.zeros((), device=self.idle_tokens.device)
+            for grad in rows.values():
+                squares += grad.float().square().sum()
+            scale = self._clip_scale(squares, others)
+        for name, grad in {**rows, **others}.items():
+            unit, parameter = name == "W_dec", self.dictionary.get_parameter(name)
+            if scale is not None:
+                grad.mul_(scale)
+            adam_rows(parameter.data, grad, self.moments[name], adam, project=unit, renormalize=unit)
+        if self.W_enc_cast is not None:
+            self.W_enc_cast.copy_(self.dictionary.W_enc.data)
+
+    def _clip_scale(self, squares: torch.Tensor, others: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What gradients are multiplied with; `squares` is the sum of squares of those that ranks hold parts of."""
+        squares = squares.clone()
+        for name, grad in others.items():
+            if name in self.dictionary.by_latent:
+                squares += grad.float().square().sum()
+        self.dictionary.comm.sum_features(squares)
+        for name, grad in others.items():
+            if name not in self.dictionary.by_latent:
+                squares += grad.float().square().sum()
+        return (cast(float, self.config.max_grad_norm) / (squares.sqrt() + 1e-6)).clamp_max(1.0)
 
     def _autograd_step(
         self,
@@ -129,24 +168,31 @@ class Learner:
         for parameter in dictionary.parameters():
             parameter.grad = None
         terms.total.backward()
-        if config.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(dictionary.parameters(), config.max_grad_norm)
-        for name, parameter in dictionary.named_parameters():
-            if parameter.grad is None:  # a loss that does not reach it
-                continue
-            unit = name == "W_dec"
-            adam_rows(parameter.data, parameter.grad, self.moments[name], adam, project=unit, renormalize=unit)
+        # a loss that does not reach a parameter leaves it without gradient
+        grads = {name: p.grad for name, p in dictionary.named_parameters() if p.grad is not None}
+        dictionary.comm.mean_data(*grads.values())
+        self._update({}, grads, adam)
         self._see(outcome.fired, len(x))
         return True
 
     def _see(self, fired: torch.Tensor, num_rows: int) -> None:
-        self.idle_tokens += num_rows
+        comm = self.dictionary.comm
+        if comm.data_size > 1:
+            anywhere = torch.zeros_like(self.idle_tokens, dtype=torch.uint8)
+            anywhere[fired] = 1
+            comm.max_data(anywhere)
+            fired = anywhere.nonzero()[:, 0]
+        self.idle_tokens += num_rows * comm.data_size
         self.idle_tokens[fired] = 0
 
     def _count(self, terms: LossTerms, num_active: torch.Tensor, num_rows: int) -> bool:
         """Add to the window; False, with nothing added, where the loss is not finite."""
+        comm, num_active = self.dictionary.comm, num_active.double() * self.dictionary.comm.data_size
+        comm.sum_features(num_active)
         numbers = (terms.total, terms.reconstruction, terms.sparsity, terms.auxiliary, num_active)
-        total, *parts = torch.stack([number.detach().double() for number in numbers]).tolist()  # one transfer
+        stacked = torch.stack([number.detach().double() for number in numbers])
+        comm.mean_data(stacked)
+        total, *parts = stacked.tolist()  # one transfer
         if not math.isfinite(total):
             return False
         window = self.window
@@ -154,7 +200,7 @@ class Learner:
         window.sparsity += parts[1]
         window.auxiliary += parts[2]
         window.num_active += parts[3]
-        window.num_rows += num_rows
+        window.num_rows += num_rows * comm.data_size
         window.num_steps += 1
         return True
 
@@ -163,11 +209,11 @@ class Learner:
         window, self.window = self.window, _Window()
         if window.num_steps == 0:
             return {}
-        alive = (self.idle_tokens < self.config.dead_after_tokens).long()
+        comm, num_dead = self.dictionary.comm, int((self.idle_tokens >= self.config.dead_after_tokens).sum())
         return {
             "fvu": window.reconstruction / window.num_steps,
             "l0": window.num_active / window.num_rows,
-            "dead_share": dead_share(alive),
+            "dead_share": comm.count_features(num_dead, self.idle_tokens.device) / self.num_latents,
             "sparsity_loss": window.sparsity / window.num_steps,
             "auxk_loss": window.auxiliary / window.num_steps,
             "skipped_batches": self.skipped,
@@ -203,8 +249,3 @@ class Learner:
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
         self.steps, self.skipped, self.W_enc_cast = counters["steps"], counters["skipped"], None
-
-
-def clip_scale(norm: torch.Tensor, limit: float) -> torch.Tensor:
-    """What gradients of this norm are multiplied with, so that it does not exceed the limit."""
-    return (limit / (norm + 1e-6)).clamp_max(1.0)

@@ -20,6 +20,7 @@ from torch import nn
 from saeql.kernels.autograd import SparseLatents, sparse_decode, topk_encode
 from saeql.kernels.topk import PreActs
 
+from .comm import ALONE, Comm
 from .config import ConfigError, DictionaryConfig
 
 
@@ -42,6 +43,8 @@ class SparseAutoencoder(nn.Module):
     architecture: str = ""
     #: Whether half of all latents are active at the start: their sum must not overshoot the input.
     starts_dense: bool = False
+    #: Tensors with a row for every latent; ranks that train one dictionary together may hold some of them each.
+    by_latent: frozenset[str] = frozenset({"W_enc", "b_enc", "W_dec"})
     #: Whether the loss of what `select` chooses is plain reconstruction: then `sparse_step.py` makes the gradients.
     selects: bool = False
     #: Whether dead latents learn from the residual by the auxiliary loss of `sae/objective.py`.
@@ -52,6 +55,7 @@ class SparseAutoencoder(nn.Module):
         d_out = d_in if d_out is None else d_out
         self.config, self.d_in, self.d_out = config, d_in, d_out
         self.metadata: dict[str, Any] = {}
+        self.comm: Comm = ALONE  # who else trains it: holds other latents of it, or sees other rows
         if self.reads_what_it_writes and d_in != d_out:
             raise ConfigError(
                 f"dictionary.form {config.form} writes what it reads: d_out ({d_out}) must be d_in ({d_in})"

@@ -56,4 +56,6 @@ def auxk_loss(
     """
     latents = dictionary.encode_subset(x, dead, num_auxiliary(len(dead), dictionary.d_in))
     error = residual - sparse_decode(latents, dictionary.W_dec[dead], None)
-    return error.square().sum() / residual.square().sum().clamp_min(1e-12)
+    scale = residual.square().sum()
+    dictionary.comm.mean_data(scale)  # of the whole batch: the mean over ranks is then its loss
+    return error.square().sum() / scale.clamp_min(1e-12)

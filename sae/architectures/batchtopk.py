@@ -4,6 +4,8 @@ At inference rows must not depend on each other: every latent above a running es
 value is active, as in a JumpReLU dictionary with one threshold.
 """
 
+from typing import Any
+
 import torch
 
 from saeql.kernels.autograd import SparseLatents, batch_topk_encode, threshold_encode
@@ -44,21 +46,29 @@ class BatchTopKAutoencoder(SparseAutoencoder):
         """Latents of a training batch, without gradient; moves the running threshold."""
         k = self.config.k
         latents, threshold = encode_batch_topk(
-            centred, self.W_enc, self.b_enc, k, matmul_dtype=matmul_dtype, W_cast=W_cast, wanted=wanted
-        )
+            centred, self.W_enc, self.b_enc, k,
+            matmul_dtype=matmul_dtype, W_cast=W_cast, wanted=wanted, **self._whole_batch(centred),
+        )  # fmt: skip
         self._move_threshold(threshold)
         return latents
 
     def batch_latents(self, x: torch.Tensor, matmul_dtype: torch.dtype | None) -> SparseLatents:
         """The same with gradient, of rows x [N, d_in]."""
         latents, threshold = batch_topk_encode(
-            x, self.W_enc, self.b_enc, self.config.k, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype
-        )
+            x, self.W_enc, self.b_enc, self.config.k,
+            b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype, **self._whole_batch(x),
+        )  # fmt: skip
         self._move_threshold(threshold)
         return latents
 
+    def _whole_batch(self, x: torch.Tensor) -> dict[str, Any]:
+        """How to choose among the rows and latents of all ranks."""
+        alone = self.comm.size == 1
+        return {} if alone else {"kth_largest": self.comm.kth_largest, "num_rows": len(x) * self.comm.data_size}
+
     @torch.no_grad()
     def _move_threshold(self, smallest: torch.Tensor) -> None:
+        smallest = self.comm.smallest(smallest)
         moved = _MOMENTUM * self.threshold + (1 - _MOMENTUM) * smallest
         self.threshold.copy_(torch.where(self.threshold < 0, smallest, moved))
 

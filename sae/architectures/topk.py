@@ -6,6 +6,7 @@ from saeql.kernels.autograd import SparseLatents, topk_encode
 from saeql.kernels.topk import PreActs, encode_topk
 
 from ..model import Outcome, SparseAutoencoder
+from ..rank_selection import keep_among_ranks
 
 
 class TopKAutoencoder(SparseAutoencoder):
@@ -30,7 +31,10 @@ class TopKAutoencoder(SparseAutoencoder):
     ) -> SparseLatents:
         """The same without gradient."""
         k = self.config.k
-        return encode_topk(centred, self.W_enc, self.b_enc, k, matmul_dtype=matmul_dtype, W_cast=W_cast, wanted=wanted)
+        latents = encode_topk(
+            centred, self.W_enc, self.b_enc, k, matmul_dtype=matmul_dtype, W_cast=W_cast, wanted=wanted
+        )
+        return keep_among_ranks(self.comm, latents, k)
 
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Reconstruction only: sparsity is built in."""
