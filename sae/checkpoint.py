@@ -1,18 +1,32 @@
-"""Atomic checkpoints: `checkpoints/step-00000500/` holds tensors, state and their hash, or does not exist."""
+"""Atomic checkpoints: `checkpoints/step-00000500/` holds tensors, state and their hashes, or does not exist.
+
+One process writes one safetensors file. Ranks that share a dictionary out write their parts side by side through
+torch.distributed.checkpoint, in its safetensors layout: nothing here is a pickle. Its reader puts the parts together
+for any other number of ranks; it does not notice a flipped byte, which is why every file is hashed here.
+"""
 
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-CHECKPOINT_VERSION = 1
+from .comm import ALONE, Comm
+
+CHECKPOINT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -22,31 +36,55 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a resume needs."""
+    """Everything that a resume needs. Of the tensors named in `sharded` a rank holds its own rows."""
 
     step: int
     tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
+    sharded: frozenset[str] = frozenset()
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-    """Write under a temporary name, fsync, rename; then drop all but the last `keep` checkpoints."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, comm: Comm = ALONE, keep: int = 2) -> Path:
+    """Write under a temporary name, fsync, rename; then drop all but the last `keep` checkpoints. All ranks call it."""
     path = folder / f"step-{checkpoint.step:08d}"
-    temporary = folder / f"{path.name}.tmp.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tensors = temporary / "tensors.safetensors"
-    save_file({name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}, tensors)
-    state = {"version": CHECKPOINT_VERSION, "step": checkpoint.step, "sha256": _sha256(tensors), **checkpoint.state}
-    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    for file in temporary.iterdir():
-        _fsync(file)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.replace(path)
-    _fsync(folder)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    temporary = folder / comm.from_first(f"{path.name}.tmp.{os.getpid()}")
+    if comm.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    comm.barrier()
+    if comm.size > 1:
+        placed = _placed(checkpoint.tensors, checkpoint.sharded, comm)
+        save_parts(placed, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+    else:
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()},
+            temporary / "tensors.safetensors",
+        )
+    comm.barrier()
+    if comm.is_first:
+        files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        shape = {"ranks": [comm.data_size, comm.feature_size], "files": files}
+        state = {"version": CHECKPOINT_VERSION, "step": checkpoint.step, **shape, **checkpoint.state}
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        for file in temporary.iterdir():
+            _fsync(file)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+        _fsync(folder)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    comm.barrier()
     return path
+
+
+def _placed(tensors: Mapping[str, torch.Tensor], sharded: Collection[str], comm: Comm) -> dict[str, DTensor]:
+    """Every tensor as a part, or a copy, of one over the whole mesh."""
+    assert comm.mesh is not None
+    rows = {True: (Replicate(), Shard(0)), False: (Replicate(), Replicate())}
+    return {
+        name: DTensor.from_local(t.detach(), comm.mesh, rows[name in sharded], run_check=False)
+        for name, t in tensors.items()
+    }
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -56,8 +94,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint, or None where there is none. Raises CheckpointError where it is damaged."""
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint with its `path`, or None where there is none.
+
+    Raises CheckpointError where it is damaged: every file is compared with its hash.
+    """
     found = checkpoints(folder)
     if not found:
         return None
@@ -68,10 +109,55 @@ def load_latest(folder: Path) -> Checkpoint | None:
         raise CheckpointError(f"{path / 'state.json'} is damaged: {error}; remove {path} to go on without it") from None
     if state.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(f"{path} has version {state.get('version')}, this saeql reads {CHECKPOINT_VERSION}")
-    tensors = path / "tensors.safetensors"
-    if not tensors.exists() or _sha256(tensors) != state["sha256"]:
-        raise CheckpointError(f"{tensors} does not match its hash in state.json; remove {path} to go on without it")
-    return Checkpoint(state["step"], load_file(tensors), state)
+    for name, digest in state["files"].items():
+        if not (path / name).exists() or _sha256(path / name) != digest:
+            raise CheckpointError(
+                f"{path / name} does not match its hash in state.json; remove {path} to go on without it"
+            )
+    return {**state, "path": path}
+
+
+def load_tensors(
+    state: Mapping[str, Any], wanted: Mapping[str, torch.Tensor], sharded: Collection[str], comm: Comm
+) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint in the shapes of `wanted`, on the CPU; of those in `sharded` this rank's rows.
+
+    The checkpoint may come from another number of ranks. Raises CheckpointError where a tensor is missing or of
+    another shape.
+    """
+    path, whole = state["path"], state["ranks"] == [1, 1]
+    rows = {name: comm.feature_size if name in sharded else 1 for name in wanted}
+    shapes = {name: torch.Size([t.shape[0] * rows[name], *t.shape[1:]]) if t.dim() else t.shape
+              for name, t in wanted.items()}  # fmt: skip
+    stored = _stored_shapes(path)
+    for name, shape in shapes.items():
+        if stored.get(name) != shape:
+            raise CheckpointError(f"{path}: the checkpoint does not hold {name} {tuple(shape)}")
+    if whole:
+        with safe_open(path / "tensors.safetensors", "pt") as file:
+            return {
+                name: file.get_slice(name)[comm.shard(shapes[name][0])] if rows[name] > 1 else file.get_tensor(name)
+                for name in wanted
+            }
+    reader = HuggingFaceStorageReader(str(path))
+    if comm.size == 1:
+        found = {name: torch.empty(shapes[name], dtype=t.dtype) for name, t in wanted.items()}
+        load_parts(found, storage_reader=reader, no_dist=True)
+        return found
+    empty = {name: torch.empty_like(t) for name, t in wanted.items()}
+    placed = _placed(empty, sharded, comm)
+    load_parts(placed, storage_reader=reader)
+    return {name: t.to_local().cpu() for name, t in placed.items()}
+
+
+def _stored_shapes(path: Path) -> dict[str, torch.Size]:
+    """Shapes of the whole tensors of a checkpoint."""
+    file = path / "tensors.safetensors"
+    if file.exists():
+        with safe_open(file, "pt") as opened:
+            return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _sha256(path: Path) -> str:

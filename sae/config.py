@@ -92,6 +92,8 @@ class TrainConfig:
     """Adam's moment decays."""
     moments_dtype: str = "float32"
     """Adam's moments: "float32", or "bfloat16" for half of their memory (kept rounded, computed in float32)."""
+    feature_shards: int = 1
+    """Ranks that hold a dictionary's latents together; the other ranks that torchrun starts see other rows."""
     b_dec_init: str = "geometric_median"
     """Start of the decoder bias: "geometric_median" or "mean" of the first rows."""
     init_tokens: int = 8192
@@ -120,7 +122,14 @@ class TrainConfig:
     """Steps between two checkpoints; the last two are kept."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_tokens", "init_tokens", "shuffle_block_rows", "log_every_steps"):
+        for name in (
+            "num_steps",
+            "feature_shards",
+            "batch_tokens",
+            "init_tokens",
+            "shuffle_block_rows",
+            "log_every_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.decay_share <= 1:

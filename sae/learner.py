@@ -240,6 +240,15 @@ class Learner:
         found |= {f"{name}.average": tensor for name, tensor in self.averages.items()}
         return {f"{self.name}.{name}": tensor for name, tensor in found.items()}
 
+    def sharded_tensors(self) -> frozenset[str]:
+        """Names of those with a row for every latent: ranks may hold some rows each."""
+        rows = {f"{self.name}.{name}" for name in (*self.dictionary.by_latent, "idle_tokens")}
+        return frozenset(
+            name
+            for name in self.tensors()
+            if name in rows or name.removesuffix(".first").removesuffix(".second").removesuffix(".average") in rows
+        )
+
     def state(self) -> dict[str, int]:
         """Counters beside the tensors."""
         return {"steps": self.steps, "skipped": self.skipped}

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, CheckpointError, load_latest, save_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, load_tensors, read_state, save_checkpoint
+from .comm import ALONE, Comm, CommError
 from .config import TrainConfig, to_dict
 from .learner import Learner
 from .model import SparseAutoencoder, geometric_median
+from .sharding import gather_dictionary, shard_dictionary
 from .stream import ActivationSource, Cursor
 
 #: Called with one line of metrics.
@@ -90,8 +92,11 @@ class Trainer:
         on_log: LogLine | None = None,
         on_step: Callable[[int], None] | None = None,
         matmul_dtype: torch.dtype | None = None,
+        comm: Comm = ALONE,
+        reshard: bool = False,
     ):
-        self.config, self.source, self.folder = config, source, folder
+        self.config, self.source, self.folder, self.comm, self.reshard = config, source, folder, comm, reshard
+        self.resharded: list[str] = []  # resumes on another number of ranks: from there on a run is no longer bit-exact
         self.on_log, self.on_step, self.matmul_dtype = on_log, on_step, matmul_dtype
         self.pretrained = frozenset(pretrained)
         self.step = 0
@@ -99,13 +104,19 @@ class Trainer:
         self.scaling: InputScaling | None = None
         self.learners = []
         for name, dictionary in dictionaries.items():
+            if comm.feature_size > 1 and not dictionary.selects:
+                raise CommError(
+                    f"{name}: train.feature_shards above 1 needs topk or batchtopk, not {dictionary.architecture}"
+                )
+            part = shard_dictionary(dictionary, comm)
+            part.comm = comm
             at = (places or {}).get(name)
             reads, writes = (
                 (columns_of(source.widths, at.reads), columns_of(source.widths, at.writes))
                 if at
                 else (_EVERYTHING, _EVERYTHING)
             )
-            self.learners.append(Learner(name, dictionary, config, reads, writes))
+            self.learners.append(Learner(name, part, config, reads, writes))
 
     # --- the run -------------------------------------------------------------------------------------------------
 
@@ -131,23 +142,27 @@ class Trainer:
                 return
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Take averaged weights, and fold centring and scaling in: afterwards dictionaries work on raw activations."""
+    def finish(self) -> dict[str, SparseAutoencoder]:
+        """Take averaged weights, and fold centring and scaling in: afterwards dictionaries work on raw activations.
+
+        Returns them whole, by name, whatever ranks held them.
+        """
         assert self.scaling is not None, "fit() comes first"
         mean, scale = self.scaling.mean, self.scaling.scale
         for learner in self.learners:
             learner.take_average()
             r, w = learner.reads, learner.writes
             learner.dictionary.fold_scaling(mean[r], scale[r], mean[w], scale[w])
+        return {learner.name: gather_dictionary(learner.dictionary) for learner in self.learners}
 
     def _measure_input(self) -> None:
         rows, count = [], 0
         for batch in self.source.batches(Cursor()):
             rows.append(batch.acts.float())
             count += len(batch.acts)
-            if count >= self.config.init_tokens:
+            if count * self.comm.data_size >= self.config.init_tokens:
                 break
-        first = torch.cat(rows)[: self.config.init_tokens]
+        first = torch.cat(self.comm.gather_data(torch.cat(rows)))[: self.config.init_tokens]
         self.scaling = InputScaling.measure(first, self.source.widths)
         start = self.scaling.apply(first)
         centre = geometric_median(start) if self.config.b_dec_init == "geometric_median" else start.mean(0)
@@ -195,6 +210,17 @@ class Trainer:
                 lr = self.config.peak_lr(learner.dictionary.d_sae) * lr_share
                 self.on_log({**head, **line, "lr": lr, "tokens_per_second": round(rate, 1)})
 
+    def _check_ranks(self, before: list[int], step: int) -> list[str]:
+        now = [self.comm.data_size, self.comm.feature_size]
+        if before == now:
+            return []
+        change = f"from {before[0]} x {before[1]} to {now[0]} x {now[1]} ranks (data x feature)"
+        if not self.reshard:
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint cannot go on bit for bit {change}; --reshard goes on all the same"
+            )
+        return [f"step {step}: {change}"]
+
     # --- resume --------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
@@ -205,35 +231,44 @@ class Trainer:
             tensors |= learner.tensors()
         state = {
             "config": to_dict(self.config),
-            "cursor": self.cursor.state(),
+            "cursors": self.comm.gather_objects(self.cursor.state()),
+            "resharded": self.resharded,
             "learners": {learner.name: learner.state() for learner in self.learners},
         }
-        return save_checkpoint(self.folder, Checkpoint(self.step, tensors, state))
+        sharded = frozenset().union(*(learner.sharded_tensors() for learner in self.learners))
+        return save_checkpoint(self.folder, Checkpoint(self.step, tensors, state, sharded), comm=self.comm)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint; False where there is none.
 
         Raises CheckpointError where it is damaged or was written under another training configuration.
         """
-        checkpoint = load_latest(self.folder) if self.folder else None
-        if checkpoint is None:
+        state = read_state(self.folder) if self.folder else None
+        if state is None:
             return False
-        before, now = checkpoint.state["config"], to_dict(self.config)
+        before, now = state["config"], to_dict(self.config)
         for key in {**before, **now}:
-            if before.get(key) != now.get(key):
+            if key != "feature_shards" and before.get(key) != now.get(key):
                 raise CheckpointError(
                     f"{self.folder}: the checkpoint was trained with {key} = {before.get(key)}, "
                     f"this run asks for {now.get(key)}"
                 )
-        tensors = checkpoint.tensors
+        self.resharded = [*state["resharded"], *self._check_ranks(state["ranks"], state["step"])]
+        scaling = {f"scaling.{name}": torch.empty(sum(self.source.widths.values())) for name in ("mean", "scale")}
+        wanted, sharded = dict(scaling), set()
+        for learner in self.learners:
+            wanted |= learner.tensors()
+            sharded |= learner.sharded_tensors()
+        tensors = load_tensors(state, wanted, sharded, self.comm)
         device = self.learners[0].dictionary.W_enc.device
         self.scaling = InputScaling(tensors["scaling.mean"].to(device), tensors["scaling.scale"].to(device))
         for learner in self.learners:
-            for key, tensor in learner.tensors().items():
-                if key not in tensors or tensors[key].shape != tensor.shape:
-                    raise CheckpointError(f"{self.folder}: the checkpoint does not hold {key} {tuple(tensor.shape)}")
-            learner.load(tensors, checkpoint.state["learners"][learner.name])
-        self.step, self.cursor = checkpoint.step, Cursor.from_state(checkpoint.state["cursor"])
+            learner.load(tensors, state["learners"][learner.name])
+        self.step, cursors = state["step"], [Cursor.from_state(cursor) for cursor in state["cursors"]]
+        if len(cursors) == self.comm.data_size:
+            self.cursor = cursors[self.comm.data_rank]
+        else:  # other ranks read other rows: all begin the next epoch
+            self.cursor = Cursor(max(cursor.epoch for cursor in cursors) + 1)
         return True
 
 

@@ -41,8 +41,8 @@ def test_gradients_are_those_of_the_loss(
     threshold = getattr(dictionary, "threshold", torch.zeros(())).clone()
     step = sparse_step(dictionary, x, y, dead, auxk_coefficient=0.5)
     if architecture == "batchtopk":
-        assert dictionary.threshold != threshold
-        dictionary.threshold.copy_(threshold)
+        assert dictionary.get_buffer("threshold") != threshold
+        dictionary.get_buffer("threshold").copy_(threshold)
     terms, outcome = loss_terms(dictionary, x, y, dead, auxk_coefficient=0.5)
     terms.total.backward()
     for one, other in zip(step.terms, terms, strict=True):
