@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from saeql.kernels.autograd import SparseLatents, sparse_decode, topk_encode
+from saeql.kernels.entries import AnyEntries, Entries, above
 from saeql.kernels.topk import PreActs
 
 from .comm import ALONE, Comm
@@ -124,22 +125,29 @@ class SparseAutoencoder(nn.Module):
         """Reconstruction [N, d_out]; a skip transcoder also needs its input x [N, d_in]."""
         return self.with_skip(sparse_decode(latents, self.W_dec, self.b_dec), x)
 
-    def with_skip(self, y_hat: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
-        """`y_hat + W_skip x` for a skip transcoder, y_hat for every other form."""
+    def with_skip(self, y_hat: torch.Tensor, x: torch.Tensor | None, *, frozen: bool = False) -> torch.Tensor:
+        """`y_hat + W_skip x` for a skip transcoder, y_hat for every other form; `frozen` gives W_skip no gradient."""
         if self.W_skip is None:
             return y_hat
         if x is None:
             raise ValueError("x: a skip transcoder decodes with its input")
-        return y_hat + x @ self.W_skip.t()
+        return y_hat + x @ (self.W_skip.detach() if frozen else self.W_skip).t()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Reconstruction, or prediction, [N, d_out] of rows x [N, d_in]."""
         return self.decode(self.encode(x), x)
 
-    def pre_acts(self, x: torch.Tensor) -> torch.Tensor:
-        """Dense pre-activations [N, d_sae] of rows x; for architectures that need all of them while training."""
-        centred = x if self.encoder_b_dec is None else x - self.encoder_b_dec
-        return torch.addmm(self.b_enc, centred, self.W_enc.t())
+    def above(
+        self,
+        x: torch.Tensor,
+        limit: torch.Tensor | float,
+        *,
+        matmul_dtype: torch.dtype | None = None,
+        whole: bool = False,
+    ) -> AnyEntries:
+        """The pre-activations of rows x [N, d_in] that exceed `limit`, by the cheaper route: see `kernels.entries`."""
+        b_dec = self.encoder_b_dec
+        return above(x, self.W_enc, self.b_enc, limit, b_dec=b_dec, matmul_dtype=matmul_dtype, whole=whole)
 
     def encode_subset(self, x: torch.Tensor, latents: torch.Tensor, k: int) -> SparseLatents:
         """The k largest among `latents` (indices [m]) only; indices count within the subset. For auxiliary losses."""
@@ -152,11 +160,14 @@ class SparseAutoencoder(nn.Module):
         none = torch.zeros((), device=x.device)
         return Outcome(y_hat, (y - y_hat).square().mean(), none, latents.indices[active], active.sum())
 
-    def dense_outcome(self, z: torch.Tensor, sparsity: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> Outcome:
-        """Outcome of dense latents z [N, d_sae] with their penalty."""
-        y_hat = self.with_skip(torch.addmm(self.b_dec, z, self.W_dec), x)
+    def penalised_outcome(
+        self, found: AnyEntries, z: torch.Tensor, sparsity: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+    ) -> Outcome:
+        """Outcome of latents z, the values of `found`, with their penalty."""
+        y_hat = self.with_skip(found.decode(z, self.W_dec, self.b_dec), x)
         active = z.detach() > 0
-        return Outcome(y_hat, (y - y_hat).square().mean(), sparsity, active.any(0).nonzero()[:, 0], active.sum())
+        fired = found.indices[active] if isinstance(found, Entries) else active.any(0).nonzero()[:, 0]
+        return Outcome(y_hat, (y - y_hat).square().mean(), sparsity, fired, active.count_nonzero())
 
     # --- between training and use --------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from saeql.kernels.autograd import SparseLatents, threshold_encode
-from saeql.kernels.jumprelu import jumprelu, step_l0
+from saeql.kernels.entries import DenseEntries
+from saeql.kernels.jumprelu import jumprelu, jumprelu_entries, step_l0
 
 from ..model import Outcome, SparseAutoencoder
 
@@ -38,12 +39,17 @@ class JumpReluAutoencoder(SparseAutoencoder):
 
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Reconstruction, and the l0 penalty through the threshold's estimator."""
-        config, pre = self.config, self.pre_acts(x)
-        threshold = self.threshold
-        z = jumprelu(pre, threshold, config.bandwidth)
-        l0 = step_l0(pre, threshold, config.bandwidth).mean()
+        config, threshold = self.config, self.threshold
+        lowest = threshold.detach() - config.bandwidth / 2  # below it neither value nor estimator is anything but 0
+        found = self.above(x, lowest, matmul_dtype=matmul_dtype, whole=True)
+        if isinstance(found, DenseEntries):
+            z = jumprelu(found.values, threshold, config.bandwidth)
+            l0 = step_l0(found.values, threshold, config.bandwidth).mean()
+        else:
+            z, step = jumprelu_entries(found.values, found.take(threshold), config.bandwidth)
+            l0 = step.sum() / len(x)
         penalty = l0 / self.d_in if config.target_l0 is None else (l0 / config.target_l0 - 1).square()
-        return self.dense_outcome(z, config.sparsity_coefficient * penalty, x, y)
+        return self.penalised_outcome(found, z, self.config.sparsity_coefficient * penalty, x, y)
 
     def fold_extra(self, c: float, shift: torch.Tensor) -> None:
         """Thresholds are compared with latents."""
