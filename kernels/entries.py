@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .index_transpose import IndexTranspose, transpose_indices
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
-from .sparse_matmul import embedding_sum, segmented_sum
+from .sparse_matmul import segmented_sum
 
 #: Share of all elements up to which entries cost less than dense matmuls. On a CPU an entry costs 0.7 us at d = 576 in
 #: decode and gradients, as much as 14 elements of the dense matmuls. On CUDA by arithmetic: memory against float32.
@@ -77,7 +77,7 @@ class Entries:
 
 @dataclass(frozen=True, eq=False)
 class DenseEntries:
-    """All elements of an [N, d_sae] matrix behind the interface of `Entries`: `values` holds 0 where nothing is kept."""
+    """All elements of an [N, d_sae] matrix behind the interface of `Entries`; `values` is 0 where nothing is kept."""
 
     values: Tensor  # [N, d_sae]
 

@@ -42,14 +42,16 @@ class SparseAutoencoder(nn.Module):
     """
 
     architecture: str = ""
-    #: Whether half of all latents are active at the start: their sum must not overshoot the input.
-    starts_dense: bool = False
     #: Tensors with a row for every latent; ranks that train one dictionary together may hold some of them each.
     by_latent: frozenset[str] = frozenset({"W_enc", "b_enc", "W_dec"})
     #: Whether the loss of what `select` chooses is plain reconstruction: then `sparse_step.py` makes the gradients.
     selects: bool = False
+    #: Weight of the sparsity penalty where the configuration leaves it open.
+    default_sparsity_coefficient: float = 0.0
     #: Whether dead latents learn from the residual by the auxiliary loss of `sae/objective.py`.
     has_auxk: bool = True
+    #: Parameters [d_sae] that are 0 for a latent which is resampled.
+    latent_biases: tuple[str, ...] = ("b_enc",)
 
     def __init__(self, config: DictionaryConfig, d_in: int, d_out: int | None = None):
         super().__init__()
@@ -76,6 +78,12 @@ class SparseAutoencoder(nn.Module):
         return self.config.d_sae
 
     @property
+    def sparsity_coefficient(self) -> float:
+        """Weight of the sparsity penalty: the configured one, else the architecture's own."""
+        configured = self.config.sparsity_coefficient
+        return self.default_sparsity_coefficient if configured is None else configured
+
+    @property
     def reads_what_it_writes(self) -> bool:
         """Whether the encoder takes `b_dec` off its input: autoencoders and crosscoders do, transcoders cannot."""
         return self.config.form in ("autoencoder", "crosscoder")
@@ -94,8 +102,16 @@ class SparseAutoencoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(_unit_rows(self.d_sae, self.d_out, generator))
         self.W_enc.copy_(self.W_dec if self.reads_what_it_writes else _unit_rows(self.d_sae, self.d_in, generator))
-        if self.starts_dense:  # half of d_sae random unit rows, read and written, give x back d_sae / (2 d_in) times
-            self.W_enc.mul_(min(1.0, 2 * self.d_in / self.d_sae))
+        self.start_sparse()
+
+    def start_sparse(self) -> None:
+        """Set biases or thresholds so that few latents are active at the start; called by `initialise`."""
+
+    @property
+    def initial_threshold(self) -> float:
+        """What a projection on a random row must exceed at the start: the configured value, else `once_threshold`."""
+        configured = self.config.initial_threshold
+        return once_threshold(self.d_sae / self.d_in) if configured is None else configured
 
     # --- the forward pass ----------------------------------------------------------------------------------------
 
@@ -210,6 +226,23 @@ class SparseAutoencoder(nn.Module):
 def _unit_rows(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
     drawn = torch.randn(rows, width, generator=generator)
     return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def once_threshold(expansion: float, *, least: float = 0.1) -> float:
+    """The threshold t at which random unit rows, `expansion` times as many as coordinates, give a row back once.
+
+    A projection p on such a row is normal with the variance of a coordinate, here 1; rows with p > t, read and written,
+    add up to `expansion * E[p^2; p > t]` times the row. 2.0 for 8 times as many rows: 2.2 % of them are then active.
+    """
+
+    def kept(t: float) -> float:
+        return t * math.exp(-t * t / 2) / math.sqrt(2 * math.pi) + math.erfc(t / math.sqrt(2)) / 2
+
+    low, high = 0.0, 10.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if expansion * kept(middle) > 1 else (low, middle)
+    return max(high, least)
 
 
 @torch.no_grad()

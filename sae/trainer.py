@@ -176,7 +176,9 @@ class Trainer:
         sparsity_share = min(1.0, (self.step + 1) / warmup) if warmup else 1.0
         self.step += 1
         for learner in self.learners:
+            started = time.monotonic()
             learner.step(rows, lr_share, sparsity_share, self.matmul_dtype)
+            learner.seconds += time.monotonic() - started
             if learner.skipped > max(1, self.config.max_skipped_share * self.config.num_steps):
                 raise TrainingError(
                     f"{learner.name}: {learner.skipped} of {self.step} batches were not finite, more than "

@@ -19,14 +19,19 @@ class GatedAutoencoder(SparseAutoencoder):
     """
 
     architecture = "gated"
-    starts_dense = True
+    default_sparsity_coefficient = 0.1
     has_auxk = False
+    latent_biases = ("b_enc", "r_mag", "b_mag")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # b_enc serves as the gate's bias: the format calls it b_gate
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
+
+    def start_sparse(self) -> None:
+        """Negative biases in place of thresholds."""
+        self.b_enc.fill_(-self.initial_threshold)
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """Latents whose gate is open, with the magnitude path's values."""
@@ -46,7 +51,7 @@ class GatedAutoencoder(SparseAutoencoder):
         if isinstance(gate, DenseEntries):
             z = z * (opened.detach() > 0)
         frozen = self.with_skip(gate.decode(opened, self.W_dec.detach(), self.b_dec.detach()), x, frozen=True)
-        penalty = self.config.sparsity_coefficient * opened.sum() / (len(x) * self.d_in**0.5)
+        penalty = self.sparsity_coefficient * opened.sum() / (len(x) * self.d_in**0.5)
         return self.penalised_outcome(gate, z, penalty + (y - frozen).square().mean(), x, y)
 
     def fold_extra(self, c: float, shift: torch.Tensor) -> None:

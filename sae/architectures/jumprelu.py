@@ -5,6 +5,8 @@ Rajamanoharan et al. 2024, arXiv 2407.14435.
 `target_l0` replaces the weighted l0 penalty by a squared distance to the wanted l0, as Gemma Scope 2 does.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -19,16 +21,20 @@ class JumpReluAutoencoder(SparseAutoencoder):
     """`z = pre * (pre > threshold)`, `pre = W_enc (x - b_dec) + b_enc`; the threshold is learnt as its logarithm."""
 
     architecture = "jumprelu"
-    starts_dense = True
+    default_sparsity_coefficient = 1.0
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.log_threshold = nn.Parameter(torch.full((self.d_sae,), self.config.initial_threshold).log())
+        self.log_threshold = nn.Parameter(torch.zeros(self.d_sae))
 
     @property
     def threshold(self) -> torch.Tensor:
         """Threshold [d_sae], above zero."""
         return self.log_threshold.exp()
+
+    def start_sparse(self) -> None:
+        """One threshold for all latents."""
+        self.log_threshold.fill_(math.log(self.initial_threshold))
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """Latents above their threshold, padded to the row with most of them."""
@@ -49,7 +55,7 @@ class JumpReluAutoencoder(SparseAutoencoder):
             z, step = jumprelu_entries(found.values, found.take(threshold), config.bandwidth)
             l0 = step.sum() / len(x)
         penalty = l0 / self.d_in if config.target_l0 is None else (l0 / config.target_l0 - 1).square()
-        return self.penalised_outcome(found, z, self.config.sparsity_coefficient * penalty, x, y)
+        return self.penalised_outcome(found, z, self.sparsity_coefficient * penalty, x, y)
 
     def fold_extra(self, c: float, shift: torch.Tensor) -> None:
         """Thresholds are compared with latents."""

@@ -16,8 +16,12 @@ class ReluAutoencoder(SparseAutoencoder):
     """`z = ReLU(W_enc (x - b_dec) + b_enc)`; decoder rows have unit norm, so that z cannot hide from the penalty."""
 
     architecture = "relu"
-    starts_dense = True
+    default_sparsity_coefficient = 0.1
     has_auxk = False
+
+    def start_sparse(self) -> None:
+        """Negative biases in place of thresholds."""
+        self.b_enc.fill_(-self.initial_threshold)
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """All latents above zero, padded to the row with most of them."""
@@ -28,7 +32,7 @@ class ReluAutoencoder(SparseAutoencoder):
         """Reconstruction and penalty of all latents above zero."""
         found = self.above(x, 0.0, matmul_dtype=matmul_dtype)
         penalty = self.penalty(found.values) / len(x)
-        return self.penalised_outcome(found, found.values, self.config.sparsity_coefficient * penalty, x, y)
+        return self.penalised_outcome(found, found.values, self.sparsity_coefficient * penalty, x, y)
 
     def penalty(self, z: torch.Tensor) -> torch.Tensor:
         """Summed penalty of latents z of any shape, over the root of the number of input coordinates."""

@@ -63,7 +63,7 @@ def naive_loss(d: SparseAutoencoder, p: dict[str, torch.Tensor], x: torch.Tensor
     centred = x - p["b_dec"] if d.reads_what_it_writes else x
     pre = centred @ p["W_enc"].t() + p["b_enc"]
     skip = x @ p["W_skip"].t() if "W_skip" in p else 0
-    lam, root = config.sparsity_coefficient, D_IN**0.5
+    lam, root = d.sparsity_coefficient, D_IN**0.5
     by_row = config.architecture == "topk" or (
         config.architecture == "matryoshka" and config.matryoshka_selection == "topk"
     )
