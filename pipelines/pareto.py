@@ -155,7 +155,8 @@ def plot(rows: list[dict[str, Any]], chosen: set[str]) -> bytes:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set(xlabel="l0 (active latents per row)", ylabel=title, ylim=(0, None))
+        top = 1.05 * max(row[metric] for row in rows if metric in row) or 0.05
+        axis.set(xlabel="l0 (active latents per row)", ylabel=title, ylim=(-0.02 * top, top))
         axis.grid(alpha=0.3)
     for axis in list(axes)[len(panels) :]:
         axis.remove()
