@@ -19,7 +19,7 @@ class GatedAutoencoder(SparseAutoencoder):
     """
 
     architecture = "gated"
-    default_sparsity_coefficient = 0.1
+    default_sparsity_coefficient = 0.15
     has_auxk = False
     latent_biases = ("b_enc", "r_mag", "b_mag")
 
