@@ -55,8 +55,8 @@ def test_entry_dot(n: int, d_sae: int, d: int, dtype: torch.dtype, backend: Back
 
 
 def weights(device: str) -> tuple[torch.Tensor, ...]:
-    """x [23, 12], W_enc [40, 12], b_enc [40], b_dec [12], W_dec [40, 9], limit [40]."""
-    shapes = ((23, 12), (40, 12), (40,), (12,), (40, 9), (40,))
+    """x [23, 12], W_enc [40, 12], b_enc [40], b_dec [12], W_dec [40, 12], limit [40]."""
+    shapes = ((23, 12), (40, 12), (40,), (12,), (40, 12), (40,))
     return tuple(randn(*shape, seed=i, device=device) for i, shape in enumerate(shapes))
 
 
@@ -93,7 +93,8 @@ def test_few_entries_take_the_sparse_route_and_many_the_dense_one(device: str) -
     assert isinstance(above(x, W_enc, b_enc + 100, 0.0), DenseEntries)
 
 
-def test_a_bfloat16_search_gives_float32_values(device: str) -> None:
+def test_a_bfloat16_search_gives_float32_values(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.SPARSE_SHARE, device, 1.0)
     x, W_enc, b_enc, *_ = weights(device)
     bias = b_enc - 5
     found = above(x, W_enc, bias, 0.0, matmul_dtype=torch.bfloat16)
