@@ -8,8 +8,10 @@ from saeql.kernels.launch import Backend
 from saeql.kernels.launch import backend as on_backend
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-# rows, latents, width; the last one has more than a segment of entries in one latent
-SHAPES = pytest.mark.parametrize(("n", "d_sae", "d"), [(5, 63, 1000), (9, 40, 63), (1, 1, 16), (530, 3, 24)], ids=str)
+FEW = [(5, 63, 1000), (9, 40, 63), (1, 1, 16)]  # rows, latents, width
+SHAPES = pytest.mark.parametrize(("n", "d_sae", "d"), FEW, ids=str)
+# the last one has more than a segment of entries in one latent
+TALL = pytest.mark.parametrize(("n", "d_sae", "d"), [*FEW, (530, 3, 24)], ids=str)
 
 
 def make_entries(n: int, d_sae: int, device: str, dtype: torch.dtype = torch.float32) -> Entries:
@@ -37,7 +39,7 @@ def test_entry_gather(n: int, d_sae: int, d: int, dtype: torch.dtype, backend: B
 
 
 @DTYPES
-@SHAPES
+@TALL
 def test_entry_scatter_and_sum(n: int, d_sae: int, d: int, dtype: torch.dtype, backend: Backend, device: str) -> None:
     entries, dense = make_entries(n, d_sae, device, dtype), randn(n, d, seed=2, dtype=dtype, device=device)
     assert_near(entry_scatter(entries, dense, backend=backend), double(entries).T @ dense.double(), dtype)
