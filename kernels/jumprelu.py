@@ -274,3 +274,15 @@ def step_l0(
     _check(pre, threshold, bandwidth)
     name = choose_backend(pre, backend)
     return _StepL0.apply(pre.contiguous(), threshold.contiguous(), bandwidth, ste_to_input, name)
+
+
+def jumprelu_entries(pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """`jumprelu` and the step of single elements: pre [E] and, for each, the `threshold` [E] of its latent.
+
+    Gradients as those of `jumprelu` and `step_l0`, by plain autograd.
+    """
+    fixed = threshold.detach()
+    above = (pre.detach() > fixed).to(pre.dtype)
+    near = ((pre.detach() - fixed).abs() < 0.5 * bandwidth).to(pre.dtype)
+    delta = (near / bandwidth) * (threshold - fixed)  # 0, with the gradient of the step's estimator
+    return pre * above - fixed * delta, above - delta

@@ -239,11 +239,20 @@ def scatter_sum(latents: SparseLatents, dense: Tensor, *, backend: Backend | Non
     name = choose_backend(dense, backend)
     if name == "reference":
         return scatter_sum_reference(latents, dense)
-    transpose, dense = latents.transpose, dense.contiguous()
-    weights = latents.values.reshape(-1)[transpose.order]
-    if name == "triton":
-        return _triton_scatter_sum(weights, transpose, dense)
-    return embedding_sum(dense, transpose.tokens, transpose.offsets, weights)
+    transpose = latents.transpose
+    return segmented_sum(latents.values.reshape(-1)[transpose.order], transpose, dense, backend=name)
+
+
+def segmented_sum(weights: Tensor, runs: IndexTranspose, dense: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """[runs, d]: row r is the sum of weights[e] * dense[tokens[e]] over the entries e of run r, given as a transpose.
+
+    `weights` [entries] is in the order of the runs. Sparse backends only; "reference" runs as "torch".
+    """
+    dense = dense.contiguous()
+    if choose_backend(dense, backend) == "triton":
+        runs = runs._replace(tokens=runs.tokens.int(), offsets=runs.offsets.int())
+        return _triton_scatter_sum(weights, runs, dense)
+    return embedding_sum(dense, runs.tokens, runs.offsets, weights)
 
 
 def latent_sum(latents: SparseLatents) -> Tensor:

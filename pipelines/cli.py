@@ -112,14 +112,18 @@ def train(
     """  # fmt: skip
     if not sweep:
         return _stage("train", run, resume=resume, report_to=report_to)
+    import json
+
     from .output import print_records
     from .run import Run
     from .sweep import run_sweep
 
     opened = Run.open(run)
     rows = run_sweep(opened, resume=resume, report_to=report_to)
-    columns = ["dictionary", "l0", "fvu", "dead_share", "ce_increase", "ce_recovered"]
+    columns = ["dictionary", "l0", "fvu", "dead_share", "ce_increase", "ce_recovered", "train_seconds"]
     print_records(columns, [[row.get(c) for c in columns] for row in rows], "table")
+    for advice in json.loads((opened.path / "sweep" / "sweep.json").read_text(encoding="utf-8"))["advice"]:
+        print(f"at {advice['hook_point']} take {advice['dictionary'] or 'none'}: {advice['reason']}")
     print(f"report: {opened.path / 'sweep' / 'sweep.html'}")
 
 

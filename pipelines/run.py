@@ -32,6 +32,7 @@ from saeql.sae.config import from_dict, suggestion, to_dict
 from saeql.sae.files import load_dictionary, save_dictionary
 from saeql.sae.hooks import resolve
 from saeql.sae.model import SparseAutoencoder
+from saeql.sae.resample import check_resampling
 from saeql.sae.trainer import Trainer
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
@@ -86,7 +87,8 @@ class Run:
         Raises RunError, naming the first key that differs, where the directory holds another configuration.
         """
         path = Path(path)
-        architecture(specify(config.dictionary, config.model, config.seed).config.architecture)
+        kind = specify(config.dictionary, config.model, config.seed).config.architecture
+        check_resampling(architecture(kind), config.train)
         if (path / "config.toml").exists():
             run = cls.open(path)
             difference = _first_difference(to_dict(run.config), to_dict(config))
@@ -232,8 +234,11 @@ class Run:
 
     def train_together(
         self, specs: Sequence[DictionarySpec], folder: Path, *, resume: bool = True, report_to: str = "none"
-    ) -> None:
-        """Train dictionaries on one stream into `folder`: checkpoints, metrics.jsonl, `dictionaries/<name>/`."""
+    ) -> dict[str, float]:
+        """Train dictionaries on one stream into `folder`: checkpoints, metrics.jsonl, `dictionaries/<name>/`.
+
+        Returns the seconds that each one's steps took.
+        """
         config, info = self.config, self.harvest_info
         device = pick_device(config.model.device)
         needed = {hook_point for spec in specs for hook_point in (*spec.reads, *spec.writes)}
@@ -278,6 +283,7 @@ class Run:
         for spec in specs:
             made[spec.name].metadata = self._metadata(spec, info)
             save_dictionary(made[spec.name], folder / "dictionaries" / spec.name)
+        return {learner.name: learner.seconds for learner in trainer.learners}
 
     def _metadata(self, spec: DictionarySpec, info: HarvestInfo) -> dict[str, Any]:
         """Metadata of a dictionary: SAELens's keys, then ours."""

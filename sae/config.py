@@ -41,18 +41,21 @@ class DictionaryConfig:
     """Latents kept for every row (topk), or on average over a batch (batchtopk); unused by relu, gated and jumprelu."""
     start_from: str = ""
     """Folder of a dictionary of the same kind and size to go on from (fine-tuning); unset starts anew."""
-    sparsity_coefficient: float = 0.05
-    """Weight of the sparsity penalty of relu, gated and jumprelu, whose inputs have unit variance per coordinate."""
+    sparsity_coefficient: float | None = None
+    """Weight of the sparsity penalty of relu, gated and jumprelu, whose inputs have unit variance per coordinate; unset
+    takes the architecture's own."""
     sparsity_penalty: str = "l1"
     """Penalty of relu: "l1" (sum z), "tanh" (sum tanh z) or "p_norm" (sum z^p)."""
     p: float = 0.5
     """Exponent of the p_norm penalty."""
     target_l0: float | None = None
     """jumprelu: active latents per row to reach, by the penalty (l0 / target - 1)^2; unset penalises l0 itself."""
-    bandwidth: float = 0.1
+    bandwidth: float = 0.5
     """jumprelu: width of the straight-through estimator's window around the threshold."""
-    initial_threshold: float = 0.1
-    """jumprelu: threshold at the start."""
+    initial_threshold: float | None = None
+    """jumprelu: threshold at the start, where inputs have unit variance per coordinate; relu and gated: minus the
+    encoder's bias at the start. Unset takes the one at which random latents give the input back once (2.0 at d_sae =
+    8 d_in)."""
     matryoshka_shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
     """matryoshka: nested prefixes of the latents that each reconstruct alone, as shares of d_sae."""
     matryoshka_selection: str = "batchtopk"
@@ -66,7 +69,8 @@ class DictionaryConfig:
         if not shares or list(shares) != sorted(set(shares)) or shares[0] <= 0 or shares[-1] != 1:
             raise ConfigError(f"dictionary.matryoshka_shares must rise from above 0 to 1, got {list(shares)}")
         for name in ("p", "bandwidth", "initial_threshold"):
-            if getattr(self, name) <= 0:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
                 raise ConfigError(f"dictionary.{name} must be above 0, got {getattr(self, name)}")
         if self.d_sae < 1:
             raise ConfigError(f"dictionary.d_sae must be at least 1, got {self.d_sae}")
@@ -102,6 +106,9 @@ class TrainConfig:
     """A latent that fired on none of the last so many rows is dead."""
     auxk_coefficient: float = 1 / 32
     """Weight of the auxiliary loss that revives dead latents (arXiv 2406.04093, appendix A.2); 0 turns it off."""
+    resample_every_steps: int = 0
+    """relu and gated: steps between two times that dead latents start anew from badly reconstructed rows, up to the
+    decay of the learning rate; 0 never."""
     shuffle_block_rows: int = 1024
     """Rows read together from disk: whole blocks are shuffled, then rows inside a group of blocks."""
     shuffle_buffer_bytes: int = 1_000_000_000
@@ -134,6 +141,8 @@ class TrainConfig:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.decay_share <= 1:
             raise ConfigError(f"train.decay_share must lie between 0 and 1, got {self.decay_share}")
+        if self.resample_every_steps < 0:
+            raise ConfigError(f"train.resample_every_steps must be at least 0, got {self.resample_every_steps}")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ConfigError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

@@ -14,7 +14,10 @@ from saeql.kernels.sparse_grads import SparseGrads
 from .config import TrainConfig
 from .model import SparseAutoencoder
 from .objective import LossTerms, loss_terms
+from .resample import check_resampling, is_due, resample
 from .sparse_step import sparse_step
+
+_COUNTERS = ("steps", "skipped", "resampled", "seconds")
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Learner:
     writes: slice
     steps: int = 0  # optimizer steps taken: skipped batches do not count
     skipped: int = 0
+    seconds: float = 0.0  # spent in its steps
+    resampled: int = 0  # dead latents that were given a new start, all in all
     moments: dict[str, Moments] = field(init=False)  # by parameter name
     averages: dict[str, torch.Tensor] = field(init=False)  # by parameter name, empty where weights are not averaged
     idle_tokens: torch.Tensor = field(init=False)  # [d_sae], rows since a latent fired
@@ -50,6 +55,7 @@ class Learner:
     W_enc_cast: torch.Tensor | None = None  # W_enc in the dtype of the encoder's matmul, kept by the optimizer
 
     def __post_init__(self) -> None:
+        check_resampling(self.dictionary, self.config)
         parameters = dict(self.dictionary.named_parameters())
         dtype = getattr(torch, self.config.moments_dtype)
         self.moments = {name: Moments.like(p.data, dtype) for name, p in parameters.items()}
@@ -84,6 +90,8 @@ class Learner:
         self.steps += 1
         for name, average in self.averages.items():
             average.lerp_(self.dictionary.get_parameter(name).data, 1 - cast(float, self.config.ema_decay))
+        if is_due(self.steps, self.config):
+            self.resampled += resample(self, x, y)
         return True
 
     def _sparse_step(
@@ -217,6 +225,7 @@ class Learner:
             "sparsity_loss": window.sparsity / window.num_steps,
             "auxk_loss": window.auxiliary / window.num_steps,
             "skipped_batches": self.skipped,
+            **({"resampled": self.resampled} if self.config.resample_every_steps else {}),
         }
 
     @torch.no_grad()
@@ -249,12 +258,14 @@ class Learner:
             if name in rows or name.removesuffix(".first").removesuffix(".second").removesuffix(".average") in rows
         )
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, float]:
         """Counters beside the tensors."""
-        return {"steps": self.steps, "skipped": self.skipped}
+        return {name: getattr(self, name) for name in _COUNTERS}
 
-    def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, int]) -> None:
+    def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
         """Take over what `tensors` and `state` gave."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
-        self.steps, self.skipped, self.W_enc_cast = counters["steps"], counters["skipped"], None
+        for name in _COUNTERS:
+            setattr(self, name, counters[name])
+        self.W_enc_cast = None

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from saeql.kernels.autograd import SparseLatents, sparse_decode, topk_encode
+from saeql.kernels.entries import AnyEntries, Entries, above
 from saeql.kernels.topk import PreActs
 
 from .comm import ALONE, Comm
@@ -41,14 +42,16 @@ class SparseAutoencoder(nn.Module):
     """
 
     architecture: str = ""
-    #: Whether half of all latents are active at the start: their sum must not overshoot the input.
-    starts_dense: bool = False
     #: Tensors with a row for every latent; ranks that train one dictionary together may hold some of them each.
     by_latent: frozenset[str] = frozenset({"W_enc", "b_enc", "W_dec"})
     #: Whether the loss of what `select` chooses is plain reconstruction: then `sparse_step.py` makes the gradients.
     selects: bool = False
+    #: Weight of the sparsity penalty where the configuration leaves it open.
+    default_sparsity_coefficient: float = 0.0
     #: Whether dead latents learn from the residual by the auxiliary loss of `sae/objective.py`.
     has_auxk: bool = True
+    #: Parameters [d_sae] that are 0 for a latent which is resampled.
+    latent_biases: tuple[str, ...] = ("b_enc",)
 
     def __init__(self, config: DictionaryConfig, d_in: int, d_out: int | None = None):
         super().__init__()
@@ -75,6 +78,12 @@ class SparseAutoencoder(nn.Module):
         return self.config.d_sae
 
     @property
+    def sparsity_coefficient(self) -> float:
+        """Weight of the sparsity penalty: the configured one, else the architecture's own."""
+        configured = self.config.sparsity_coefficient
+        return self.default_sparsity_coefficient if configured is None else configured
+
+    @property
     def reads_what_it_writes(self) -> bool:
         """Whether the encoder takes `b_dec` off its input: autoencoders and crosscoders do, transcoders cannot."""
         return self.config.form in ("autoencoder", "crosscoder")
@@ -93,8 +102,16 @@ class SparseAutoencoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(_unit_rows(self.d_sae, self.d_out, generator))
         self.W_enc.copy_(self.W_dec if self.reads_what_it_writes else _unit_rows(self.d_sae, self.d_in, generator))
-        if self.starts_dense:  # half of d_sae random unit rows, read and written, give x back d_sae / (2 d_in) times
-            self.W_enc.mul_(min(1.0, 2 * self.d_in / self.d_sae))
+        self.start_sparse()
+
+    def start_sparse(self) -> None:
+        """Set biases or thresholds so that few latents are active at the start; called by `initialise`."""
+
+    @property
+    def initial_threshold(self) -> float:
+        """What a projection on a random row must exceed at the start: the configured value, else `once_threshold`."""
+        configured = self.config.initial_threshold
+        return once_threshold(self.d_sae / self.d_in) if configured is None else configured
 
     # --- the forward pass ----------------------------------------------------------------------------------------
 
@@ -124,22 +141,29 @@ class SparseAutoencoder(nn.Module):
         """Reconstruction [N, d_out]; a skip transcoder also needs its input x [N, d_in]."""
         return self.with_skip(sparse_decode(latents, self.W_dec, self.b_dec), x)
 
-    def with_skip(self, y_hat: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
-        """`y_hat + W_skip x` for a skip transcoder, y_hat for every other form."""
+    def with_skip(self, y_hat: torch.Tensor, x: torch.Tensor | None, *, frozen: bool = False) -> torch.Tensor:
+        """`y_hat + W_skip x` for a skip transcoder, y_hat for every other form; `frozen` gives W_skip no gradient."""
         if self.W_skip is None:
             return y_hat
         if x is None:
             raise ValueError("x: a skip transcoder decodes with its input")
-        return y_hat + x @ self.W_skip.t()
+        return y_hat + x @ (self.W_skip.detach() if frozen else self.W_skip).t()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Reconstruction, or prediction, [N, d_out] of rows x [N, d_in]."""
         return self.decode(self.encode(x), x)
 
-    def pre_acts(self, x: torch.Tensor) -> torch.Tensor:
-        """Dense pre-activations [N, d_sae] of rows x; for architectures that need all of them while training."""
-        centred = x if self.encoder_b_dec is None else x - self.encoder_b_dec
-        return torch.addmm(self.b_enc, centred, self.W_enc.t())
+    def above(
+        self,
+        x: torch.Tensor,
+        limit: torch.Tensor | float,
+        *,
+        matmul_dtype: torch.dtype | None = None,
+        whole: bool = False,
+    ) -> AnyEntries:
+        """The pre-activations of rows x [N, d_in] that exceed `limit`, by the cheaper route: see `kernels.entries`."""
+        b_dec = self.encoder_b_dec
+        return above(x, self.W_enc, self.b_enc, limit, b_dec=b_dec, matmul_dtype=matmul_dtype, whole=whole)
 
     def encode_subset(self, x: torch.Tensor, latents: torch.Tensor, k: int) -> SparseLatents:
         """The k largest among `latents` (indices [m]) only; indices count within the subset. For auxiliary losses."""
@@ -152,11 +176,14 @@ class SparseAutoencoder(nn.Module):
         none = torch.zeros((), device=x.device)
         return Outcome(y_hat, (y - y_hat).square().mean(), none, latents.indices[active], active.sum())
 
-    def dense_outcome(self, z: torch.Tensor, sparsity: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> Outcome:
-        """Outcome of dense latents z [N, d_sae] with their penalty."""
-        y_hat = self.with_skip(torch.addmm(self.b_dec, z, self.W_dec), x)
+    def penalised_outcome(
+        self, found: AnyEntries, z: torch.Tensor, sparsity: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+    ) -> Outcome:
+        """Outcome of latents z, the values of `found`, with their penalty."""
+        y_hat = self.with_skip(found.decode(z, self.W_dec, self.b_dec), x)
         active = z.detach() > 0
-        return Outcome(y_hat, (y - y_hat).square().mean(), sparsity, active.any(0).nonzero()[:, 0], active.sum())
+        fired = found.indices[active] if isinstance(found, Entries) else active.any(0).nonzero()[:, 0]
+        return Outcome(y_hat, (y - y_hat).square().mean(), sparsity, fired, active.count_nonzero())
 
     # --- between training and use --------------------------------------------------------------------------------
 
@@ -199,6 +226,24 @@ class SparseAutoencoder(nn.Module):
 def _unit_rows(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
     drawn = torch.randn(rows, width, generator=generator)
     return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def once_threshold(expansion: float, *, least: float = 1.5) -> float:
+    """The threshold t at which random unit rows, `expansion` times as many as coordinates, give a row back once.
+
+    A projection p on such a row is normal with the variance of a coordinate, here 1; rows with p > t, read and written,
+    add up to `expansion * E[p^2; p > t]` times the row. 2.0 for 8 times as many rows: 2.2 % of them are then active.
+    Never below `least`, where 7 % are: a threshold that starts low is learnt as its logarithm, and takes long to rise.
+    """
+
+    def kept(t: float) -> float:
+        return t * math.exp(-t * t / 2) / math.sqrt(2 * math.pi) + math.erfc(t / math.sqrt(2)) / 2
+
+    low, high = 0.0, 10.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if expansion * kept(middle) > 1 else (low, middle)
+    return max(high, least)
 
 
 @torch.no_grad()

@@ -103,6 +103,8 @@ class Trainer:
         self.cursor = Cursor()
         self.scaling: InputScaling | None = None
         self.learners = []
+        if comm.size > 1 and config.resample_every_steps:
+            raise CommError("train.resample_every_steps works in one process only; leave it at 0 with several ranks")
         for name, dictionary in dictionaries.items():
             if comm.feature_size > 1 and not dictionary.selects:
                 raise CommError(
@@ -191,7 +193,9 @@ class Trainer:
         sparsity_share = min(1.0, (self.step + 1) / warmup) if warmup else 1.0
         self.step += 1
         for learner in self.learners:
+            started = time.monotonic()
             learner.step(rows, lr_share, sparsity_share, self.matmul_dtype)
+            learner.seconds += time.monotonic() - started
             if learner.skipped > max(1, self.config.max_skipped_share * self.config.num_steps):
                 raise TrainingError(
                     f"{learner.name}: {learner.skipped} of {self.step} batches were not finite, more than "

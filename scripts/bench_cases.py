@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saeql.kernels.autograd import latent_sum
 from saeql.kernels.batch_topk import encode_batch_topk, encode_threshold
+from saeql.kernels.entries import Entries, entry_dot
 from saeql.kernels.fused_adam import AdamStep, Moments, adam_rows, adam_rows_reference
 from saeql.kernels.index_transpose import transpose_indices, transpose_indices_reference
 from saeql.kernels.jumprelu import (
@@ -185,6 +186,8 @@ def _encoders(w: Workload) -> list[Case]:
 def _products(w: Workload) -> list[Case]:
     latents = w.latents
     wide = latents.with_values(latents.values.double())
+    rows = torch.arange(w.shape.rows, device=w.W.device).repeat_interleave(w.shape.k)
+    entries = Entries(latents.values.flatten(), rows, latents.indices.flatten(), w.shape.rows, w.shape.d_sae)
 
     def transposed(actual: Any) -> list[Pair]:
         expected = transpose_indices_reference(latents.indices, w.shape.d_sae)
@@ -211,6 +214,12 @@ def _products(w: Workload) -> list[Case]:
             "N*k*(d*s + s + 8) + N*d*s",
             lambda: sampled_dot(w.grad_out, w.W, latents.indices),
             dots,
+        ),
+        Case(
+            "entry_dot",
+            "N*k*(2*d*s + s + 16)",
+            lambda: entry_dot(entries, w.grad_out, w.W),
+            lambda actual: dots(actual.view(w.shape.rows, w.shape.k)),
         ),
         Case(
             "transpose_indices",

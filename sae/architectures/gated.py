@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from saeql.kernels.autograd import SparseLatents, threshold_encode
+from saeql.kernels.entries import DenseEntries
 
 from ..model import Outcome, SparseAutoencoder
 
@@ -18,14 +19,19 @@ class GatedAutoencoder(SparseAutoencoder):
     """
 
     architecture = "gated"
-    starts_dense = True
+    default_sparsity_coefficient = 0.15
     has_auxk = False
+    latent_biases = ("b_enc", "r_mag", "b_mag")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # b_enc serves as the gate's bias: the format calls it b_gate
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
+
+    def start_sparse(self) -> None:
+        """Negative biases in place of thresholds."""
+        self.b_enc.fill_(-self.initial_threshold)
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """Latents whose gate is open, with the magnitude path's values."""
@@ -38,15 +44,15 @@ class GatedAutoencoder(SparseAutoencoder):
 
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Reconstruction, the gate's L1 penalty, and the gate's own reconstruction through a frozen decoder."""
-        gate = self.pre_acts(x)
-        magnitude = self.r_mag.exp() * (gate - self.b_enc) + self.b_mag
-        z = (gate.detach() > 0) * magnitude.relu()
-        opened = gate.relu()
-        frozen = torch.addmm(self.b_dec.detach(), opened, self.W_dec.detach())
-        if self.W_skip is not None:
-            frozen = frozen + x @ self.W_skip.detach().t()
-        penalty = self.config.sparsity_coefficient * opened.sum(1).mean() / self.d_in**0.5
-        return self.dense_outcome(z, penalty + (y - frozen).square().mean(), x, y)
+        gate = self.above(x, 0.0, matmul_dtype=matmul_dtype)
+        opened, take = gate.values, gate.take
+        magnitude = take(self.r_mag.exp()) * (opened - take(self.b_enc)) + take(self.b_mag)
+        z = magnitude.relu()
+        if isinstance(gate, DenseEntries):
+            z = z * (opened.detach() > 0)
+        frozen = self.with_skip(gate.decode(opened, self.W_dec.detach(), self.b_dec.detach()), x, frozen=True)
+        penalty = self.sparsity_coefficient * opened.sum() / (len(x) * self.d_in**0.5)
+        return self.penalised_outcome(gate, z, penalty + (y - frozen).square().mean(), x, y)
 
     def fold_extra(self, c: float, shift: torch.Tensor) -> None:
         """The magnitude's bias is in units of latents; b_gate is folded as b_enc."""

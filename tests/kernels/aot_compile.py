@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from saeql.kernels import (
     batch_topk,
+    entries,
     fused_adam,
     index_transpose,
     jumprelu,
@@ -140,6 +141,12 @@ def cases(dtype: str) -> dict[str, tuple[Any, ...]]:
             sparse_grads.square_norm_fwd_kernel,
             [dtype, INT, INT, dtype, FP32, dtype, INT, FP32, NUM],
             {"HAS_ROWS": True, **segment, "BLOCK_T": 4, "BLOCK_D": 1024},
+            four,
+        ),
+        "entry_dot": (
+            entries.entry_dot_fwd_kernel,
+            [dtype, dtype, LONG, LONG, dtype, NUM, NUM],
+            {"BLOCK_E": 16, "BLOCK_D": 256},
             four,
         ),
         "adam_rows": (

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from saeql.pipelines import Edit, Run, capture, load_config, load_dictionary
-from saeql.pipelines.sweep import advise, pareto, run_sweep
+from saeql.pipelines.pareto import advise, pareto
+from saeql.pipelines.sweep import run_sweep
 from saeql.sae.config import ConfigError
 
 TWO_PLACES = {"model.more_hook_points": '["mlp_out.1", "resid_post.0"]', "train.num_steps": "150"}
@@ -133,7 +134,11 @@ def test_a_sweep_trains_everything_on_one_stream_and_advises(harvested: Path, ti
     for name in ("sweep.json", "sweep.html", "sweep.png"):
         assert (run.path / "sweep" / name).stat().st_size > 1000
     summary = json.loads((run.path / "sweep" / "sweep.json").read_text())
-    assert summary["advice"]["dictionary"] in {row["dictionary"] for row in rows}
+    advised = {advice["hook_point"]: advice["dictionary"] for advice in summary["advice"]}
+    places = {row["dictionary"]: row["hook_point"] for row in rows}
+    assert set(advised) == {"resid_post.0", "resid_post.1"}
+    assert all(places[dictionary] == place for place, dictionary in advised.items())
+    assert all(row["train_seconds"] > 0 and row["step_ms"] > 0 for row in rows)
 
 
 def test_a_dictionary_of_a_sweep_is_the_one_that_is_trained_alone(harvested: Path, tiny_config: Path, tmp_path: Path):
@@ -151,8 +156,13 @@ def test_a_sweep_of_one_is_refused(harvested: Path):
         run_sweep(Run.open(harvested))
 
 
-def row(l0: float, fvu: float, dead: float = 0.0) -> dict:
-    return {"dictionary": f"{l0:g}", "l0": l0, "fvu": fvu, "dead_share": dead}
+def row(l0: float, fvu: float, dead: float = 0.0, **more) -> dict:
+    return {"dictionary": f"{l0:g}", "hook_point": "here", "l0": l0, "fvu": fvu, "dead_share": dead, **more}
+
+
+def advised(rows: list[dict]) -> str:
+    (advice,) = advise(rows)
+    return advice["dictionary"]
 
 
 def test_the_front_holds_what_nothing_beats():
@@ -162,6 +172,31 @@ def test_the_front_holds_what_nothing_beats():
 
 def test_advice_stops_where_more_l0_no_longer_pays():
     rows = [row(8, 0.5), row(16, 0.3), row(32, 0.2), row(64, 0.19), row(128, 0.185)]
-    assert advise(rows)["dictionary"] == "32"
-    assert "larger one may pay" in advise(rows[:3])["reason"]
-    assert advise([*rows, row(24, 0.1, dead=0.5)])["dictionary"] == "32"
+    assert advised(rows) == "32"
+    assert "a further one only explains 1.0% more" in advise(rows)[0]["reason"]
+    assert "larger one may pay" in advise(rows[:3])[0]["reason"]
+    assert advised([*rows, row(24, 0.1, dead=0.5)]) == "32"
+    assert advised([row(16, 0.3), row(32, 0.29)]) == "16"
+    assert advise([row(0, 1.0)])[0]["dictionary"] == ""
+
+
+def test_advice_is_not_led_astray_by_equal_l0_or_one_bad_dictionary():
+    crowded = [row(15.9, 0.3), row(16, 0.25), row(31.9, 0.21), row(32, 0.2), row(64, 0.16), row(128, 0.155)]
+    assert advised(crowded) == "64"
+    bad_middle = [row(8, 0.5), row(16, 0.495), row(32, 0.3), row(64, 0.295)]
+    assert advised(bad_middle) == "32"
+
+
+def test_advice_goes_by_cross_entropy_where_it_was_measured():
+    rows = [
+        row(16, 0.3, ce_recovered=0.95, ce_increase=0.3),
+        row(32, 0.25, ce_recovered=0.98, ce_increase=0.12),
+        row(64, 0.15, ce_recovered=0.985, ce_increase=0.09),
+    ]
+    assert advised(rows) == "32"
+    assert "only wins back 0.5% of the cross-entropy" in advise(rows)[0]["reason"]
+
+
+def test_every_hook_point_gets_its_own_advice():
+    rows = [row(16, 0.3), row(32, 0.29), {**row(8, 0.1), "hook_point": "there"}]
+    assert [(a["hook_point"], a["dictionary"]) for a in advise(rows)] == [("here", "16"), ("there", "8")]

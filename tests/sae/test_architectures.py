@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from saeql.kernels import entries
 from saeql.sae.architectures import ARCHITECTURES, build
 from saeql.sae.architectures.batchtopk import BatchTopKAutoencoder
 from saeql.sae.config import FORMS, DictionaryConfig
@@ -62,7 +63,7 @@ def naive_loss(d: SparseAutoencoder, p: dict[str, torch.Tensor], x: torch.Tensor
     centred = x - p["b_dec"] if d.reads_what_it_writes else x
     pre = centred @ p["W_enc"].t() + p["b_enc"]
     skip = x @ p["W_skip"].t() if "W_skip" in p else 0
-    lam, root = config.sparsity_coefficient, D_IN**0.5
+    lam, root = d.sparsity_coefficient, D_IN**0.5
     by_row = config.architecture == "topk" or (
         config.architecture == "matryoshka" and config.matryoshka_selection == "topk"
     )
@@ -111,15 +112,22 @@ OPTIONS = {
     "jumprelu": [{}, {"target_l0": 5.0}],
     "matryoshka": [{}, {"matryoshka_selection": "topk"}],
 }
-VARIANTS = [(a, f, o) for a, f in CASES for o in OPTIONS.get(a, [{}])]
+ROUTES = {"relu": (0.0, 1.0), "gated": (0.0, 1.0), "jumprelu": (0.0, 1.0)}  # dense matmuls only, entries only
+VARIANTS = [(a, f, o, r) for a, f in CASES for o in OPTIONS.get(a, [{}]) for r in ROUTES.get(a, (None,))]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "form", "options"),
-    VARIANTS,
-    ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else v,
-)
-def test_loss_and_gradients_are_those_of_dense_autograd(architecture: str, form: str, options: dict):
+def variant_id(value: object) -> str:
+    if isinstance(value, dict):
+        return "-".join(map(str, value.values()))
+    return {0.0: "dense", 1.0: "entries", None: ""}.get(value, str(value))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("architecture", "form", "options", "sparse_share"), VARIANTS, ids=variant_id)
+def test_loss_and_gradients_are_those_of_dense_autograd(
+    architecture: str, form: str, options: dict, sparse_share: float | None, monkeypatch: pytest.MonkeyPatch
+):
+    if sparse_share is not None:
+        monkeypatch.setitem(entries.SPARSE_SHARE, "cpu", sparse_share)
     dictionary = made(architecture, form, **options)
     x, y = data(dictionary)
     terms, outcome = loss_terms(dictionary, x, y, None, auxk_coefficient=0.0)
