@@ -218,6 +218,9 @@ class StageTerms:
             Term("dictionaries", parameters, f"{len(sizes)} x float32 weights"),
             Term("Adam", 2 * parameters, "two float32 moments a weight"),
         ]
+        if train.matmul_dtype != "float32":
+            kept = sum(s.parameter_bytes / 4 for s in sizes if not s.is_dense)
+            terms.append(Term("bfloat16 encoders", kept, "train.matmul_dtype"))
         if train.ema_decay is not None:
             terms.append(Term("averaged weights", parameters, "train.ema_decay"))
         init = Term("first rows", INIT_COPIES * train.init_tokens * columns * 4, "train.init_tokens for the scaling")
@@ -236,9 +239,9 @@ class StageTerms:
         if s.spec.config.architecture == "matryoshka":
             rows *= 1 + len(s.spec.config.matryoshka_shares) / 2
         pre = min(chunk, n * s.d_sae * 4)
-        copies = s.parameter_bytes / 4  # bfloat16 encoder
-        why = f"gradients, a chunk of [{n}, {s.d_sae}] pre-activations, bfloat16 encoder, rows"
-        return Term("step", s.parameter_bytes + pre + copies + rows + n * s.spec.config.k * 40, why)
+        gradients = s.parameter_bytes if s.spec.config.architecture == "matryoshka" else 0  # others never hold them
+        why = f"a chunk of [{n}, {s.d_sae}] pre-activations, rows"
+        return Term("step", gradients + pre + rows + n * s.spec.config.k * 40, why)
 
     def train_disk(self, sizes: Sequence[Sizes]) -> list[Term]:
         """Checkpoints and dictionaries."""
