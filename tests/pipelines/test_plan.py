@@ -137,7 +137,10 @@ def test_features_share_the_weights_and_data_does_not():
     data, both, feature = (layout(STEP, GPUS["h100"], d, f, 8, 0.0) for d, f in ((64, 1), (8, 8), (1, 64)))
     assert data.memory_bytes > both.memory_bytes > 0
     weights = 262144 * 8192
-    assert data.memory_bytes > weights * 18 > 7 * both.memory_bytes
+    rows = 65536 // 8
+    of_rows = rows * (5 * 4096 * 4 + 24 * 64) + min(2**30, 2 * rows * 262144 // 8)
+    assert both.memory_bytes == pytest.approx(weights / 8 * 18 + of_rows)
+    assert data.memory_bytes > weights * 18
     assert feature.data_wire_bytes == 0
     assert layouts(STEP, GPUS["h100"], 8, 8, 0.0)[0].step_seconds == min(m.step_seconds for m in (data, both, feature))
 
