@@ -142,7 +142,9 @@ def test_features_share_the_weights_and_data_does_not():
     assert both.memory_bytes == pytest.approx(weights / 8 * 18 + of_rows)
     assert data.memory_bytes > weights * 18
     assert feature.data_wire_bytes == 0
-    assert layouts(STEP, GPUS["h100"], 8, 8, 0.0)[0].step_seconds == min(m.step_seconds for m in (data, both, feature))
+    made = layouts(STEP, GPUS["h100"], 8, 8, 0.0)
+    assert {(m.data, m.feature) for m in made} == {(64, 1), (8, 8), (1, 64), (1, 8)}
+    assert made == sorted(made, key=lambda m: m.step_seconds)
 
 
 def test_a_larger_batch_pays_for_the_wire():
