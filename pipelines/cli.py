@@ -67,6 +67,42 @@ def run(
     print_showcase(made)
 
 
+@app.command
+def plan(
+    *config: Annotated[
+        str,
+        Parameter(
+            allow_leading_hyphen=True, help="TOML configuration (none: that of `saeql demo`), --section.key value."
+        ),
+    ],
+    gpu: Annotated[str | None, Parameter(help="Plan for h100, h200, a100 or rtx4090 instead of this machine.")] = None,
+    nodes: Annotated[int, Parameter(help="Nodes of the cluster, with --gpu.")] = 1,
+    gpus_per_node: Annotated[int | None, Parameter(help="GPUs of a node; 8 where there are several nodes.")] = None,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+    strict: Annotated[bool, Parameter(help="Exit with 1 where something does not fit.", negative="")] = False,
+) -> None:
+    """Memory, disk, speed and time of a configuration before anything runs, and what to change where it does not fit.
+
+    Example: saeql plan my.toml --gpu h100 --nodes 8 --dictionary.d_sae 131072
+    """
+    from json import dumps
+
+    from .config import load_config
+    from .plan import make_plan
+    from .plan_text import plan_text
+
+    file = config[:1] if config and not config[0].startswith("--") else ()
+    made = make_plan(
+        load_config(file[0] if file else None, _parse_overrides(config[len(file) :])),
+        gpu_name=gpu,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node or (8 if nodes > 1 else 1),
+    )
+    print(dumps(made.to_dict(), indent=2) if json else plan_text(made))
+    if strict and made.warnings:
+        sys.exit(1)
+
+
 def _execute(path: Path, config: Any, *, report_to: str, resume: bool) -> Any:
     from .run import Run
 

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 
 from saeql.sae.config import ConfigError
-from saeql.sae.hooks import capture
+from saeql.sae.hooks import capture, resolve
 from saeql.store.evidence import Evidence
 from saeql.store.records import SPLITS
 from saeql.store.shards import ShardReader, ShardWriter
@@ -70,6 +70,8 @@ class HarvestInfo:
     median_norms: dict[str, float]  # by hook point
     massive_norm_multiple: float
     num_dropped_tail_tokens: int  # of the last, incomplete window of every split
+    #: TransformerLens's name and the module's path of every hook point; empty in harvests of older versions
+    module_names: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def norm_limit(self, hook_point: str) -> float:
         """Norm above which a row counts as massive at a hook point."""
@@ -174,6 +176,7 @@ def harvest(
         median_norms={name: _median_norm(ShardReader(shard_folder(folder, name, "train"))) for name in widths},
         massive_norm_multiple=config.massive_norm_multiple,
         num_dropped_tail_tokens=sum(p.num_pending_tokens for p in reading.packers.values()),
+        module_names=module_names(language_model.model, hook_points),
     )
     reading.write_evidence(evidence, folder, info)
     info.save(folder)
@@ -186,6 +189,12 @@ def probe_widths(language_model: LanguageModel, hook_points: Sequence[str]) -> d
     with torch.no_grad(), capture(language_model.model, list(hook_points)) as reader:
         acts = reader.run(ids)
     return {name: acts[name].shape[-1] for name in hook_points}
+
+
+def module_names(model: Any, hook_points: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """TransformerLens's name and the module's path of every hook point."""
+    points = [resolve(model, name) for name in hook_points]
+    return {point.name: (point.transformer_lens_name, point.module_path) for point in points}
 
 
 def _require_room(folder: Path, corpus: CorpusConfig, row_bytes: int) -> None:
@@ -275,7 +284,7 @@ class _Reading:
                 continue
             if left is not None:
                 left[split] -= len(ids)
-            self.read.append((document, len(ids)))
+            self.read.append((replace(document, text=""), len(ids)))  # its text is not needed any more
             for token_ids, document_ids in self.packers[split].add(ids, document.document_id):
                 yield _Window(split, token_ids, document_ids)
 

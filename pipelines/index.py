@@ -15,12 +15,19 @@ import torch
 
 from saeql.sae.files import saelens_config
 from saeql.sae.model import SparseAutoencoder
-from saeql.store.evidence import Evidence
+from saeql.store.evidence import Evidence, PartWriter
 from saeql.store.records import SPLITS
 
 from .harvest import HarvestInfo, open_source
 from .models import LanguageModel
 from .progress import progress
+
+#: Activations that wait in memory for the next row group.
+PENDING_ACTIVATIONS = 2**18
+#: Logits of the logit lens in memory at once.
+LENS_LOGITS = 2**23
+#: Cosines between decoder rows in memory at once.
+NEIGHBOUR_COSINES = 2**23
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")
 
@@ -65,13 +72,12 @@ def index_dictionary(
     sources = {s: open_source(activations, s, info, reads, config.batch_tokens, device) for s in SPLITS}
     with progress("index", sum(s.num_rows for s in sources.values()), "tok") as advance:
         for split, source in sources.items():
-            writer = _ActivationParts(evidence, name, split, dictionary.d_sae, config.rows_per_part)
-            for batch in source.batches():
-                with torch.no_grad():
-                    latents = dictionary.encode(batch.acts.float())
-                writer.add(latents.values.cpu(), latents.indices.cpu(), batch)
-                advance(len(batch.acts))
-            writer.flush()
+            with _ActivationParts(evidence, name, split, dictionary.d_sae, config.rows_per_part) as writer:
+                for batch in source.batches():
+                    with torch.no_grad():
+                        latents = dictionary.encode(batch.acts.float())
+                    writer.add(latents.values.cpu(), latents.indices.cpu(), batch)
+                    advance(len(batch.acts))
             counts[split], rows[split] = writer.fire_counts, writer.num_rows
     evidence.write("logit_effects", logit_effects(dictionary, name, language_model, config.num_logit_effects))
     evidence.write("neighbours", neighbours(dictionary, name, config.num_neighbours))
@@ -80,16 +86,26 @@ def index_dictionary(
 
 
 class _ActivationParts:
-    """Collects sparse activations of one split and writes them in parts of bounded size."""
+    """Collects sparse activations of one split and writes them in parts; `PENDING_ACTIVATIONS` are in memory."""
 
     def __init__(self, evidence: Evidence, name: str, split: str, d_sae: int, rows_per_part: int):
         self.evidence, self.name, self.split, self.rows_per_part = evidence, name, split, rows_per_part
         self.fire_counts = torch.zeros(d_sae, dtype=torch.int64)
         self.num_rows = 0
         self._tables: list[pa.Table] = []
-        self._pending_rows = self._part = 0
+        self._num_pending = self._part_rows = self._num_parts = 0
+        self._part: PartWriter | None = None
         for old in (evidence.folder / "activations").glob(f"{name}-{split}-*.parquet"):
             old.unlink()
+
+    def __enter__(self) -> "_ActivationParts":
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self._end_part()
+        elif self._part is not None:
+            self._part.discard()
 
     def add(self, values: torch.Tensor, indices: torch.Tensor, batch: Any) -> None:
         """Rows [N] with their latents [N, k]; zeros are not stored."""
@@ -112,16 +128,26 @@ class _ActivationParts:
             )
         )
         self.num_rows += len(values)
-        self._pending_rows += len(values)
-        if self._pending_rows >= self.rows_per_part:
-            self.flush()
+        self._num_pending += count
+        self._part_rows += len(values)
+        if self._num_pending >= PENDING_ACTIVATIONS:
+            self._write_pending()
+        if self._part_rows >= self.rows_per_part:
+            self._end_part()
 
-    def flush(self) -> None:
-        """Write what is pending as the next part."""
-        if self._tables:
-            part = f"{self.name}-{self.split}-{self._part:05d}"
-            self.evidence.write("activations", pa.concat_tables(self._tables), part=part)
-            self._tables, self._pending_rows, self._part = [], 0, self._part + 1
+    def _write_pending(self) -> None:
+        if not self._tables:
+            return
+        if self._part is None:
+            self._part = self.evidence.part("activations", f"{self.name}-{self.split}-{self._num_parts:05d}")
+        self._part.add(pa.concat_tables(self._tables))
+        self._tables, self._num_pending = [], 0
+
+    def _end_part(self) -> None:
+        self._write_pending()
+        if self._part is not None:
+            self._part.publish()
+            self._part, self._part_rows, self._num_parts = None, 0, self._num_parts + 1
 
 
 def _repeated(text: str, count: int) -> pa.DictionaryArray:
@@ -138,8 +164,9 @@ def logit_effects(dictionary: SparseAutoencoder, name: str, lm: LanguageModel, n
     columns: dict[str, list[np.ndarray]] = {"feature": [], "token_id": [], "effect": [], "rank": [], "direction": []}
     # a crosscoder writes several places of one width side by side; the last of them is nearest to the logits
     dtype, width = unembed.weight.dtype, unembed.weight.shape[1]
-    for start in range(0, dictionary.d_sae, 512):
-        rows = dictionary.W_dec[start : start + 512, -width:]
+    block = max(1, LENS_LOGITS // unembed.weight.shape[0])
+    for start in range(0, dictionary.d_sae, block):
+        rows = dictionary.W_dec[start : start + block, -width:]
         logits = unembed(norm(rows.to(dtype)[None]))[0].float()
         for direction, largest in (("promoted", True), ("suppressed", False)):
             effect, token = logits.topk(num_tokens, largest=largest)
@@ -166,8 +193,9 @@ def neighbours(dictionary: SparseAutoencoder, name: str, num: int) -> pa.Table:
     rows = torch.nn.functional.normalize(dictionary.W_dec, dim=1)
     num = min(num, len(rows) - 1)
     cosines, others = [], []
-    for start in range(0, len(rows), 2048):
-        block = rows[start : start + 2048] @ rows.t()
+    size = max(1, NEIGHBOUR_COSINES // len(rows))
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size] @ rows.t()
         block[torch.arange(len(block)), torch.arange(start, start + len(block))] = -2
         cosine, other = block.topk(num)
         cosines.append(cosine.cpu())

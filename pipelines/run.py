@@ -30,7 +30,6 @@ from saeql.kernels.launch import fast_matmul_dtype
 from saeql.sae.architectures import architecture
 from saeql.sae.config import from_dict, suggestion, to_dict
 from saeql.sae.files import load_dictionary, save_dictionary
-from saeql.sae.hooks import resolve
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.resample import check_resampling
 from saeql.sae.trainer import Trainer
@@ -41,7 +40,7 @@ from .atomic import write_whole
 from .config import RunConfig, to_toml
 from .dictionaries import DictionarySpec, specify, start_dictionary
 from .evaluate import Evaluator, metrics_table
-from .harvest import HARVEST_FILE, HarvestInfo, harvest, open_source
+from .harvest import HARVEST_FILE, HarvestInfo, harvest, module_names, open_source
 from .index import index_dictionary
 from .label import label_dictionary
 from .models import LanguageModel, ModelIdentity, load_model, pick_device
@@ -287,19 +286,21 @@ class Run:
 
     def _metadata(self, spec: DictionarySpec, info: HarvestInfo) -> dict[str, Any]:
         """Metadata of a dictionary: SAELens's keys, then ours."""
-        config, points = self.config, [resolve(self.language_model.model, name) for name in spec.reads]
+        config = self.config
+        # the model itself is not needed to train, and is not loaded for its names
+        names = info.module_names or module_names(self.language_model.model, list(info.widths))
         metadata = {
             "model_name": info.identity.model_name,
-            "hook_name": " + ".join(p.transformer_lens_name for p in points),
-            "hf_hook_name": " + ".join(p.module_path for p in points),
+            "hook_name": " + ".join(names[name][0] for name in spec.reads),
+            "hf_hook_name": " + ".join(names[name][1] for name in spec.reads),
             "hook_head_index": None,
             "context_size": config.harvest.context_tokens,
             "prepend_bos": True,
             "dataset_path": config.corpus.source,
         }
         if spec.writes != spec.reads:
-            target = resolve(self.language_model.model, spec.writes[0])
-            metadata |= {"hook_name_out": target.transformer_lens_name, "hf_hook_name_out": target.module_path}
+            target = names[spec.writes[0]]
+            metadata |= {"hook_name_out": target[0], "hf_hook_name_out": target[1]}
         ours = {
             "identity": asdict(info.identity.at(spec.reads)),
             "writes": {name: info.widths[name] for name in spec.writes},

@@ -1,6 +1,7 @@
 """Adapts what the store reads (shards) to what training and indexing consume (ActivationSource)."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ class ShardSource:
 
     Kept are positions after the first (`first_positions` keeps those too) whose norm exceeds `norm_limits` nowhere.
     `shuffle_seed` None gives one pass in stored order; a seed gives an endless stream, shuffled by blocks and then by
-    rows inside the `buffer_bytes` that are in memory at once.
+    rows inside the `buffer_bytes` that are in memory at once. Everything else is mapped from the files.
     """
 
     def __init__(
@@ -42,7 +43,6 @@ class ShardSource:
         self.block_rows, self.buffer_bytes = block_rows, buffer_bytes
         self.device = device or torch.device("cpu")
         self._offsets = np.cumsum([0, *(record.rows for record in self.first.records)])
-        self._cache: dict[int, dict[str, np.ndarray]] = {}
 
     @property
     def widths(self) -> dict[str, int]:
@@ -67,9 +67,7 @@ class ShardSource:
 
     def _shuffled(self, cursor: Cursor) -> Iterator[ActivationBatch]:
         assert self.seed is not None
-        row_bytes = sum(r.d_in * (2 if r.dtype == "bfloat16" else 4) for r in self.readers.values())
-        # twice: the blocks as read, and their rows in shuffled order
-        group_rows = max(self.batch_tokens, self.buffer_bytes // (2 * row_bytes))
+        group_rows = max(self.batch_tokens, self.buffer_bytes // buffered_row_bytes(self._acts_bytes))
         shuffle = BlockShuffle(self.num_rows, self.block_rows, group_rows, self.seed)
         epoch, group, offset = cursor.epoch, cursor.group, cursor.offset
         while True:
@@ -84,19 +82,44 @@ class ShardSource:
                 raise ValueError(
                     f"{len(order)} rows are fewer than one batch of {self.batch_tokens}; lower batch_tokens"
                 )
+            del rows, order  # before the next group is read: one of them is in memory, never two
             offset, group = 0, group + 1
             if group == shuffle.num_groups:
                 epoch, group = epoch + 1, 0
 
-    def _read(self, blocks: list[tuple[int, int]]) -> ActivationBatch:
-        """Kept rows of the given row ranges, copied into memory."""
-        parts = [part for start, stop in blocks for part in self._parts(start, stop)]
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        acts = torch.cat([_acts(joined.pop(f"acts {name}")) for name in self.readers], dim=1)
-        fields = {name: torch.from_numpy(values) for name, values in joined.items()}
-        return ActivationBatch(acts.to(self.device), **fields, cursor=Cursor())
+    @property
+    def _acts_bytes(self) -> int:
+        return sum(r.d_in * (2 if r.dtype == "bfloat16" else 4) for r in self.readers.values())
 
-    def _parts(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+    def _read(self, blocks: list[tuple[int, int]]) -> ActivationBatch:
+        """Kept rows of the given row ranges, copied from the mapped files to where they stay."""
+        pieces = [piece for start, stop in blocks for piece in self._pieces(start, stop)]
+        count = sum(len(piece.rows) for piece in pieces)
+        dtypes = {torch.bfloat16 if r.dtype == "bfloat16" else torch.float32 for r in self.readers.values()}
+        acts = torch.empty(count, sum(self.widths.values()), dtype=max(dtypes, key=lambda d: d.itemsize))
+        fields = {
+            "token_ids": np.empty(count, np.int32),
+            "document_ids": np.empty(count, np.int32),
+            "window_ids": np.empty(count, np.int32),
+            "positions": np.empty(count, np.int16),
+        }
+        at = 0
+        for piece in pieces:
+            shard, to, column = piece.shard, slice(at, at + len(piece.rows)), 0
+            for reader in self.readers.values():
+                # a slice first: numpy copies all of a mapped array whose offset in the file is not aligned
+                near = reader.rows(shard, piece.low, piece.high)[piece.rows - piece.low]
+                acts[to, column : column + reader.d_in] = _acts(near)
+                column += reader.d_in
+            for name in ("token_ids", "document_ids"):
+                fields[name][to] = getattr(self.first, name)(shard)[piece.low : piece.high][piece.rows - piece.low]
+            fields["window_ids"][to] = self.first.window_ids(shard)[piece.rows // self.first.context_tokens]
+            fields["positions"][to] = piece.rows % self.first.context_tokens
+            at = to.stop
+        columns = {name: torch.from_numpy(values) for name, values in fields.items()}
+        return ActivationBatch(acts.to(self.device), **columns, cursor=Cursor())
+
+    def _pieces(self, start: int, stop: int) -> Iterator["_Piece"]:
         """Kept rows of one range over the stored rows, one piece for every shard that it touches."""
         first = int(np.searchsorted(self._offsets, start, side="right")) - 1
         for shard in range(first, len(self.first)):
@@ -104,24 +127,25 @@ class ShardSource:
             low, high = max(start - base, 0), min(stop - base, self.first.records[shard].rows)
             if low >= high:
                 return
-            columns = {name: values[low:high] for name, values in self._columns(shard).items()}
-            keep = columns.pop("kept") & (columns["positions"] >= self.first_position)
-            kept = {name: values[keep] for name, values in columns.items()}
-            yield {f"acts {n}": r.rows(shard, low, high)[keep] for n, r in self.readers.items()} | kept
+            kept = np.arange(low, high) % self.first.context_tokens >= self.first_position
+            for name, reader in self.readers.items():
+                kept &= reader.norms(shard)[low:high] <= self.norm_limits[name]
+            yield _Piece(shard, low, high, low + np.flatnonzero(kept))
 
-    def _columns(self, shard: int) -> dict[str, np.ndarray]:
-        """What a row was read on, kept in memory once read: 15 bytes a row beside its activations."""
-        if shard not in self._cache:
-            reader = self.first
-            within = [r.norms(shard) <= self.norm_limits[name] for name, r in self.readers.items()]
-            self._cache[shard] = {
-                "token_ids": reader.token_ids(shard),
-                "document_ids": reader.document_ids(shard),
-                "window_ids": np.repeat(reader.window_ids(shard), reader.context_tokens),
-                "positions": reader.positions(shard).astype(np.int16),
-                "kept": np.logical_and.reduce(within),
-            }
-        return self._cache[shard]
+
+@dataclass(frozen=True)
+class _Piece:
+    """Kept rows of a shard, all of them from `low` to `high - 1`."""
+
+    shard: int
+    low: int
+    high: int
+    rows: np.ndarray
+
+
+def buffered_row_bytes(acts_bytes: int) -> int:
+    """Memory of one buffered row: its activations, what it was read on, and its places (int64, twice)."""
+    return acts_bytes + 3 * 4 + 2 + 2 * 8
 
 
 def _acts(values: np.ndarray) -> torch.Tensor:

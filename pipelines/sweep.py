@@ -19,6 +19,7 @@ from .dictionaries import DictionarySpec, specify
 from .pareto import advise, write_report
 
 if TYPE_CHECKING:
+    from .config import RunConfig
     from .run import Run
 
 SWEEP_FOLDER = "sweep"
@@ -44,16 +45,26 @@ class SweepConfig:
     """Hook points to read, each harvested already (model.hook_point, model.more_hook_points)."""
 
 
-def expand(run: "Run") -> list[DictionarySpec]:
+def expand(config: "RunConfig") -> list[DictionarySpec]:
     """Every combination of the sweep. Raises ConfigError where one does not hold together or nothing varies."""
-    config, sweep = run.config.dictionary, run.config.sweep
+    specs = combinations(config)
+    if len(specs) < 2:
+        raise ConfigError("[sweep] names nothing that varies: give it at least two values of one key")
+    return specs
+
+
+def combinations(run: "RunConfig") -> list[DictionarySpec]:
+    """Every combination of the sweep; none where [sweep] is empty. Raises ConfigError where one does not hold."""
+    config, sweep = run.dictionary, run.sweep
+    if sweep == SweepConfig():
+        return []
     specs = []
     for kind in sweep.architectures or (config.architecture,):
         architecture(kind)
         for d_sae, level, seed, place in product(
             sweep.d_saes or (config.d_sae,),
             _levels(kind, config, sweep),
-            sweep.seeds or (run.config.seed,),
+            sweep.seeds or (run.seed,),
             sweep.hook_points or ("",),
         ):
             varied = replace(config, architecture=kind, d_sae=d_sae, **level, reads=(place,) if place else config.reads)
@@ -61,9 +72,7 @@ def expand(run: "Run") -> list[DictionarySpec]:
             name = f"{kind}_{d_sae}{level_name}"
             name += f"_seed{seed}" if len(sweep.seeds) > 1 else ""
             name += f"_{place}" if len(sweep.hook_points) > 1 else ""
-            specs.append(specify(varied, run.config.model, seed, name))
-    if len(specs) < 2:
-        raise ConfigError("[sweep] names nothing that varies: give it at least two values of one key")
+            specs.append(specify(varied, run.model, seed, name))
     return specs
 
 
@@ -83,7 +92,7 @@ def run_sweep(run: "Run", *, resume: bool = True, report_to: str = "none") -> li
 
     Returns one row a dictionary. Raises RunError before the harvest, ConfigError for a sweep that cannot be.
     """
-    folder, specs = run.path / SWEEP_FOLDER, expand(run)
+    folder, specs = run.path / SWEEP_FOLDER, expand(run.config)
     folder.mkdir(exist_ok=True)
     with run.locked():
         started = time.monotonic()

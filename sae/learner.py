@@ -180,6 +180,8 @@ class Learner:
         grads = {name: p.grad for name, p in dictionary.named_parameters() if p.grad is not None}
         dictionary.comm.mean_data(*grads.values())
         self._update({}, grads, adam)
+        for parameter in dictionary.parameters():  # of many dictionaries on one stream, one has gradients at a time
+            parameter.grad = None
         self._see(outcome.fired, len(x))
         return True
 

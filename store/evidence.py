@@ -43,6 +43,10 @@ class Evidence:
             temporary.unlink(missing_ok=True)
         return path
 
+    def part(self, table: str, part: str) -> "PartWriter":
+        """A part file of `table` that is written piece by piece."""
+        return PartWriter(self.path(table, part), TABLES[table])
+
     def files(self, table: str) -> list[Path]:
         """The table's files in name order. Raises EvidenceError where there is none."""
         single = self.path(table)
@@ -60,3 +64,28 @@ class Evidence:
         filters = None if split is None else [("split", "=", split)]
         parts = [pq.read_table(f, columns=columns, filters=filters) for f in self.files(table)]
         return pa.concat_tables(parts)
+
+
+class PartWriter:
+    """One Parquet file that is never whole in memory; it exists once `publish` was called."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.schema = path, schema
+        self._temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+        self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd")
+
+    def add(self, data: pa.Table) -> None:
+        """Append rows; they are on their way to the disk when this returns."""
+        self._writer.write_table(data.select(self.schema.names).cast(self.schema))
+
+    def publish(self) -> Path:
+        """Close the file and give it its name."""
+        self._writer.close()
+        self._temporary.replace(self.path)
+        return self.path
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        self._writer.close()
+        self._temporary.unlink(missing_ok=True)

@@ -302,7 +302,7 @@ class ShardReader:
         if len(shapes) > 1:
             raise ShardError(f"{self.folder} mixes shards of {' and '.join(map(str, sorted(shapes)))}")
         self.dtype, self.d_in, self.context_tokens = shapes.pop()
-        self._acts: dict[int, np.memmap[Any, Any]] = {}
+        self._mapped: dict[int, dict[str, np.memmap[Any, Any]]] = {}
 
     @property
     def num_rows(self) -> int:
@@ -326,15 +326,7 @@ class ShardReader:
 
         Raises ShardError for a file that is missing, truncated, or not what the manifest says.
         """
-        if shard not in self._acts:
-            record, path = self.records[shard], self.path(shard)
-            with self._open(shard) as file:
-                dataset = self._dataset(file, shard, "acts", (record.rows, self.d_in), DTYPES[self.dtype])
-                offset = dataset.id.get_offset()
-                if offset is None:
-                    raise ShardError(f"{path}: acts is not contiguous")
-            self._acts[shard] = np.memmap(path, DTYPES[self.dtype], "r", offset, (record.rows, self.d_in))
-        return self._acts[shard]
+        return self._column(shard, "acts")
 
     def rows(self, shard: int, start: int, stop: int) -> NDArray[Any]:
         """Acts of rows `start` to `stop - 1`, [stop - start, d_in], a view of the mapped file."""
@@ -343,21 +335,20 @@ class ShardReader:
         return self.acts(shard)[start:stop]
 
     def token_ids(self, shard: int) -> NDArray[np.int32]:
-        """[rows]"""
-        return self._column(shard, "token_ids", "<i4")
+        """[rows], memory-mapped read-only like every column."""
+        return self._column(shard, "token_ids")
 
     def document_ids(self, shard: int) -> NDArray[np.int32]:
         """[rows]"""
-        return self._column(shard, "document_ids", "<i4")
+        return self._column(shard, "document_ids")
 
     def norms(self, shard: int) -> NDArray[np.float32]:
         """[rows], Euclidean norms as they were given."""
-        return self._column(shard, "norms", "<f4")
+        return self._column(shard, "norms")
 
     def window_ids(self, shard: int) -> NDArray[np.int32]:
         """[windows]; `numpy.repeat(_, context_tokens)` gives one a row."""
-        with self._open(shard) as file:
-            return self._dataset(file, shard, "window_ids", (self.records[shard].windows,), np.dtype("<i4"))[:]
+        return self._column(shard, "window_ids")
 
     def positions(self, shard: int) -> NDArray[np.int32]:
         """[rows], position in the window, from 0."""
@@ -379,9 +370,26 @@ class ShardReader:
         except OSError as error:
             raise ShardError(f"{self.path(shard)}: HDF5 cannot read it, run verify: {error}") from error
 
-    def _column(self, shard: int, name: str, dtype: str) -> NDArray[Any]:
-        with self._open(shard) as file:
-            return self._dataset(file, shard, name, (self.records[shard].rows,), np.dtype(dtype))[:]
+    def _column(self, shard: int, name: str) -> NDArray[Any]:
+        """A column as its part of the mapped file: it costs page cache, not the process's own memory."""
+        if shard not in self._mapped:
+            record, path = self.records[shard], self.path(shard)
+            columns = {
+                "acts": ((record.rows, self.d_in), DTYPES[self.dtype]),
+                "token_ids": ((record.rows,), np.dtype("<i4")),
+                "document_ids": ((record.rows,), np.dtype("<i4")),
+                "norms": ((record.rows,), np.dtype("<f4")),
+                "window_ids": ((record.windows,), np.dtype("<i4")),
+            }
+            mapped = {}
+            with self._open(shard) as file:
+                for column, (shape, dtype) in columns.items():
+                    offset = self._dataset(file, shard, column, shape, dtype).id.get_offset()
+                    if offset is None:
+                        raise ShardError(f"{path}: {column} is not contiguous")
+                    mapped[column] = np.memmap(path, dtype, "r", offset, shape)
+            self._mapped[shard] = mapped
+        return self._mapped[shard][name]
 
     def _dataset(
         self, file: h5py.File, shard: int, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
