@@ -25,9 +25,7 @@ Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 RunPath = Annotated[Path, Parameter(help="Run directory.")]
 Truncate = Annotated[
     bool,
-    Parameter(
-        help="Keep layers after the deepest hook point out of memory during harvest (model.truncate).", negative=""
-    ),
+    Parameter(help="Harvest without the layers after the deepest hook point in memory (model.truncate).", negative=""),
 ]
 DEMO_RUN = Path("runs/demo")
 

@@ -31,7 +31,7 @@ def _named_errors(config: ModelConfig) -> Iterator[None]:
     """Turn what transformers raises into one ModelError that names the model and the way out."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, AssertionError) as error:
         if isinstance(error, ModelError):
             raise
         if "trust_remote_code" in str(error):
@@ -47,7 +47,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     _check_foreign_code(folder, config)
-    with _named_errors(config):
+    with _quiet(), _named_errors(config):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=bool(config.trust_remote_code))
 
 
