@@ -201,7 +201,10 @@ def _quantization(name: str, dtype: torch.dtype) -> Any:
     if package == "bitsandbytes":
         is_8bit = name == "bitsandbytes_8bit"
         return transformers.BitsAndBytesConfig(
-            load_in_8bit=is_8bit, load_in_4bit=not is_8bit, bnb_4bit_compute_dtype=dtype
+            load_in_8bit=is_8bit,
+            load_in_4bit=not is_8bit,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_type="nf4",
         )
     from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
 

@@ -180,7 +180,7 @@ def test_quantised_activations_are_near(name: str, package: str, tiny_model_fold
     LlamaForCausalLM(config).save_pretrained(tmp_path)  # 4-bit kernels work on blocks of 64
     plain, quantised = acts_of(local(tmp_path)), acts_of(local(tmp_path, quantization=name))
     error = float((quantised - plain).norm() / plain.norm())
-    assert 0 < error < (0.2 if "4bit" in name else 0.05)
+    assert 0 < error < (0.25 if "4bit" in name else 0.05)
 
 
 # --- code that comes with a model ------------------------------------------------------------------------------------
