@@ -26,9 +26,13 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 GQA: dict[str, Any] = {**COMMON, "num_key_value_heads": 1}
 HEADS: dict[str, Any] = {**GQA, "head_dim": 8}
-GPT2: dict[str, Any] = {"vocab_size": 50, "n_embd": 16, "n_layer": NUM_LAYERS, "n_head": 2, "n_positions": 32, "bos_token_id": 1,
-        "eos_token_id": 2}  # fmt: skip
-OPT: dict[str, Any] = {**{k: COMMON[k] for k in COMMON if k != "intermediate_size"}, "ffn_dim": 32, "word_embed_proj_dim": 16}
+GPT2: dict[str, Any] = {"vocab_size": 50, "n_embd": 16, "n_layer": NUM_LAYERS, "n_head": 2, "n_positions": 32,
+        "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+OPT: dict[str, Any] = {
+    **{k: COMMON[k] for k in COMMON if k != "intermediate_size"},
+    "ffn_dim": 32,
+    "word_embed_proj_dim": 16,
+}
 MOE: dict[str, Any] = {"num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
 SPARSE: dict[str, Any] = {**MOE, "shared_expert_intermediate_size": 8}
 
