@@ -23,6 +23,10 @@ app = App(
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 RunPath = Annotated[Path, Parameter(help="Run directory.")]
+Truncate = Annotated[
+    bool,
+    Parameter(help="Harvest without the layers after the deepest hook point in memory (model.truncate).", negative=""),
+]
 DEMO_RUN = Path("runs/demo")
 
 
@@ -49,6 +53,7 @@ def run(
     *overrides: Overrides,
     out: Annotated[Path | None, Parameter(help="Run directory; default: runs/<name of the file>.")] = None,
     resume: Annotated[bool, Parameter(help="Let training go on from its last checkpoint.")] = True,
+    truncate: Truncate = False,
     report_to: Annotated[str, Parameter(help="none, wandb, trackio or tensorboard.")] = "none",
 ) -> None:
     """Run every stage of a configuration that is not finished yet. Any key can be set as --section.key value.
@@ -60,7 +65,7 @@ def run(
 
     made = _execute(
         out or Path("runs") / config.stem,
-        load_config(config, _parse_overrides(overrides)),
+        load_config(config, {**_parse_overrides(overrides), **({"model.truncate": "true"} if truncate else {})}),
         report_to=report_to,
         resume=resume,
     )
@@ -124,12 +129,12 @@ def _stage(stage: str, path: Path, **options: Any) -> None:
 
 
 @app.command
-def harvest(run: RunPath) -> None:
-    """Read the corpus and store activations at the hook point.
+def harvest(run: RunPath, *, truncate: Truncate = False) -> None:
+    """Read the corpus and store activations at the hook points.
 
-    Example: saeql harvest runs/demo
+    Example: saeql harvest runs/demo --truncate
     """
-    _stage("harvest", run)
+    _stage("harvest", run, truncate=truncate)
 
 
 @app.command
@@ -388,6 +393,30 @@ def export(
     from .exchange import export_dictionary
 
     print(export_dictionary(source, out, format=format))
+
+
+@app.command
+def hooks(
+    model: Annotated[str, Parameter(help="Local folder, hub name, or the embedded default.")],
+    pattern: Annotated[str, Parameter(help="Name or glob, such as resid_post.* or layers.*.mlp: list each.")] = "",
+    *,
+    revision: Annotated[str | None, Parameter(help="Hub revision.")] = None,
+    trust_remote_code: Annotated[str, Parameter(help="The model's name again, to run the code it comes with.")] = "",
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+) -> None:
+    """The hook points of a model, with their shapes: what model.hook_point can name. Reads no weights.
+
+    Example: saeql hooks embedded:smollm2-135m-instruct "resid_post.*"
+    """
+    from dataclasses import asdict
+
+    from .hook_points import list_hook_points
+    from .model_config import ModelConfig
+    from .output import print_records
+
+    config = ModelConfig(name=model, revision=revision, trust_remote_code=trust_remote_code)
+    records = [asdict(line) for line in list_hook_points(config, pattern)]
+    print_records(list(records[0]), [list(record.values()) for record in records], "json" if json else "table")
 
 
 @app.command

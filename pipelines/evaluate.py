@@ -70,16 +70,17 @@ class Evaluator:
         *,
         seed: int = 0,
     ):
+        language_model.require_whole("evaluation")
         self.lm, self.activations, self.info = language_model, activations, info
         self.config, self.seed = config, seed
         self._baselines: dict[str, dict[str, TokenLosses]] = {}
 
     def metrics(self, dictionary: SparseAutoencoder, places: Places) -> list[dict[str, Any]]:
-        """Rows metric, value, n, low, high; the density histogram is one row a bin."""
+        """Rows metric, value, n, low, high; the density histogram is one row a bin. Encoders predict no next token."""
         dictionary = dictionary.to(self.lm.device)
         rows = self._reconstruction(dictionary, places)
         draws = {"num_draws": self.config.num_bootstrap, "seed": self.seed}
-        found = rows.estimates(**draws) | self._spliced(dictionary, places)
+        found = rows.estimates(**draws) | (self._spliced(dictionary, places) if self.lm.is_causal else {})
         for low, high, share in rows.density_histogram(**draws):
             found[HISTOGRAM_BIN.format(low=low, high=high)] = share
         return [{"metric": name, **asdict(estimate)} for name, estimate in found.items()]
@@ -148,12 +149,12 @@ class Evaluator:
         owners = groups.of(owners[:, 1:])
         sums: dict[str, np.ndarray] = {}  # [2, G]: cross-entropy and divergence
         with (
-            Splicer(self.lm.model, _names(places), places.writes) as splicer,
+            Splicer(self.lm.model, _names(places), places.writes, self.lm.device) as splicer,
             progress("evaluate", windows.size, "tok") as advance,
         ):
             for start in range(0, len(windows), self.config.batch_windows):
                 at = slice(start, start + self.config.batch_windows)
-                ids = torch.from_numpy(windows[at]).long().to(self.lm.device)
+                ids = torch.from_numpy(windows[at]).long().to(self.lm.input_device)
                 base, acts = splicer.run(ids)
                 for name, new in self._replacements(dictionary, places, acts, means):
                     logits = splicer.again(new) if new else base

@@ -8,7 +8,7 @@ from saeql.sae.config import ConfigError, suggestion
 from saeql.sae.convert import from_weights
 from saeql.sae.exchange import read
 from saeql.sae.files import CONFIG_FILE, DictionaryError, load_dictionary, read_config
-from saeql.sae.hooks import resolve
+from saeql.sae.hook_points import resolve
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.trainer import Places
 

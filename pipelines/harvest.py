@@ -185,7 +185,7 @@ def harvest(
 
 def probe_widths(language_model: LanguageModel, hook_points: Sequence[str]) -> dict[str, int]:
     """Width of the activations at every hook point, read from one short forward pass."""
-    ids = torch.full((1, 2), language_model.bos_id, device=language_model.device)
+    ids = torch.full((1, 2), language_model.bos_id, device=language_model.input_device)
     with torch.no_grad(), capture(language_model.model, list(hook_points)) as reader:
         acts = reader.run(ids)
     return {name: acts[name].shape[-1] for name in hook_points}
@@ -236,7 +236,7 @@ def _run_batch(
 ) -> None:
     token_ids = np.stack([w.token_ids for w in batch])
     with capture(lm.model, hook_points) as reader:
-        captured = reader.run(torch.from_numpy(token_ids).long().to(lm.device))
+        captured = reader.run(torch.from_numpy(token_ids).long().to(lm.input_device))
     first = len(reading.windows)
     window_ids = np.arange(first, first + len(batch), dtype=np.int32)
     chosen = {split: [i for i, w in enumerate(batch) if w.split == split] for split in SPLITS}

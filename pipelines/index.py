@@ -16,7 +16,7 @@ import torch
 from saeql.sae.files import saelens_config
 from saeql.sae.model import SparseAutoencoder
 from saeql.store.evidence import Evidence, PartWriter
-from saeql.store.records import SPLITS
+from saeql.store.records import LOGIT_EFFECTS, SPLITS
 
 from .harvest import HarvestInfo, open_source
 from .models import LanguageModel
@@ -159,7 +159,11 @@ def logit_effects(dictionary: SparseAutoencoder, name: str, lm: LanguageModel, n
     """The tokens whose logits `W_U norm(d)` are highest and lowest for every decoder row d (the logit lens).
 
     `norm` is the model's own final norm: what a feature writes passes through it on its way to the logits.
+    Empty for an encoder: what follows its layers is not one matrix.
     """
+    if not lm.is_causal:
+        return LOGIT_EFFECTS.empty_table()
+    lm.require_whole("the logit lens")
     norm, unembed = final_norm(lm.model), lm.model.get_output_embeddings()
     columns: dict[str, list[np.ndarray]] = {"feature": [], "token_id": [], "effect": [], "rank": [], "direction": []}
     # a crosscoder writes several places of one width side by side; the last of them is nearest to the logits

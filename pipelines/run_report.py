@@ -48,7 +48,7 @@ def write_run_report(run: "Run", showcase: Showcase) -> None:
             features=[_detail(store, row) for row in showcase.features],
             rows_left_out=_rows_left_out(run, showcase),
             sql=SqlExample(**showcase.sql),
-            steering=[_steering(showcase.steering)],
+            steering=[_steering(showcase.steering)] if showcase.steering else [],
             timings=[(stage, record["seconds"]) for stage, record in run.finished().items()],
         )
     write_report(run.path / REPORT_FILE, data)

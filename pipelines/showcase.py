@@ -45,7 +45,7 @@ class Showcase:
     label_counts: dict[str, int]
     features: list[dict[str, Any]]  # rows of the view features, each with one example
     sql: dict[str, Any]  # query, columns, rows
-    steering: dict[str, Any]  # feature, label, mode, strength, prompt, baseline, steered
+    steering: dict[str, Any] | None  # None for an encoder; feature, label, mode, strength, prompt, baseline, steered
     rows: list[dict[str, Any]]  # rows kept and left out, by split
 
     def save(self, folder: Path) -> None:
@@ -77,7 +77,7 @@ def make_showcase(run: "Run") -> Showcase:
                 "columns": table.column_names,
                 "rows": [list(row.values()) for row in table.to_pylist()],
             },
-            steering=steering_example(store, run.steerer()),
+            steering=steering_example(store, run.steerer()) if run.language_model.is_causal else None,
             rows=run.evidence.read("split_rows").to_pylist(),
         )
     showcase.save(run.path)
@@ -157,18 +157,21 @@ def print_showcase(run: "Run") -> None:
     out.print(Text(shown.sql["query"], "cyan"))
     print_records(shown.sql["columns"], shown.sql["rows"], "table")
     change = shown.steering
-    out.print(Text(f"\nsteered with feature {change['feature']}: {visible(change['label'])}", "bold"))
-    edit = Edit(change["feature"], change["mode"], change["strength"])
-    print_steering(edit, change["prompt"], change["baseline"], change["steered"])
+    if change:
+        out.print(Text(f"\nsteered with feature {change['feature']}: {visible(change['label'])}", "bold"))
+        edit = Edit(change["feature"], change["mode"], change["strength"])
+        print_steering(edit, change["prompt"], change["baseline"], change["steered"])
     out.print(Text("\nwhere everything lies", "bold"))
     for name, path in _places(run).items():
         out.print(Text(f"  {name:<12} {path}"))
     out.print(Text("\ngo on with"))
+    feature = change["feature"] if change else 0
+    steer = f'saeql steer {run.path} --feature {feature} --strength 0.3 --prompt "I think that"'
     for line in (
         f'saeql search {run.path} "music"',
-        f"saeql show {run.path} {change['feature']}",
+        f"saeql show {run.path} {feature}",
         f'saeql sql {run.path} "SELECT * FROM dictionaries"',
-        f'saeql steer {run.path} --feature {change["feature"]} --strength 0.3 --prompt "I think that"',
+        *([steer] if change else []),
     ):
         out.print(Text(f"  {line}", "cyan"))
 

@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from saeql.sae.hooks import HookPointError, capture, edit, layer_stack, resolve
+from saeql.sae.hook_points import HookPointError, layer_stack, resolve
+from saeql.sae.hooks import capture, edit
 
 
 class Splicer:
     """Inside the block: `run` gives logits and activations of a batch, `again` its logits with some replaced.
 
+    Activations are gathered on `device` (None: where the model has them).
     Raises HookPointError for a hook point that the model does not have.
     """
 
-    def __init__(self, model: Any, reads: Sequence[str], writes: Sequence[str]):
-        self.model, self.reads, self.writes = model, list(reads), list(writes)
+    def __init__(self, model: Any, reads: Sequence[str], writes: Sequence[str], device: torch.device | None = None):
+        self.model, self.reads, self.writes, self.device = model, list(reads), list(writes), device
         self._new: Mapping[str, torch.Tensor] = {}
         self._ids: torch.Tensor | None = None
         self._stack = ExitStack()
@@ -29,9 +31,11 @@ class Splicer:
     def __enter__(self) -> "Splicer":
         with ExitStack() as stack:
             self._prefix = stack.enter_context(_prefix(self.model, self.writes))
-            self._reader = stack.enter_context(capture(self.model, self.reads))
+            self._reader = stack.enter_context(capture(self.model, self.reads, self.device))
             for name in self.writes:
-                stack.enter_context(edit(self.model, name, lambda acts, name=name: self._new.get(name, acts)))
+                stack.enter_context(
+                    edit(self.model, name, lambda acts, name=name: self._new.get(name, acts), self.device)
+                )
             self._stack = stack.pop_all()
         return self
 

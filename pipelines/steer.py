@@ -56,6 +56,7 @@ class Steerer:
     ):
         mine = replace(language_model.identity, hook_point=identity.hook_point)
         identity.require(mine, allow_mismatch=allow_mismatch)
+        language_model.require_whole("steering")
         self.lm, self.dictionary = language_model, dictionary.to(language_model.device)
         self.writes, self.median_norms, self.max_activations = writes, median_norms, max_activations
 
@@ -69,7 +70,7 @@ class Steerer:
                 for hook_point, width in self.writes.items():
                     row = self.dictionary.W_dec[change.feature, start : start + width].detach()
                     fn = self._function(change, row, self.median_norms[hook_point])
-                    stack.enter_context(edit(self.lm.model, hook_point, fn))
+                    stack.enter_context(edit(self.lm.model, hook_point, fn, self.lm.device))
                     start += width
             yield
 
@@ -108,9 +109,14 @@ class Steerer:
 
     @torch.no_grad()
     def generate(self, prompt: str, edits: list[Edit], *, max_new_tokens: int = 40) -> str:
-        """Greedy continuation of `prompt` (without the prompt itself) under `edits`; [] gives the baseline."""
+        """Greedy continuation of `prompt` (without the prompt itself) under `edits`; [] gives the baseline.
+
+        Raises SteerError for an encoder, which writes no text; `applied` works on it.
+        """
+        if not self.lm.is_causal:
+            raise SteerError(f"{self.lm.identity.model_name} is an encoder and writes no text: use Steerer.applied")
         ids = [self.lm.bos_id, *self.lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-        inputs = torch.tensor([ids], device=self.lm.device)
+        inputs = torch.tensor([ids], device=self.lm.input_device)
         with self.applied(edits):
             output = self.lm.model.generate(
                 inputs,

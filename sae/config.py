@@ -195,7 +195,14 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         inner = [a for a in args if a is not type(None)]
-        return None if value is None else _convert(inner[0], value, key)
+        if value is None:
+            return None
+        fits = (a for a in inner if isinstance(value, get_origin(a) or a) and not isinstance(value, bool))
+        return _convert(next(fits, inner[0]), value, key)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f'"{key}" must be a table, got {value!r}')
+        return {str(k): _convert(args[1], v, f"{key}.{k}") for k, v in value.items()}
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f'"{key}" must be a list, got {value!r}')

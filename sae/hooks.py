@@ -1,130 +1,110 @@
-"""Hook points of a transformers model: `capture` reads them, `edit` changes them. Harvest and steering share both.
+"""Reads and changes activations at hook points: `capture` and `edit`. Harvest and steering share both.
 
-Friendly names: `resid_pre.N` (what layer N reads), `resid_post.N` (what layer N hands on), `mlp_out.N` and `attn_out.N`
-(the output of that layer's MLP or attention module). A module's dotted path names its output.
+What a module reads or gives is brought to one row a token, [B, T, d]: rows of all windows in one list, as OPT's MLP and
+the experts of mixture models have them, are parted by window, and heads that stand beside each other are joined.
 """
 
-import re
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import suggestion
+from .hook_points import HookPoint, HookPointError, layer_stack, resolve
 
-_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-_ATTN_NAMES = ("self_attn", "attn", "attention", "self_attention")
-_FRIENDLY = re.compile(r"(resid_pre|resid_post|mlp_out|attn_out)\.(\d+)")
-
-
-class HookPointError(ValueError):
-    """The model has no such hook point; the message lists those that it has."""
+Change = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 class _StopForward(Exception):
     """Ends a forward pass once the deepest hook point has been read."""
 
 
-@dataclass(frozen=True)
-class HookPoint:
-    """A place in a model: the input or the output of a module."""
+class _Hook:
+    """Calls `fn` with the activations [B, T, d] at a hook point; a tensor that it returns takes their place.
 
-    name: str
-    module_path: str
-    side: str  # "in" | "out"
-    layer: int | None  # None for a place outside the layer stack
-
-    @property
-    def transformer_lens_name(self) -> str:
-        """TransformerLens's name of the same place, or the module path where it has none."""
-        match = _FRIENDLY.fullmatch(self.name)
-        return f"blocks.{match[2]}.hook_{match[1]}" if match else self.module_path
-
-
-def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the model's layers: the shallowest ModuleList with `num_hidden_layers` entries.
-
-    Raises HookPointError where there is none.
+    `fn` works on `device`; None leaves activations where the model has them.
     """
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    num_layers = getattr(config, "num_hidden_layers", None)
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and (num_layers is None or len(module) == num_layers)
-    ]
-    if not found:
-        raise HookPointError(f"{type(model).__name__} has no stack of {num_layers} layers; name a module path instead")
-    return min(found, key=lambda item: item[0].count("."))
 
+    def __init__(self, model: nn.Module, point: HookPoint, fn: Change, device: torch.device | None):
+        self.point, self.fn, self.device = point, fn, device
+        self.lead: torch.Size | None = None  # B and T of the layer's input
+        self.handles = []
+        module = model.get_submodule(point.module_path)
+        if point.layer is not None:
+            layer = layer_stack(model)[1][point.layer]
+            if layer is not module:
+                self.handles.append(layer.register_forward_pre_hook(self._note_lead, with_kwargs=True))
+        if point.side == "in":
+            self.handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+        else:
+            self.handles.append(module.register_forward_hook(self._after))
 
-def hook_points(model: nn.Module) -> list[str]:
-    """Friendly names of all hook points of the model."""
-    _, layers = layer_stack(model)
-    names = []
-    for n, layer in enumerate(layers):
-        names += [f"resid_pre.{n}", f"resid_post.{n}"]
-        names += [f"mlp_out.{n}"] if _child(layer, _MLP_NAMES) else []
-        names += [f"attn_out.{n}"] if _child(layer, _ATTN_NAMES) else []
-    return names
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for handle in self.handles:
+            handle.remove()
 
+    def _note_lead(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.lead = _input(self.point, args, kwargs)[1].shape[:2]
 
-def _child(layer: nn.Module, names: tuple[str, ...]) -> str | None:
-    children = dict(layer.named_children())
-    return next((name for name in names if name in children), None)
-
-
-def resolve(model: nn.Module, name: str) -> HookPoint:
-    """Hook point `name`. Raises HookPointError, listing those that exist, where the model has none of that name."""
-    match = _FRIENDLY.fullmatch(name)
-    if match:
-        path, layers = layer_stack(model)
-        kind, n = match[1], int(match[2])
-        if n < len(layers):
-            if kind in ("resid_pre", "resid_post"):
-                return HookPoint(name, f"{path}.{n}", "in" if kind == "resid_pre" else "out", n)
-            child = _child(layers[n], _MLP_NAMES if kind == "mlp_out" else _ATTN_NAMES)
-            if child:
-                return HookPoint(name, f"{path}.{n}.{child}", "out", n)
-    elif name and name in dict(model.named_modules()):
-        inner = re.search(r"\.(\d+)(\.|$)", name)
-        return HookPoint(name, name, "out", int(inner[1]) if inner else None)
-    known = hook_points(model)
-    _, layers = layer_stack(model)
-    kinds = sorted({k.split(".")[0] for k in known})
-    listing = ", ".join(f"{kind}.0 to {kind}.{len(layers) - 1}" for kind in kinds)
-    raise HookPointError(
-        f'no hook point "{name}" in this {type(model).__name__}{suggestion(name, known)}'
-        f"; it has {listing}, and every module path (such as {layer_stack(model)[0]}.0)"
-    )
-
-
-def _register(
-    model: nn.Module, point: HookPoint, fn: Callable[[torch.Tensor], torch.Tensor | None]
-) -> torch.utils.hooks.RemovableHandle:
-    """Call `fn` with the activations at `point`; a tensor that it returns takes their place."""
-    module = model.get_submodule(point.module_path)
-    if point.side == "in":
-
-        def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            new = fn(args[0] if args else kwargs["hidden_states"])
-            if new is None:
-                return None
-            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
-
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        new = fn(output[0] if isinstance(output, tuple) else output)
+    def _before(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        key, acts = _input(self.point, args, kwargs)
+        new = self._changed(acts)
         if new is None:
             return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+        return ((new, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: new})
 
-    return module.register_forward_hook(after)
+    def _after(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return self._changed(self._entry((output,)))
+        entries = tuple(output.values()) if isinstance(output, dict) else tuple(output)
+        new = self._changed(self._entry(entries))
+        if new is None:
+            return None
+        if not isinstance(output, tuple):
+            raise HookPointError(f'hook point "{self.point.name}" gives a {type(output).__name__}, which is only read')
+        return (*entries[: self.point.index], new, *entries[self.point.index + 1 :])
+
+    def _entry(self, entries: tuple) -> torch.Tensor:
+        index = self.point.index
+        if index < len(entries) and isinstance(entries[index], torch.Tensor):
+            return entries[index]
+        raise HookPointError(
+            f'hook point "{self.point.name}": entry {index} of the output is no tensor; tensors are '
+            f"{', '.join(str(n) for n, entry in enumerate(entries) if isinstance(entry, torch.Tensor)) or 'none'}"
+        )
+
+    def _changed(self, acts: torch.Tensor) -> torch.Tensor | None:
+        rows = as_rows(acts, self.lead, self.point.name)
+        new = self.fn(rows if self.device is None else rows.to(self.device))
+        # a copy, since some models (Falcon) go on to add to it in place
+        return None if new is None else new.to(acts.device).reshape(acts.shape).clone()
+
+
+def as_rows(acts: torch.Tensor, lead: torch.Size | None, name: str) -> torch.Tensor:
+    """What a module reads or gives as rows [B, T, d]; `lead` is (B, T) where known.
+
+    Raises HookPointError where it has not one row for every token.
+    """
+    if acts.dim() >= 3 and lead in (None, acts.shape[:2]):
+        return acts.flatten(2)
+    if acts.dim() == 2 and lead is not None and len(acts) == lead.numel():
+        return acts.reshape(*lead, -1)
+    tokens = f"{lead[0]} x {lead[1]} tokens" if lead else "a token"
+    raise HookPointError(f'hook point "{name}" gives a tensor {list(acts.shape)}, not one row for each of {tokens}')
+
+
+def _input(point: HookPoint, args: tuple, kwargs: dict) -> tuple[str | None, torch.Tensor]:
+    """The activations that a module is called with, and their keyword (None: the first positional argument)."""
+    if args and isinstance(args[0], torch.Tensor):
+        return None, args[0]
+    keys = ["hidden_states", *kwargs]
+    key = next((k for k in keys if isinstance(kwargs.get(k), torch.Tensor)), None)
+    if key is None:
+        raise HookPointError(f'hook point "{point.name}": {point.module_path} is called without a tensor')
+    return key, kwargs[key]
 
 
 class Capture:
@@ -136,50 +116,63 @@ class Capture:
         self.stop = False
 
     def run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Activations [B, T, d] by hook point name for token ids [B, T]; layers after the deepest are not run."""
+        """Activations [B, T, d] by hook point name for token ids [B, T]; layers after the deepest are not run.
+
+        Raises HookPointError where a hook point gives no row for every token, or is not reached by a forward pass.
+        """
         self.acts, self.stop = {}, True
-        trunk = getattr(self.model, "base_model", self.model)  # no LM head
+        modules = {self.model.get_submodule(point.module_path) for point in self.points}
+        trunk = getattr(self.model, "base_model", self.model)
+        run = trunk if modules.issubset(trunk.modules()) else self.model  # no LM head, unless a hook point is there
+        options = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
         try:
-            trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            run(input_ids=input_ids, attention_mask=attention_mask, **options)
         except _StopForward:
             pass
         finally:
             self.stop = False
+        missing = [point.name for point in self.points if point.name not in self.acts]
+        if missing:
+            raise HookPointError(f'hook point "{missing[0]}" is not reached by a forward pass of {type(run).__name__}')
         return self.acts
 
     def _read(self, name: str, acts: torch.Tensor) -> None:
-        self.acts[name] = acts
+        self.acts[name] = acts.clone()  # some models (Falcon) go on to add to it in place
         if self.stop and len(self.acts) == len(self.points):
             raise _StopForward
 
 
 @contextmanager
-def capture(model: nn.Module, names: list[str]) -> Iterator[Capture]:
+def capture(model: nn.Module, names: list[str], device: torch.device | None = None) -> Iterator[Capture]:
     """Attach to hook points of `model` for the length of the block.
 
     `with capture(model, ["resid_post.15"]) as reader: acts = reader.run(input_ids)["resid_post.15"]`.
     A full forward pass of the model inside the block also fills `reader.acts`.
+    `device` gathers the activations of a model that is spread over several; None leaves them where they are.
     Raises HookPointError for a hook point that the model does not have.
     """
-    reader = Capture(model, [resolve(model, name) for name in names])
-    handles = []
+    reader = Capture(model, [resolve(model, name) for name in dict.fromkeys(names)])
+    hooks = []
     try:
         for point in reader.points:
-            handles.append(_register(model, point, lambda acts, name=point.name: reader._read(name, acts)))
+            hooks.append(_Hook(model, point, lambda acts, name=point.name: reader._read(name, acts), device))
         yield reader
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
-def edit(model: nn.Module, name: str, fn: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def edit(
+    model: nn.Module, name: str, fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device | None = None
+) -> Iterator[None]:
     """Replace the activations [B, T, d] at a hook point by `fn(acts)` for the length of the block.
 
+    `fn` is given them on `device` (None: where the model has them); the result goes back to where they came from.
     Raises HookPointError for a hook point that the model does not have.
     """
-    handle = _register(model, resolve(model, name), fn)
+    hook = _Hook(model, resolve(model, name), fn, device)
     try:
         yield
     finally:
-        handle.remove()
+        hook.remove()
