@@ -295,8 +295,8 @@ class Run:
             "hf_hook_name": " + ".join(names[name][1] for name in spec.reads),
             "hook_head_index": None,
             "context_size": config.harvest.context_tokens,
-            "prepend_bos": True,
-            "dataset_path": config.corpus.source,
+            "prepend_bos": config.corpus.bos != "never",
+            "dataset_path": config.corpus.title,
         }
         if spec.writes != spec.reads:
             target = names[spec.writes[0]]
@@ -306,6 +306,7 @@ class Run:
             "writes": {name: info.widths[name] for name in spec.writes},
             "median_norms": {name: info.median_norms[name] for name in spec.writes},
             "massive_norm_multiple": info.massive_norm_multiple,
+            "text": {key: getattr(config.corpus, key) for key in ("bos", "separator", "pack")},
             "seed": spec.seed,
         }
         return {**metadata, "saeql": ours}
