@@ -156,11 +156,12 @@ class ShardSource:
 
     def _group_rows(self) -> int:
         row_bytes = self._row_bytes + _EXTRA_ROW_BYTES
-        least = 2 * row_bytes * max(self.batch_tokens, self.block_rows)
+        # whole blocks with room for a batch beside the rows that are left out
+        least = 2 * row_bytes * self.block_rows * -(-(self.batch_tokens * 9 // 8) // self.block_rows)
         if self.buffer_bytes < least:
             raise ShardError(
-                f"train.shuffle_buffer_bytes = {self.buffer_bytes} has no room for two batches of {self.batch_tokens} "
-                f"rows and two blocks of {self.block_rows}: set at least {least}"
+                f"train.shuffle_buffer_bytes = {self.buffer_bytes} has no room for two groups of a batch of "
+                f"{self.batch_tokens} rows in blocks of {self.block_rows}: set at least {least}"
             )
         return self.buffer_bytes // (2 * row_bytes)
 

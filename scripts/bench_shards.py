@@ -179,7 +179,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
                 trainer.fit()
             return peak.bytes
 
-        least = 2 * (args.d_in * 2 + 30) * config.batch_tokens
+        least = 2 * (args.d_in * 2 + 32) * 5 * 1024  # two groups of a batch and what is left out, in whole blocks
         base = train(20, least)  # torch, the model, its optimizer, the batches: everything but the buffer
         peak = train(args.steps, args.buffer_bytes)
         stored = sum(r.rows for r in read_manifest(folder)) * args.d_in * 2

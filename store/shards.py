@@ -22,13 +22,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from .integrity import hash_file
 from .manifest import (
-    BLOCK_BYTES,
     ShardError,
     ShardRecord,
     append_record,
     check_size,
-    hash_file,
     read_manifest,
     sync_folder,
     verify_file,
@@ -187,8 +186,8 @@ class ShardWriter:
             self._write(temporary, shard)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            sha256, blocks = hash_file(temporary)
-            windows, num_bytes = sum(map(len, shard)), temporary.stat().st_size
+            content = hash_file(temporary)
+            windows = sum(map(len, shard))
             temporary.replace(path)
             sync_folder(self.folder)
         except Exception as error:
@@ -198,10 +197,10 @@ class ShardWriter:
             path.name,
             windows * self.context_tokens,
             windows,
-            num_bytes,
-            sha256,
-            BLOCK_BYTES,
-            blocks,
+            content.bytes,
+            content.sha256,
+            content.block_bytes,
+            content.block_crc32,
             self.dtype,
             self.d_in,
             self.context_tokens,
