@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from saeql.sae.stream import ActivationBatch, BlockShuffle, Cursor
 from saeql.store.shards import ShardError, ShardReader
 
-#: Bytes of a row beside its activations: its origin, and its place in the order (twice while that is made).
-_EXTRA_ROW_BYTES = 16 + 16
+#: Bytes of a row beside its activations: its origin, and its place in the order (six times in two groups while one is
+#: made).
+_EXTRA_ROW_BYTES = 16 + 24
 #: Blocks that the kernel is asked to read ahead of the one that is copied.
 _BLOCKS_AHEAD = 8
 

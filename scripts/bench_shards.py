@@ -173,13 +173,13 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
                 buffer_bytes=buffer_bytes,
             )
             torch.manual_seed(0)
-            dictionary = architecture("topk")(DictionaryConfig(d_sae=1024, k=8), args.d_in, args.d_in)
+            dictionary = architecture("topk")(DictionaryConfig(d_sae=256, k=4), args.d_in, args.d_in)
             trainer = Trainer(replace(config, num_steps=steps), {"a": dictionary}, source)
             with Peak() as peak:
                 trainer.fit()
             return peak.bytes
 
-        least = 2 * (args.d_in * 2 + 32) * 5 * 1024  # two groups of a batch and what is left out, in whole blocks
+        least = 2 * (args.d_in * 2 + 40) * 5 * 1024  # two groups of a batch and what is left out, in whole blocks
         base = train(20, least)  # torch, the model, its optimizer, the batches: everything but the buffer
         peak = train(args.steps, args.buffer_bytes)
         stored = sum(r.rows for r in read_manifest(folder)) * args.d_in * 2
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--d-in", type=int, default=576)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--gigabytes", type=float, default=20.0)
     parser.add_argument("--buffer-bytes", type=int, default=1_000_000_000)
     parser.add_argument("--folder", type=Path, help="where temporary shards go")
