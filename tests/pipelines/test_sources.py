@@ -102,7 +102,7 @@ def test_mapped_shards_hold_no_descriptors_and_closed_streams_no_thread(folder: 
     assert len(reader) == 46 and total > 0 and len(list(Path("/proc/self/fd").iterdir())) == before
     stream = source(folder).batches()
     next(stream)
-    stream.close()
+    del stream
     assert not any(t.name.startswith("shard-reader") for t in threading.enumerate())
 
 
