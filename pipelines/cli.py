@@ -249,6 +249,25 @@ def report(run: RunPath) -> None:
 
 
 @app.command
+def verify(run: RunPath) -> None:
+    """Read every file of a run again and compare it with its hash; damage is named with file and byte, exit code 1.
+
+    Example: saeql verify runs/demo
+    """
+    from .run import Run
+
+    found = Run.open(run).verify()
+    for line in found.damage:
+        print(f"saeql: {line}", file=sys.stderr)
+    for name in found.unrecorded:
+        print(f"no hash was recorded for {name}")
+    state = f"{len(found.damage)} damaged" if found.damage else "all whole"
+    print(f"{found.num_files} files, {found.num_bytes / 1e9:.3f} GB: {state}")
+    if found.damage:
+        sys.exit(1)
+
+
+@app.command
 def search(
     run: RunPath,
     text: Annotated[str, Parameter(help="Words to look for in labels and in promoted and activating tokens.")],

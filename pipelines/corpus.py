@@ -1,35 +1,62 @@
 """Documents, and the split that is decided before anything else: by a hash of each document's normalised text.
 
-Sources: `embedded:wikipedia` (pages that come with the PyPI package gensim), a folder or file of text (.txt, .md,
-.jsonl), or `hf:NAME[:CONFIG]`, a hub dataset that is streamed.
+The same text is on the same side in every run, whatever source it comes from and whether it was stored as text or as
+token ids; a conversation counts as the text of its messages, without the model's template. Several sources are mixed
+by weights. A document is addressed by (source, index): reading can stop after any of them and go on from its state.
 """
 
-import bz2
+import base64
 import hashlib
-import importlib.util
-import json
-import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
 
 from saeql.sae.config import ConfigError, suggestion
 
-EMBEDDED_TEXT = "embedded:wikipedia"
-_WIKIPEDIA_FILE = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+from .text_sources import CONTENTS, EMBEDDED_TEXT, CorpusError, Row, SourceConfig, one_line, read_rows
+
+__all__ = ["EMBEDDED_TEXT", "CorpusConfig", "CorpusError", "CorpusReader", "Document", "SourceConfig", "documents"]
+
+BOS_RULES = ("window", "document", "never")
+SEPARATORS = ("eos", "bos", "none")
+#: Why a row gives no document.
+LEFT_OUT = ("empty", "not_utf8", "duplicate", "template_refused")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """Which text is read, and how much of it."""
+    """Which text is read, how it is put into windows, and how much of it."""
 
     source: str = EMBEDDED_TEXT
-    """embedded:wikipedia, a text file or folder (.txt .md .jsonl), or hf:NAME[:CONFIG]."""
+    """embedded:wikipedia, a file or folder (.txt .md .jsonl .ndjson, also .gz and .zst; .parquet; a saved dataset), or hf:NAME[:CONFIG][@REVISION]."""  # noqa: E501
+    content: str = "text"
+    """What a row holds: "text", "tokens" (ids of this model's tokenizer) or "chat" (messages, through the model's template)."""  # noqa: E501
     text_column: str = "text"
     """Field of a .jsonl line or dataset row that holds the text."""
+    tokens_column: str = "input_ids"
+    """Field of a row that holds token ids."""
+    messages_column: str = "messages"
+    """Field of a row that holds a list of messages with "role" and "content"."""
+    split_column: str = ""
+    """Field whose value decides the split in place of the text, for rows that are pieces of one document."""
+    tokenizer_sha256: str = ""
+    """Tokenizer that made the ids of "tokens"; unset reads it from the metadata of a Parquet file."""
     hub_split: str = "train"
-    """Split of a hub dataset to stream from; saeql's own splits are made from its documents."""
+    """Split of a hub or saved dataset to read; saeql's own splits are made from its documents."""
+    mixture: tuple[SourceConfig, ...] = ()
+    """Several sources in place of one: [[corpus.mixture]] tables with source, weight and the seven keys above."""
+    bos: str = "window"
+    """BOS stands at the start of every "window", before every "document" (windows then start anywhere), or "never"."""
+    separator: str = "eos"
+    """Token after every document: "eos", "bos" or "none"."""
+    pack: bool = True
+    """Windows run on over document borders; false starts every document in a window of its own and drops its tail."""
+    drop_duplicates: bool = True
+    """Leave out documents whose normalised text was read before; takes about 100 bytes of memory a document."""
     train_share: float = 0.7
     """Share of documents that the dictionary learns from and labels are made from."""
     calibration_share: float = 0.15
@@ -40,19 +67,36 @@ class CorpusConfig:
     """Tokens harvested over all splits, shared out like the documents; 0 takes everything."""
 
     def __post_init__(self) -> None:
+        for key, choices in (("content", CONTENTS), ("bos", BOS_RULES), ("separator", SEPARATORS)):
+            value = getattr(self, key)
+            if value not in choices:
+                raise ConfigError(
+                    f"corpus.{key} must be one of {', '.join(choices)}; got {value!r}{suggestion(value, choices)}"
+                )
+        if self.mixture and self.source != EMBEDDED_TEXT:
+            raise ConfigError(
+                f"corpus.source ({self.source}) and [[corpus.mixture]] exclude each other: make it one of the mixture"
+            )
         if not (0 < self.train_share < 1 and 0 < self.calibration_share < 1):
             raise ConfigError("corpus.train_share and corpus.calibration_share must lie between 0 and 1")
         if self.train_share + self.calibration_share >= 1:
             raise ConfigError("corpus.train_share + corpus.calibration_share must leave a share for testing")
 
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """What is read: the mixture, or the one source."""
+        shared = {f.name: getattr(self, f.name) for f in fields(SourceConfig) if f.name != "weight"}
+        return self.mixture or (SourceConfig(**shared),)
+
+    @property
+    def title(self) -> str:
+        """The sources in words."""
+        return " + ".join(s.source for s in self.sources)
+
     def split_shares(self) -> dict[str, float]:
         """Share of every split."""
         rest = 1 - self.train_share - self.calibration_share
         return {"train": self.train_share, "calibration": self.calibration_share, "test": rest}
-
-
-class CorpusError(ValueError):
-    """A source of text is missing, unreadable or empty."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +107,10 @@ class Document:
     split: str
     title: str
     text: str
-    sha256: str
+    sha256: str  # of what decided the split
+    source: int = 0  # its place in the mixture
+    index: int = 0  # its row in that source
+    token_ids: tuple[int, ...] | None = None  # where the source is pre-tokenised
 
 
 def normalise(text: str) -> str:
@@ -81,97 +128,200 @@ def split_of(sha256: str, shares: dict[str, float]) -> str:
     return list(shares)[-1]
 
 
-def documents(config: CorpusConfig) -> Iterator[Document]:
-    """Documents of the source in order, empty ones and repeats left out.
+def documents(config: CorpusConfig, tokenizer: Any = None) -> Iterator[Document]:
+    """Documents of the sources in order, empty ones and repeats left out.
 
-    Raises CorpusError where the source is missing or has no document.
+    Raises CorpusError where a source is missing or there is no document.
     """
-    shares, seen = config.split_shares(), set()
-    for title, text in _read(config):
-        text = text.strip()
-        if not text:
-            continue
-        sha256 = hashlib.sha256(normalise(text).encode("utf-8", "surrogatepass")).hexdigest()
-        if sha256 in seen:
-            continue
-        yield Document(len(seen), split_of(sha256, shares), title, text, sha256)
-        seen.add(sha256)
-    if not seen:
-        raise CorpusError(f"the corpus {config.source} is empty: no document with text in it")
+    return iter(CorpusReader(config, tokenizer))
 
 
-def _read(config: CorpusConfig) -> Iterable[tuple[str, str]]:
-    """(title, text) of every document of the source."""
-    source = config.source
-    if source.startswith("embedded:"):
-        if source != EMBEDDED_TEXT:
-            raise CorpusError(f"no embedded corpus {source!r}{suggestion(source, [EMBEDDED_TEXT])}")
-        return _wikipedia()
-    if source.startswith("hf:"):
-        return _hub(config)
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise CorpusError(f"no corpus at {path}: name a file, a folder, {EMBEDDED_TEXT} or hf:NAME")
-    return _local(path, config.text_column)
+@dataclass
+class SourceProgress:
+    """How far one source has been read, and what became of its rows."""
+
+    next_row: int = 0
+    num_tokens: int = 0  # credited to it: what the mixture goes by
+    num_documents: int = 0
+    num_cut: int = 0  # documents of which only the first tokens were taken
+    is_finished: bool = False
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
-def _local(path: Path, text_column: str) -> Iterator[tuple[str, str]]:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8", errors="replace") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield f"{file.name}:{number}", _jsonl_text(file, number, line, text_column)
-        elif file.suffix in (".txt", ".md"):
-            yield file.name, file.read_text(encoding="utf-8", errors="replace")
+class CorpusReader:
+    """Iterates over the documents of a corpus; `state()` after a document is where another reader goes on.
+
+    The next document comes from the source that is furthest behind its weight in tokens that `credit` counted, the
+    first of them where several are: an order that depends on the text and the weights alone.
+    """
+
+    def __init__(
+        self,
+        config: CorpusConfig,
+        tokenizer: Any = None,
+        *,
+        tokenizer_sha256: str = "",
+        state: dict[str, Any] | None = None,
+    ):
+        self.config, self.tokenizer, self.tokenizer_sha256 = config, tokenizer, tokenizer_sha256
+        self.shares = config.split_shares()
+        self.progress = [SourceProgress() for _ in config.sources]
+        self.num_documents = 0
+        self._seen: set[int] = set()
+        if state is not None:
+            self._restore(state)
+
+    def __iter__(self) -> Iterator[Document]:
+        sources = self.config.sources
+        rows = [read_rows(s, p.next_row) for s, p in zip(sources, self.progress, strict=True)]
+        while (number := self._next_source(sources)) is not None:
+            place = self.progress[number]
+            row = next(rows[number], None)
+            if row is None:
+                place.is_finished = True
+                if place.num_documents == 0:
+                    left = "".join(f", {count} {why}" for why, count in place.left_out.items())
+                    raise CorpusError(
+                        f"the corpus {sources[number].source} is empty: no document with text in it{left}"
+                    )
+                continue
+            index, place.next_row = place.next_row, place.next_row + 1
+            document = self._document(sources[number], number, index, row)
+            if document is not None:
+                place.num_documents += 1
+                self.num_documents += 1
+                yield document
+
+    def credit(self, document: Document, num_tokens: int, *, is_cut: bool = False) -> None:
+        """Count tokens taken of a document towards its source's share; `is_cut`: it was longer than allowed."""
+        place = self.progress[document.source]
+        place.num_tokens += num_tokens
+        place.num_cut += is_cut
+
+    def report(self) -> list[dict[str, Any]]:
+        """What became of every source's rows: documents, tokens, and those left out by reason."""
+        return [
+            {
+                "source": source.source,
+                "content": source.content,
+                "weight": source.weight,
+                "num_rows": p.next_row,
+                "num_documents": p.num_documents,
+                "num_tokens": p.num_tokens,
+                "num_cut": p.num_cut,
+                "left_out": {why: p.left_out[why] for why in LEFT_OUT},
+            }
+            for source, p in zip(self.config.sources, self.progress, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """Plain form of the place after the last document handed out, for JSON."""
+        seen = base64.b64encode(np.array(sorted(self._seen), "<u8").tobytes()).decode()
+        sources = [{**vars(p), "left_out": dict(p.left_out)} for p in self.progress]
+        return {"num_documents": self.num_documents, "sources": sources, "seen": seen}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if len(state["sources"]) != len(self.progress):
+            raise CorpusError(
+                f"the state is of a corpus of {len(state['sources'])} sources, this one has {len(self.progress)}"
+            )
+        self.num_documents = state["num_documents"]
+        self.progress = [SourceProgress(**{**s, "left_out": Counter(s["left_out"])}) for s in state["sources"]]
+        self._seen = set(np.frombuffer(base64.b64decode(state["seen"]), "<u8").tolist())
+
+    def _next_source(self, sources: Sequence[SourceConfig]) -> int | None:
+        left = [n for n, p in enumerate(self.progress) if not p.is_finished]
+        return min(left, key=lambda n: self.progress[n].num_tokens / sources[n].weight, default=None)
+
+    def _document(self, source: SourceConfig, number: int, index: int, row: Row) -> Document | None:
+        """The document of a row; None, counted, where it gives none."""
+        left_out = self.progress[number].left_out
+        if row.fields is None:
+            left_out["not_utf8"] += 1
+            return None
+        try:
+            found = self._content(source, row)
+            text_sha256 = _sha256(found.hashed)
+            sha256 = _sha256(str(row.fields.get(source.split_column))) if source.split_column else text_sha256
+        except UnicodeEncodeError:  # a half of a surrogate pair, which JSON can spell
+            left_out["not_utf8"] += 1
+            return None
+        except _TemplateRefused:
+            left_out["template_refused"] += 1
+            return None
+        if not found.text.strip():
+            left_out["empty"] += 1
+            return None
+        if self.config.drop_duplicates:
+            digest = int(text_sha256[:16], 16)
+            if digest in self._seen:
+                left_out["duplicate"] += 1
+                return None
+            self._seen.add(digest)
+        title = str(row.fields.get("title") or row.title)
+        split = split_of(sha256, self.shares)
+        return Document(self.num_documents, split, title, found.text, sha256, number, index, found.token_ids)
+
+    def _content(self, source: SourceConfig, row: Row) -> "_Content":
+        assert row.fields is not None
+        value = row.fields[source.column]
+        if source.content == "tokens":
+            return self._tokens(source, row, value)
+        if source.content == "chat":
+            return self._chat(row, value)
+        if value is not None and not isinstance(value, str):
+            raise CorpusError(f'{row.place} has no text field "{source.column}": it is {type(value).__name__}')
+        text = (value or "").strip()
+        return _Content(text, text)
+
+    def _tokens(self, source: SourceConfig, row: Row, value: Any) -> "_Content":
+        if self.tokenizer is None:
+            raise CorpusError(f"{source.source}: token ids can be read only together with a model's tokenizer")
+        if not isinstance(value, list) or not all(isinstance(i, int) for i in value):
+            raise CorpusError(f'{row.place}: "{source.column}" is no list of token ids')
+        mine, theirs = self.tokenizer_sha256, source.tokenizer_sha256 or row.tokenizer_sha256
+        if theirs != mine:
+            said = f"were made by tokenizer {theirs[:16]}" if theirs else "do not say which tokenizer made them"
+            raise CorpusError(
+                f"{row.place}: the ids {said}, the model's is {mine[:16]}; set corpus.tokenizer_sha256 = "
+                f'"{mine}" if it was this one, else give text'
+            )
+        size = len(self.tokenizer)
+        wrong = next((i for i in value if not 0 <= i < size), None)
+        if wrong is not None:
+            raise CorpusError(f"{row.place}: token id {wrong} is outside the vocabulary of {size}")
+        text = self.tokenizer.decode(value, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        return _Content(text, text, tuple(value))
+
+    def _chat(self, row: Row, value: Any) -> "_Content":
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise CorpusError(f'the model\'s tokenizer has no chat template: {row.place} needs content = "text"')
+        if value is not None and not (isinstance(value, list) and all(isinstance(m, dict) for m in value)):
+            raise CorpusError(f"{row.place}: messages are no list of {{role, content}}")
+        spoken = [m for m in value or () if isinstance(m.get("role"), str) and isinstance(m.get("content"), str)]
+        if len(spoken) != len(value or ()):
+            raise CorpusError(f'{row.place}: a message lacks "role" or "content" as text')
+        if not any(m["content"].strip() for m in spoken):
+            return _Content("", "")
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(spoken, tokenize=False)
+        except TemplateError as error:
+            raise _TemplateRefused(one_line(error)) from None
+        return _Content(text, "\n".join(f"{m['role']}: {m['content'].strip()}" for m in spoken))
 
 
-def _jsonl_text(file: Path, number: int, line: str, text_column: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{file} line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise CorpusError(f'{file} line {number} has no text field "{text_column}" (it has {keys})')
-    return row[text_column]
+class _TemplateRefused(Exception):
+    """The model's chat template does not take a conversation (two turns of one role, a role that it lacks)."""
 
 
-def _hub(config: CorpusConfig) -> Iterator[tuple[str, str]]:
-    from datasets import load_dataset
-
-    name, _, subset = config.source.removeprefix("hf:").partition(":")
-    try:
-        rows = load_dataset(name, subset or None, split=config.hub_split, streaming=True)
-        for number, row in enumerate(rows):
-            yield str(row.get("title", f"{name}:{number}")), str(row[config.text_column])
-    except KeyError as error:
-        raise CorpusError(f"dataset {name} has no column {error}; set corpus.text_column") from None
-    except (OSError, ValueError) as error:
-        raise CorpusError(f"cannot read dataset {name}: {' '.join(str(error).split())[:300]}") from error
+@dataclass(frozen=True)
+class _Content:
+    text: str
+    hashed: str  # what decides split and sameness
+    token_ids: tuple[int, ...] | None = None
 
 
-def _wikipedia() -> Iterator[tuple[str, str]]:
-    """Articles of an English Wikipedia dump that the gensim wheel carries; its redirect stubs are dropped."""
-    spec = importlib.util.find_spec("gensim")
-    if spec is None or spec.origin is None:
-        raise CorpusError(f"{EMBEDDED_TEXT} is not installed: pip install 'saeql[demo]'")
-    path = Path(spec.origin).parent / _WIKIPEDIA_FILE
-    if not path.exists():
-        raise CorpusError(f"this gensim carries no {path.name}: pip install 'gensim>=4.4'")
-    from gensim.corpora import wikicorpus
-
-    with bz2.open(path) as dump:
-        pages = wikicorpus.extract_pages(dump, filter_namespaces=("0",))  # pyright: ignore[reportArgumentType]
-        for title, markup, _ in pages:
-            if not markup.lstrip().lower().startswith("#redirect"):
-                yield title, _clean_wikitext(wikicorpus.filter_wiki(markup))
-
-
-def _clean_wikitext(text: str) -> str:
-    """What gensim's filter leaves of the markup: bold and italic quotes, heading signs, runs of empty lines."""
-    text = re.sub(r"'{2,}", "", text)
-    text = re.sub(r"^=+\s*(.*?)\s*=+\s*$", r"\1", text, flags=re.MULTILINE)
-    text = re.sub(r"[ \t]+", " ", text)
-    return re.sub(r"\s*\n\s*\n\s*", "\n\n", text).strip()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(normalise(text).encode("utf-8")).hexdigest()

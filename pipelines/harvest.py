@@ -1,10 +1,9 @@
 """Harvest: documents -> windows -> activations at all hook points in one pass -> shards, by hook point and split.
 
-Windows of `context_tokens` ids are packed from the documents of one split: BOS, then text, with a separator after
-every document. The forward pass stops at the deepest hook point. All rows are stored with their norm; which of them
-count is decided when they are read: not the first position of a window, and no row whose norm exceeds
-`massive_norm_multiple` times the median, which is measured once, on the first training rows, and frozen in
-`harvest.json`.
+Windows of `context_tokens` ids are packed from the documents of one split under the rules of `windows.py`. The
+forward pass stops at the deepest hook point. All rows are stored with their norm; which of them count is decided when
+they are read: not the first position of a window, and no row whose norm exceeds `massive_norm_multiple` times the
+median, which is measured once, on the first training rows, and frozen in `harvest.json`.
 """
 
 import errno
@@ -27,10 +26,11 @@ from saeql.store.records import SPLITS
 from saeql.store.shards import ShardReader, ShardWriter
 
 from .atomic import write_whole
-from .corpus import CorpusConfig, CorpusError, Document, documents
+from .corpus import CorpusConfig, CorpusError, CorpusReader, Document
 from .models import LanguageModel, ModelIdentity
 from .progress import progress
 from .sources import ShardSource, window_column
+from .windows import WindowPacker, WindowRules
 
 HARVEST_FILE = "harvest.json"
 _MEDIAN_ROWS = 8192
@@ -69,9 +69,10 @@ class HarvestInfo:
     context_tokens: int
     median_norms: dict[str, float]  # by hook point
     massive_norm_multiple: float
-    num_dropped_tail_tokens: int  # of the last, incomplete window of every split
+    num_dropped_tail_tokens: int  # of the last, incomplete window of every split (of every document if not packed)
     #: TransformerLens's name and the module's path of every hook point; empty in harvests of older versions
     module_names: dict[str, tuple[str, str]] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)  # rules of the windows; what became of the rows of every source
 
     def norm_limit(self, hook_point: str) -> float:
         """Norm above which a row counts as massive at a hook point."""
@@ -101,30 +102,6 @@ def open_source(
     folders = {name: shard_folder(activations, name, split) for name in hook_points}
     limits = {name: info.norm_limit(name) for name in hook_points}
     return ShardSource(folders, batch_tokens=batch_tokens, norm_limits=limits, device=device, **options)
-
-
-class WindowPacker:
-    """Packs token ids of documents of one split into windows, each token with its document."""
-
-    def __init__(self, context_tokens: int, bos_id: int, separator_id: int):
-        self.text_tokens, self.bos_id, self.separator_id = context_tokens - 1, bos_id, separator_id
-        self._ids: list[int] = []
-        self._documents: list[int] = []
-
-    @property
-    def num_pending_tokens(self) -> int:
-        """Tokens that wait for their window to be full."""
-        return len(self._ids)
-
-    def add(self, token_ids: list[int], document_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Append a document; yields every full window as (token_ids [T], document_ids [T])."""
-        self._ids += [*token_ids, self.separator_id]
-        self._documents += [document_id] * (len(token_ids) + 1)
-        n = self.text_tokens
-        while len(self._ids) >= n:
-            ids, owners = self._ids[:n], self._documents[:n]
-            del self._ids[:n], self._documents[:n]
-            yield np.array([self.bos_id, *ids], np.int32), np.array([owners[0], *owners], np.int32)
 
 
 @dataclass
@@ -175,8 +152,9 @@ def harvest(
         context_tokens=config.context_tokens,
         median_norms={name: _median_norm(ShardReader(shard_folder(folder, name, "train"))) for name in widths},
         massive_norm_multiple=config.massive_norm_multiple,
-        num_dropped_tail_tokens=sum(p.num_pending_tokens for p in reading.packers.values()),
+        num_dropped_tail_tokens=sum(p.num_pending_tokens + p.num_dropped_tokens for p in reading.packers.values()),
         module_names=module_names(language_model.model, hook_points),
+        text={"rules": asdict(reading.rules), "sources": reading.reader.report()},
     )
     reading.write_evidence(evidence, folder, info)
     info.save(folder)
@@ -255,7 +233,9 @@ class _Reading:
 
     def __init__(self, lm: LanguageModel, corpus: CorpusConfig, config: HarvestConfig):
         self.lm, self.corpus, self.config = lm, corpus, config
-        self.packers = {s: WindowPacker(config.context_tokens, lm.bos_id, lm.separator_id) for s in SPLITS}
+        self.rules = WindowRules.of(corpus, lm)
+        self.packers = {s: WindowPacker(config.context_tokens, self.rules) for s in SPLITS}
+        self.reader = CorpusReader(corpus, lm.tokenizer, tokenizer_sha256=lm.identity.tokenizer_sha256)
         self.windows: list[_Window] = []
         self.read: list[tuple[Document, int]] = []
 
@@ -273,7 +253,7 @@ class _Reading:
     def _windows(self) -> Iterator[_Window]:
         shares = self.corpus.split_shares()
         left = {s: self.corpus.max_tokens * share for s, share in shares.items()} if self.corpus.max_tokens else None
-        for document in documents(self.corpus):
+        for document in self.reader:
             split = document.split
             if left is not None and left[split] <= 0:
                 if max(left.values()) <= 0:
@@ -284,15 +264,20 @@ class _Reading:
                 continue
             if left is not None:
                 left[split] -= len(ids)
-            self.read.append((replace(document, text=""), len(ids)))  # its text is not needed any more
+            # what it says is not needed any more
+            self.read.append((replace(document, text="", token_ids=None), len(ids)))
             for token_ids, document_ids in self.packers[split].add(ids, document.document_id):
                 yield _Window(split, token_ids, document_ids)
 
     def _token_ids(self, document: Document, room: int | None) -> list[int]:
         heldout = document.split != "train"
         limit = self.config.max_heldout_document_tokens if heldout else self.corpus.max_document_tokens
-        ids = self.lm.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids[: limit if room is None else min(limit, max(1, room))]
+        ids = document.token_ids
+        if ids is None:
+            ids = self.lm.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        taken = list(ids[: limit if room is None else min(limit, max(1, room))])
+        self.reader.credit(document, len(taken), is_cut=len(ids) > limit)
+        return taken
 
     def require_every_split(self) -> None:
         """Raise CorpusError unless every split has at least one window."""
@@ -300,14 +285,15 @@ class _Reading:
         missing = [s for s in SPLITS if s not in found]
         if missing:
             raise CorpusError(
-                f"the corpus {self.corpus.source} is too small: no window of {self.config.context_tokens} tokens for "
+                f"the corpus {self.corpus.title} is too small: no window of {self.config.context_tokens} tokens for "
                 f"the split {missing[0]!r} ({len(self.read)} documents); add text or lower harvest.context_tokens"
             )
 
     def write_evidence(self, evidence: Evidence, folder: Path, info: HarvestInfo) -> None:
         """Write the tables documents, windows, vocabulary and split_rows."""
+        sources = self.corpus.sources
         rows = [
-            {"document_id": d.document_id, "split": d.split, "title": d.title, "source": self.corpus.source,
+            {"document_id": d.document_id, "split": d.split, "title": d.title, "source": sources[d.source].source,
              "num_tokens": n, "sha256": d.sha256}
             for d, n in self.read
         ]  # fmt: skip

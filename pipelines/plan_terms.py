@@ -207,7 +207,7 @@ class StageTerms:
 
     def _group_bytes(self, sizes: Sequence[Sizes]) -> float:
         row_bytes = buffered_row_bytes(self._acts_bytes(sizes))
-        whole = self.rows.of("train") * row_bytes
+        whole = 2 * self.rows.of("train") * row_bytes  # a group and the next one
         return min(whole, max(self.config.train.shuffle_buffer_bytes, self.config.train.batch_tokens * row_bytes))
 
     def _training(self, sizes: Sequence[Sizes]) -> list[Term]:
@@ -216,7 +216,11 @@ class StageTerms:
         terms = [
             Term("shuffle buffer", self._group_bytes(sizes), "train.shuffle_buffer_bytes, or the whole split"),
             Term("dictionaries", parameters, f"{len(sizes)} x float32 weights"),
-            Term("Adam", 2 * parameters, "two float32 moments a weight"),
+            Term(
+                "Adam",
+                parameters * (2 if train.moments_dtype == "float32" else 1),
+                f"two {train.moments_dtype} moments a weight",
+            ),
         ]
         if train.matmul_dtype != "float32":
             kept = sum(s.parameter_bytes / 4 for s in sizes if not s.is_dense)

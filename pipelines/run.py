@@ -9,6 +9,7 @@ features.duckdb        the feature store, one build of the evidence
 metrics.jsonl          training curve
 report.html            everything on one page
 stages.json            which stages are finished
+hashes.json            hashes of all that is not in a manifest or a checkpoint
 """
 
 import fcntl
@@ -49,6 +50,7 @@ from .progress import progress
 from .steer import Steerer
 from .sweep import SWEEP_FOLDER
 from .tracking import MetricsLog
+from .verify import Verification, recorded, verify_run
 
 #: In the order in which they run; a stage that runs again makes those after it stale.
 STAGES = ("harvest", "train", "index", "label", "evaluate", "store", "report")
@@ -203,7 +205,8 @@ class Run:
                 self._require_inputs(stage)
                 self._mark_stale(stage)
                 started = time.monotonic()
-                self._run_stage(stage, resume=resume, **options)
+                with recorded(self.path, stage):
+                    self._run_stage(stage, resume=resume, **options)
                 seconds = time.monotonic() - started
                 self._mark_finished(stage, seconds)
                 yield stage, seconds
@@ -302,8 +305,8 @@ class Run:
             "hf_hook_name": " + ".join(names[name][1] for name in spec.reads),
             "hook_head_index": None,
             "context_size": config.harvest.context_tokens,
-            "prepend_bos": True,
-            "dataset_path": config.corpus.source,
+            "prepend_bos": config.corpus.bos != "never",
+            "dataset_path": config.corpus.title,
         }
         if spec.writes != spec.reads:
             target = names[spec.writes[0]]
@@ -313,6 +316,7 @@ class Run:
             "writes": {name: info.widths[name] for name in spec.writes},
             "median_norms": {name: info.median_norms[name] for name in spec.writes},
             "massive_norm_multiple": info.massive_norm_multiple,
+            "text": {key: getattr(config.corpus, key) for key in ("bos", "separator", "pack")},
             "seed": spec.seed,
         }
         return {**metadata, "saeql": ours}
@@ -367,6 +371,11 @@ class Run:
         from .showcase import make_showcase
 
         write_run_report(self, make_showcase(self))
+
+    def verify(self) -> Verification:
+        """Check every file against the hash taken when it was written. Raises RunError while another process works."""
+        with self.locked():
+            return verify_run(self.path)
 
     # --- bookkeeping ---------------------------------------------------------------------------------------------
 

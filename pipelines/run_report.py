@@ -1,5 +1,6 @@
 """report.html of a run: gathers the page's data from the store, the training curve and the showcase."""
 
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,19 @@ def _facts(run: "Run") -> list[tuple[str, str]]:
         ("tokenizer sha256", info.identity.tokenizer_sha256),
         ("hook point", " + ".join(spec.reads)),
         ("activations", f"{width} wide, {info.dtype}, windows of {info.context_tokens} tokens"),
-        ("text", config.corpus.source),
+        ("text", config.corpus.title),
+        ("documents left out", _documents_left_out(info.text)),
+        ("windows", f"bos {config.corpus.bos}, separator {config.corpus.separator}, packed {config.corpus.pack}"),
         ("dictionary", f"{config.dictionary.architecture}, d_sae {config.dictionary.d_sae}, k {config.dictionary.k}"),
         ("training", f"{config.train.num_steps} steps of {config.train.batch_tokens} tokens, seed {config.seed}"),
     ]
+
+
+def _documents_left_out(text: dict[str, Any]) -> str:
+    counts: Counter[str] = Counter()
+    for source in text.get("sources", ()):
+        counts.update({**source["left_out"], "cut": source["num_cut"]})
+    return ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in counts.items())
 
 
 def _labels(store: FeatureStore) -> list[LabelledFeature]:

@@ -1,14 +1,70 @@
-"""Adapts what the store reads (shards) to what training and indexing consume (ActivationSource)."""
+"""Adapts what the store reads (shards) to what training and indexing consume (ActivationSource).
 
-from collections.abc import Iterator, Mapping
+Shuffled reading holds two groups of blocks in memory: the rows of a batch are gathered out of one while a thread copies
+the other from the mapped files. Both groups and what is needed to fill them stay within `buffer_bytes`.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from saeql.sae.stream import ActivationBatch, BlockShuffle, Cursor
 from saeql.store.shards import ShardError, ShardReader
+
+#: Bytes of a row beside its activations: its origin, and its place in the order (six times in two groups while one is
+#: made).
+_EXTRA_ROW_BYTES = 16 + 24
+
+#: Blocks that the kernel is asked to read ahead of the one that is copied.
+_BLOCKS_AHEAD = 8
+
+
+def buffered_row_bytes(acts_bytes: int) -> int:
+    """Memory of one buffered row, given that of its activations."""
+    return acts_bytes + _EXTRA_ROW_BYTES
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows `low` to `high - 1` of one shard."""
+
+    shard: int
+    low: int
+    high: int
+
+
+#: What a row was read on, beside its activations: one item, so that it is moved at once.
+_ORIGIN = np.dtype([("token_ids", "<i4"), ("document_ids", "<i4"), ("window_ids", "<i4"), ("positions", "<i4")])
+
+
+@dataclass
+class _Rows:
+    """Rows in memory in stored order, and the order in which those that count are handed out."""
+
+    acts: NDArray[np.uint8]  # [rows, bytes]
+    origins: NDArray[np.void]  # [rows] of _ORIGIN
+    dtype: torch.dtype
+    order: NDArray[np.int64]  # [kept rows]
+
+    @classmethod
+    def room_for(cls, rows: int, row_bytes: int, dtype: torch.dtype) -> "_Rows":
+        # numpy asks for huge pages, torch does not: gathering rows is mostly address translation without them
+        return cls(np.empty((rows, row_bytes), np.uint8), np.empty(rows, _ORIGIN), dtype, np.empty(0, np.int64))
+
+    def batch(self, start: int, stop: int, cursor: Cursor, device: torch.device) -> ActivationBatch:
+        """Copies of rows `start` to `stop - 1` of the order."""
+        chosen = self.order[start:stop]
+        acts = torch.index_select(torch.from_numpy(self.acts), 0, torch.from_numpy(chosen)).view(self.dtype)
+        origins = self.origins[chosen]
+        columns = {name: torch.from_numpy(origins[name].copy()) for name in ("token_ids", "document_ids", "window_ids")}
+        positions = torch.from_numpy(origins["positions"].astype(np.int16))
+        return ActivationBatch(acts.to(device), **columns, positions=positions, cursor=cursor)
 
 
 class ShardSource:
@@ -16,7 +72,7 @@ class ShardSource:
 
     Kept are positions after the first (`first_positions` keeps those too) whose norm exceeds `norm_limits` nowhere.
     `shuffle_seed` None gives one pass in stored order; a seed gives an endless stream, shuffled by blocks and then by
-    rows inside the `buffer_bytes` that are in memory at once. Everything else is mapped from the files.
+    rows inside the blocks that are in memory at once: half of `buffer_bytes`, since the next ones are read meanwhile.
     """
 
     def __init__(
@@ -34,7 +90,9 @@ class ShardSource:
         self.readers = {name: ShardReader(folder) for name, folder in folders.items()}
         self.first = next(iter(self.readers.values()))
         for name, reader in self.readers.items():
-            if [r.rows for r in reader.records] != [r.rows for r in self.first.records]:
+            if [r.rows for r in reader.records] != [r.rows for r in self.first.records] or (
+                reader.dtype != self.first.dtype
+            ):
                 raise ShardError(
                     f"{reader.folder}: the shards of {name} do not line up with those of the other hook points"
                 )
@@ -42,6 +100,9 @@ class ShardSource:
         self.first_position = 0 if first_positions else 1
         self.block_rows, self.buffer_bytes = block_rows, buffer_bytes
         self.device = device or torch.device("cpu")
+        self.dtype = torch.bfloat16 if self.first.dtype == "bfloat16" else torch.float32
+        self._row_bytes = sum(reader.d_in for reader in self.readers.values()) * self.dtype.itemsize
+        self._spare: list[_Rows] = []  # of the last pass, for the next: memory that is new costs a page fault a page
         self._offsets = np.cumsum([0, *(record.rows for record in self.first.records)])
 
     @property
@@ -55,116 +116,126 @@ class ShardSource:
         return self.first.num_rows
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[ActivationBatch]:
-        """Batches from `cursor` on: endless where shuffled, else one pass."""
+        """Batches from `cursor` on: endless where shuffled, else one pass. Raises ShardError for too small a buffer."""
         return self._in_order() if self.seed is None else self._shuffled(cursor or Cursor())
 
     def _in_order(self) -> Iterator[ActivationBatch]:
         for start in range(0, self.num_rows, self.batch_tokens):
             stop = min(start + self.batch_tokens, self.num_rows)
-            rows = self._read([(start, stop)])
-            if len(rows.acts):
-                yield rows
+            rows = self._room(stop - start)
+            self._fill(rows, self._pieces([(start, stop)]))
+            if len(rows.order):
+                yield rows.batch(0, len(rows.order), Cursor(), self.device)
 
     def _shuffled(self, cursor: Cursor) -> Iterator[ActivationBatch]:
         assert self.seed is not None
-        group_rows = max(self.batch_tokens, self.buffer_bytes // buffered_row_bytes(self._acts_bytes))
-        shuffle = BlockShuffle(self.num_rows, self.block_rows, group_rows, self.seed)
+        shuffle = BlockShuffle(self.num_rows, self.block_rows, self._group_rows(), self.seed)
+        most = min(self.num_rows, shuffle.blocks_per_group * self.block_rows)
+        spare, self._spare = self._spare, []
+        current, other = spare or (self._room(most), self._room(most))
         epoch, group, offset = cursor.epoch, cursor.group, cursor.offset
-        while True:
-            rows = self._read(shuffle.blocks(epoch, group))
-            order = torch.from_numpy(shuffle.rows(epoch, group, len(rows.acts)))
-            # the last, incomplete batch of a group is left out of this epoch; another shuffle picks others next time
-            while offset + self.batch_tokens <= len(order):
-                chosen = order[offset : offset + self.batch_tokens]
-                offset += self.batch_tokens
-                yield _take(rows, chosen, Cursor(epoch, group, offset), self.device)
-            if offset == 0:
-                raise ValueError(
-                    f"{len(order)} rows are fewer than one batch of {self.batch_tokens}; lower batch_tokens"
-                )
-            del rows, order  # before the next group is read: one of them is in memory, never two
-            offset, group = 0, group + 1
-            if group == shuffle.num_groups:
-                epoch, group = epoch + 1, 0
+        stopped = threading.Event()
 
-    @property
-    def _acts_bytes(self) -> int:
-        return sum(r.d_in * (2 if r.dtype == "bfloat16" else 4) for r in self.readers.values())
+        def fill(rows: _Rows, epoch: int, group: int) -> None:
+            self._fill(rows, self._pieces(shuffle.blocks(epoch, group)), (shuffle, epoch, group), stopped)
 
-    def _read(self, blocks: list[tuple[int, int]]) -> ActivationBatch:
-        """Kept rows of the given row ranges, copied from the mapped files to where they stay."""
-        pieces = [piece for start, stop in blocks for piece in self._pieces(start, stop)]
-        count = sum(len(piece.rows) for piece in pieces)
-        dtypes = {torch.bfloat16 if r.dtype == "bfloat16" else torch.float32 for r in self.readers.values()}
-        acts = torch.empty(count, sum(self.widths.values()), dtype=max(dtypes, key=lambda d: d.itemsize))
-        fields = {
-            "token_ids": np.empty(count, np.int32),
-            "document_ids": np.empty(count, np.int32),
-            "window_ids": np.empty(count, np.int32),
-            "positions": np.empty(count, np.int16),
-        }
-        at = 0
-        for piece in pieces:
-            shard, to, column = piece.shard, slice(at, at + len(piece.rows)), 0
-            for reader in self.readers.values():
-                # a slice first: numpy copies all of a mapped array whose offset in the file is not aligned
-                near = reader.rows(shard, piece.low, piece.high)[piece.rows - piece.low]
-                acts[to, column : column + reader.d_in] = _acts(near)
-                column += reader.d_in
-            for name in ("token_ids", "document_ids"):
-                fields[name][to] = getattr(self.first, name)(shard)[piece.low : piece.high][piece.rows - piece.low]
-            fields["window_ids"][to] = self.first.window_ids(shard)[piece.rows // self.first.context_tokens]
-            fields["positions"][to] = piece.rows % self.first.context_tokens
-            at = to.stop
-        columns = {name: torch.from_numpy(values) for name, values in fields.items()}
-        return ActivationBatch(acts.to(self.device), **columns, cursor=Cursor())
+        with ThreadPoolExecutor(1, "shard-reader") as reading:
+            try:
+                filled = reading.submit(fill, current, epoch, group)
+                while True:
+                    filled.result()
+                    following = (epoch, group + 1) if group + 1 < shuffle.num_groups else (epoch + 1, 0)
+                    filled = reading.submit(fill, other, *following)
+                    # the last, incomplete batch of a group is left out of this epoch; another shuffle picks others
+                    while offset + self.batch_tokens <= len(current.order):
+                        start, offset = offset, offset + self.batch_tokens
+                        yield current.batch(start, offset, Cursor(epoch, group, offset), self.device)
+                    if offset == 0:
+                        raise ValueError(
+                            f"{len(current.order)} rows are fewer than one batch of {self.batch_tokens}; "
+                            "lower batch_tokens"
+                        )
+                    (epoch, group), offset = following, 0
+                    current, other = other, current
+            finally:
+                stopped.set()
+        self._spare = [current, other]
 
-    def _pieces(self, start: int, stop: int) -> Iterator["_Piece"]:
-        """Kept rows of one range over the stored rows, one piece for every shard that it touches."""
-        first = int(np.searchsorted(self._offsets, start, side="right")) - 1
-        for shard in range(first, len(self.first)):
-            base = int(self._offsets[shard])
-            low, high = max(start - base, 0), min(stop - base, self.first.records[shard].rows)
-            if low >= high:
+    def _group_rows(self) -> int:
+        row_bytes = buffered_row_bytes(self._row_bytes)
+        # whole blocks with room for a batch beside the rows that are left out
+        least = 2 * row_bytes * self.block_rows * -(-(self.batch_tokens * 9 // 8) // self.block_rows)
+        if self.buffer_bytes < least:
+            raise ShardError(
+                f"train.shuffle_buffer_bytes = {self.buffer_bytes} has no room for two groups of a batch of "
+                f"{self.batch_tokens} rows in blocks of {self.block_rows}: set at least {least}"
+            )
+        return self.buffer_bytes // (2 * row_bytes)
+
+    def _room(self, rows: int) -> _Rows:
+        return _Rows.room_for(rows, self._row_bytes, self.dtype)
+
+    def _pieces(self, blocks: Sequence[tuple[int, int]]) -> list[_Piece]:
+        """Row ranges over all shards as ranges inside single ones."""
+        pieces = []
+        for start, stop in blocks:
+            shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
+            while start < stop:
+                base, end = int(self._offsets[shard]), int(self._offsets[shard + 1])
+                if start < end:
+                    pieces.append(_Piece(shard, start - base, min(stop, end) - base))
+                start, shard = max(start, min(stop, end)), shard + 1
+        return pieces
+
+    def _fill(
+        self,
+        rows: _Rows,
+        pieces: Sequence[_Piece],
+        shuffled: tuple[BlockShuffle, int, int] | None = None,
+        stopped: threading.Event | None = None,
+    ) -> None:
+        """Copy `pieces` into `rows`; the order of those that count is the stored or the shuffled one."""
+        start, kept = 0, []
+        for number, piece in enumerate(pieces):
+            if stopped is not None and stopped.is_set():
                 return
-            kept = np.arange(low, high) % self.first.context_tokens >= self.first_position
-            for name, reader in self.readers.items():
-                kept &= reader.norms(shard)[low:high] <= self.norm_limits[name]
-            yield _Piece(shard, low, high, low + np.flatnonzero(kept))
+            if shuffled is not None and number % _BLOCKS_AHEAD == 0:
+                self._read_ahead(pieces[number + _BLOCKS_AHEAD : number + 2 * _BLOCKS_AHEAD])
+            self._copy(rows, piece, start)
+            kept.append(start + self._kept(piece))
+            start += piece.high - piece.low
+        rows.order = np.concatenate(kept)
+        if shuffled is not None:
+            shuffle, epoch, group = shuffled
+            rows.order = rows.order[shuffle.rows(epoch, group, len(rows.order))]
 
+    def _kept(self, piece: _Piece) -> NDArray[np.int64]:
+        """Rows of a piece that count, from its first."""
+        keep = np.arange(piece.low, piece.high) % self.first.context_tokens >= self.first_position
+        for name, reader in self.readers.items():
+            keep &= reader.norms(piece.shard)[piece.low : piece.high] <= self.norm_limits[name]
+        return np.flatnonzero(keep)
 
-@dataclass(frozen=True)
-class _Piece:
-    """Kept rows of a shard, all of them from `low` to `high - 1`."""
+    def _read_ahead(self, pieces: Sequence[_Piece]) -> None:
+        for piece in pieces:
+            for reader in self.readers.values():
+                reader.will_need(piece.shard, piece.low, piece.high)
 
-    shard: int
-    low: int
-    high: int
-    rows: np.ndarray
-
-
-def buffered_row_bytes(acts_bytes: int) -> int:
-    """Memory of one buffered row: its activations, what it was read on, and its places (int64, twice)."""
-    return acts_bytes + 3 * 4 + 2 + 2 * 8
-
-
-def _acts(values: np.ndarray) -> torch.Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+    def _copy(self, rows: _Rows, piece: _Piece, start: int) -> None:
+        shard, low, high = piece.shard, piece.low, piece.high
+        stop, column = start + high - low, 0
+        for reader in self.readers.values():
+            width = reader.d_in * self.dtype.itemsize
+            rows.acts[start:stop, column : column + width] = reader.rows(shard, low, high).view(np.uint8)
+            column += width
+        origins, row = rows.origins[start:stop], np.arange(low, high)
+        origins["token_ids"] = self.first.token_ids(shard)[low:high]
+        origins["document_ids"] = self.first.document_ids(shard)[low:high]
+        origins["window_ids"] = self.first.window_ids(shard)[row // self.first.context_tokens]
+        origins["positions"] = row % self.first.context_tokens
 
 
 def window_column(reader: ShardReader, name: str) -> np.ndarray:
     """A column of all shards by window, [W, T]: "token_ids", "document_ids" or "norms"."""
     parts = [getattr(reader, name)(shard) for shard in range(len(reader))]
     return np.concatenate(parts).reshape(-1, reader.context_tokens)
-
-
-def _take(rows: ActivationBatch, chosen: torch.Tensor, cursor: Cursor, device: torch.device) -> ActivationBatch:
-    return ActivationBatch(
-        acts=rows.acts[chosen.to(rows.acts.device)].to(device),
-        token_ids=rows.token_ids[chosen],
-        document_ids=rows.document_ids[chosen],
-        window_ids=rows.window_ids[chosen],
-        positions=rows.positions[chosen],
-        cursor=cursor,
-    )

@@ -17,6 +17,7 @@ from saeql.sae.files import load_dictionary
 from .atomic import write_whole
 from .dictionaries import DictionarySpec, specify
 from .pareto import advise, write_report
+from .verify import recorded
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -94,7 +95,7 @@ def run_sweep(run: "Run", *, resume: bool = True, report_to: str = "none") -> li
     """
     folder, specs = run.path / SWEEP_FOLDER, expand(run.config)
     folder.mkdir(exist_ok=True)
-    with run.locked():
+    with run.locked(), recorded(run.path, "sweep"):
         started = time.monotonic()
         step_seconds = run.train_together(specs, folder, resume=resume, report_to=report_to)
         seconds = time.monotonic() - started

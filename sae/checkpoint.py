@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from .comm import ALONE, Comm
 
 CHECKPOINT_VERSION = 2
+#: Hashes of a checkpoint's other files, in the form of store/integrity.py: what `saeql verify` names damage by.
+HASHES_FILE = "hashes.json"
+_BLOCK_BYTES = 2**20
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -66,6 +70,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, comm: Comm = ALONE,
         shape = {"ranks": [comm.data_size, comm.feature_size], "files": files}
         state = {"version": CHECKPOINT_VERSION, "step": checkpoint.step, **shape, **checkpoint.state}
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        hashes = {file.name: _file_hash(file) for file in sorted(temporary.iterdir())}
+        (temporary / HASHES_FILE).write_text(json.dumps({"files": hashes}) + "\n", encoding="utf-8")
         for file in temporary.iterdir():
             _fsync(file)
         shutil.rmtree(path, ignore_errors=True)
@@ -104,8 +110,13 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         return None
     path = found[-1]
     try:
+        hashes = json.loads((path / HASHES_FILE).read_text(encoding="utf-8")) if (path / HASHES_FILE).exists() else None
+        if hashes and _sha256(path / "state.json") != hashes["files"]["state.json"]["sha256"]:
+            raise CheckpointError(
+                f"{path / 'state.json'} does not match {HASHES_FILE}; remove {path} to go on without it"
+            )
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, LookupError) as error:
         raise CheckpointError(f"{path / 'state.json'} is damaged: {error}; remove {path} to go on without it") from None
     if state.get("version") != CHECKPOINT_VERSION:
         raise CheckpointError(f"{path} has version {state.get('version')}, this saeql reads {CHECKPOINT_VERSION}")
@@ -158,6 +169,13 @@ def _stored_shapes(path: Path) -> dict[str, torch.Size]:
             return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _file_hash(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        blocks = [zlib.crc32(block) for block in iter(lambda: file.read(_BLOCK_BYTES), b"")]
+    size = path.stat().st_size
+    return {"bytes": size, "sha256": _sha256(path), "block_bytes": _BLOCK_BYTES, "block_crc32": blocks}
 
 
 def _sha256(path: Path) -> str:

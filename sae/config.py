@@ -179,6 +179,10 @@ def from_dict(cls: type[ConfigT], data: Mapping[str, Any], where: str = "") -> C
             place = f"[{where}]" if where else "the configuration"
             raise ConfigError(f'unknown key "{full}": {place} has {", ".join(names)}{suggestion(key, names)}')
         values[key] = _convert(hints[key], value, full)
+    for field in dataclasses.fields(cls):
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if is_required and field.name not in values:
+            raise ConfigError(f'[{where}] needs the key "{field.name}"')
     try:
         return cls(**values)
     except ConfigError:
@@ -225,11 +229,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     result = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            result[field.name] = to_dict(value)
-        elif value is not None:
-            result[field.name] = list(value) if isinstance(value, tuple) else value
+        if value is not None:
+            result[field.name] = _plain(value)
     return result
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 def load_toml(cls: type[ConfigT], path: str | Path | None, overrides: Mapping[str, str] | None = None) -> ConfigT:

@@ -5,16 +5,15 @@ line end is a writer that died, and is not a line.
 """
 
 import fcntl
-import hashlib
 import json
 import os
-import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .integrity import FileHash, find_damage
+
 MANIFEST = "manifest.jsonl"
-BLOCK_BYTES = 8 * 2**20
 
 
 class ShardError(ValueError):
@@ -36,16 +35,6 @@ class ShardRecord:
     d_in: int
     context_tokens: int
     attributes: dict[str, Any]  # what the writer was told: model, hook point, split, ...
-
-
-def hash_file(path: Path, block_bytes: int = BLOCK_BYTES) -> tuple[str, list[int]]:
-    """SHA-256 of the file and the CRC-32 of each of its blocks, in one pass."""
-    digest, blocks = hashlib.sha256(), []
-    with path.open("rb") as file:
-        while block := file.read(block_bytes):
-            digest.update(block)
-            blocks.append(zlib.crc32(block))
-    return digest.hexdigest(), blocks
 
 
 def read_manifest(folder: Path) -> list[ShardRecord]:
@@ -113,22 +102,8 @@ def check_size(folder: Path, record: ShardRecord) -> None:
 
 
 def verify_file(folder: Path, record: ShardRecord) -> None:
-    """Raise ShardError where the shard's content is not what was published, with the ranges of bytes that differ."""
+    """Raise ShardError where the shard's content is not what was published, with the bytes that differ."""
     check_size(folder, record)
-    sha256, blocks = hash_file(folder / record.file, record.block_bytes)
-    if sha256 == record.sha256:
-        return
-    bad = [i for i, (now, then) in enumerate(zip(blocks, record.block_crc32, strict=True)) if now != then]
-    ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in _ranges(bad, record)) or "that no block hash shows"
-    raise ShardError(f"{folder / record.file} differs from the manifest in bytes {ranges}: harvest this shard again")
-
-
-def _ranges(blocks: list[int], record: ShardRecord) -> list[tuple[int, int]]:
-    """Byte ranges [start, stop) of the ascending `blocks`, neighbours joined."""
-    ranges: list[tuple[int, int]] = []
-    for block in blocks:
-        start, stop = block * record.block_bytes, min((block + 1) * record.block_bytes, record.bytes)
-        if ranges and ranges[-1][1] == start:
-            start = ranges.pop()[0]
-        ranges.append((start, stop))
-    return ranges
+    expected = FileHash(record.bytes, record.sha256, record.block_bytes, record.block_crc32)
+    if damage := find_damage(folder / record.file, expected):
+        raise ShardError(f"{damage}: harvest this shard again")

@@ -8,6 +8,7 @@ under a temporary name, closed, synced and renamed before its manifest line appe
 
 import errno
 import json
+import math
 import os
 import queue
 import re
@@ -18,15 +19,15 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from .integrity import hash_file
 from .manifest import (
-    BLOCK_BYTES,
     ShardError,
     ShardRecord,
     append_record,
     check_size,
-    hash_file,
     read_manifest,
     sync_folder,
     verify_file,
@@ -185,8 +186,8 @@ class ShardWriter:
             self._write(temporary, shard)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            sha256, blocks = hash_file(temporary)
-            windows, num_bytes = sum(map(len, shard)), temporary.stat().st_size
+            content = hash_file(temporary)
+            windows = sum(map(len, shard))
             temporary.replace(path)
             sync_folder(self.folder)
         except Exception as error:
@@ -196,10 +197,10 @@ class ShardWriter:
             path.name,
             windows * self.context_tokens,
             windows,
-            num_bytes,
-            sha256,
-            BLOCK_BYTES,
-            blocks,
+            content.bytes,
+            content.sha256,
+            content.block_bytes,
+            content.block_crc32,
             self.dtype,
             self.d_in,
             self.context_tokens,
@@ -302,7 +303,7 @@ class ShardReader:
         if len(shapes) > 1:
             raise ShardError(f"{self.folder} mixes shards of {' and '.join(map(str, sorted(shapes)))}")
         self.dtype, self.d_in, self.context_tokens = shapes.pop()
-        self._mapped: dict[int, dict[str, np.memmap[Any, Any]]] = {}
+        self._mapped: dict[int, dict[str, NDArray[Any]]] = {}
 
     @property
     def num_rows(self) -> int:
@@ -326,7 +327,7 @@ class ShardReader:
 
         Raises ShardError for a file that is missing, truncated, or not what the manifest says.
         """
-        return self._column(shard, "acts")
+        return self._columns(shard)["acts"]
 
     def rows(self, shard: int, start: int, stop: int) -> NDArray[Any]:
         """Acts of rows `start` to `stop - 1`, [stop - start, d_in], a view of the mapped file."""
@@ -335,24 +336,34 @@ class ShardReader:
         return self.acts(shard)[start:stop]
 
     def token_ids(self, shard: int) -> NDArray[np.int32]:
-        """[rows], memory-mapped read-only like every column."""
-        return self._column(shard, "token_ids")
+        """[rows], mapped."""
+        return self._columns(shard)["token_ids"]
 
     def document_ids(self, shard: int) -> NDArray[np.int32]:
-        """[rows]"""
-        return self._column(shard, "document_ids")
+        """[rows], mapped."""
+        return self._columns(shard)["document_ids"]
 
     def norms(self, shard: int) -> NDArray[np.float32]:
-        """[rows], Euclidean norms as they were given."""
-        return self._column(shard, "norms")
+        """[rows], mapped: Euclidean norms as they were given."""
+        return self._columns(shard)["norms"]
 
     def window_ids(self, shard: int) -> NDArray[np.int32]:
-        """[windows]; `numpy.repeat(_, context_tokens)` gives one a row."""
-        return self._column(shard, "window_ids")
+        """[windows], mapped; `numpy.repeat(_, context_tokens)` gives one a row."""
+        return self._columns(shard)["window_ids"]
 
     def positions(self, shard: int) -> NDArray[np.int32]:
         """[rows], position in the window, from 0."""
         return np.tile(np.arange(self.context_tokens, dtype=np.int32), self.records[shard].windows)
+
+    def will_need(self, shard: int, start: int, stop: int) -> None:
+        """Ask the kernel to read the acts of rows `start` to `stop - 1` ahead; returns at once."""
+        row_bytes = self.d_in * DTYPES[self.dtype].itemsize
+        offset = self._offset(shard) + start * row_bytes
+        descriptor = os.open(self.folder / self.records[shard].file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, offset, (stop - start) * row_bytes, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
     def verify(self) -> int:
         """Read every shard again and return how many bytes were checked.
@@ -363,38 +374,47 @@ class ShardReader:
             verify_file(self.folder, record)
         return sum(record.bytes for record in self.records)
 
+    def _offset(self, shard: int) -> int:
+        """Where the acts begin in the shard's file."""
+        acts = self._columns(shard)["acts"]
+        whole = self._columns(shard)["file"]
+        return acts.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+
+    def _columns(self, shard: int) -> dict[str, NDArray[Any]]:
+        """Views of the mapped file by name. The mapping holds no file descriptor: shards may be many."""
+        if shard not in self._mapped:
+            record, path = self.records[shard], self.path(shard)
+            check_size(self.folder, record)
+            rows, int32 = record.rows, np.dtype("<i4")
+            expected = {
+                "acts": ((rows, self.d_in), DTYPES[self.dtype]),
+                "token_ids": ((rows,), int32),
+                "document_ids": ((rows,), int32),
+                "norms": ((rows,), np.dtype("<f4")),
+                "window_ids": ((record.windows,), int32),
+            }
+            with pa.memory_map(str(path)) as mapped:
+                whole = np.frombuffer(mapped.read_buffer(), np.uint8)
+            columns: dict[str, NDArray[Any]] = {"file": whole}
+            with self._open(shard) as file:
+                for name, (shape, dtype) in expected.items():
+                    offset, count = self._place(file, shard, name, shape, dtype), math.prod(shape)
+                    columns[name] = np.frombuffer(whole, dtype, count, offset).reshape(shape)
+            self._mapped[shard] = columns
+        return self._mapped[shard]
+
     def _open(self, shard: int) -> h5py.File:
-        check_size(self.folder, self.records[shard])
         try:
             return h5py.File(self.path(shard), "r")
         except OSError as error:
             raise ShardError(f"{self.path(shard)}: HDF5 cannot read it, run verify: {error}") from error
 
-    def _column(self, shard: int, name: str) -> NDArray[Any]:
-        """A column as its part of the mapped file: it costs page cache, not the process's own memory."""
-        if shard not in self._mapped:
-            record, path = self.records[shard], self.path(shard)
-            columns = {
-                "acts": ((record.rows, self.d_in), DTYPES[self.dtype]),
-                "token_ids": ((record.rows,), np.dtype("<i4")),
-                "document_ids": ((record.rows,), np.dtype("<i4")),
-                "norms": ((record.rows,), np.dtype("<f4")),
-                "window_ids": ((record.windows,), np.dtype("<i4")),
-            }
-            mapped = {}
-            with self._open(shard) as file:
-                for column, (shape, dtype) in columns.items():
-                    offset = self._dataset(file, shard, column, shape, dtype).id.get_offset()
-                    if offset is None:
-                        raise ShardError(f"{path}: {column} is not contiguous")
-                    mapped[column] = np.memmap(path, dtype, "r", offset, shape)
-            self._mapped[shard] = mapped
-        return self._mapped[shard][name]
-
-    def _dataset(
-        self, file: h5py.File, shard: int, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
-    ) -> h5py.Dataset:
+    def _place(self, file: h5py.File, shard: int, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+        """Offset of a dataset's bytes in the file."""
         dataset = file.get(name)
         if not isinstance(dataset, h5py.Dataset) or dataset.shape != shape or dataset.dtype != dtype:
             raise ShardError(f"{self.path(shard)}: {name} is not the {dtype} {list(shape)} that the manifest promises")
-        return dataset
+        offset = dataset.id.get_offset()
+        if offset is None:
+            raise ShardError(f"{self.path(shard)}: {name} is not contiguous")
+        return offset

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from saeql.pipelines.corpus import CorpusConfig, CorpusError, documents, normalise, split_of
+from saeql.pipelines.corpus import CorpusConfig, CorpusError, CorpusReader, documents, normalise, split_of
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -48,8 +48,9 @@ def test_a_folder_of_text_files(tmp_path: Path):
     (tmp_path / "b.md").write_text("two")
     (tmp_path / "c.png").write_bytes(b"\x89")
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9 and more")
-    found = {d.title: d.text for d in documents(CorpusConfig(source=str(tmp_path)))}
-    assert found == {"a.txt": "one", "b.md": "two", "bad.txt": "caf\ufffd and more"}
+    reader = CorpusReader(CorpusConfig(source=str(tmp_path)))
+    assert {d.title: d.text for d in reader} == {"a.txt": "one", "b.md": "two"}
+    assert reader.report()[0]["left_out"]["not_utf8"] == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from saeql.store import shards
-from saeql.store.manifest import BLOCK_BYTES, MANIFEST
+from saeql.store.integrity import BLOCK_BYTES
+from saeql.store.manifest import MANIFEST
 from saeql.store.shards import ShardError, ShardReader, ShardWriter, Windows
 
 T, D = 6, 10
@@ -76,7 +77,7 @@ def test_round_trip_is_exact(tmp_path: Path, dtype: str, count: int) -> None:
 def test_acts_are_mapped_and_read_only(tmp_path: Path) -> None:
     batch = write(tmp_path)
     reader = ShardReader(tmp_path)
-    assert isinstance(reader.acts(1), np.memmap) and not reader.acts(1).flags.writeable
+    assert not reader.acts(1).flags.owndata and not reader.acts(1).flags.writeable
     np.testing.assert_array_equal(reader.rows(1, 3, 40), batch.acts[8:16].reshape(-1, D)[3:40])
     with pytest.raises(ShardError, match="has 48 rows"):
         reader.rows(1, 40, 49)
@@ -125,11 +126,20 @@ def test_no_shards_and_damaged_manifest_are_named(tmp_path: Path) -> None:
 def test_a_flipped_byte_is_named_with_its_range(tmp_path: Path) -> None:
     write(tmp_path, 40, d_in=6000, context_tokens=64, windows_per_shard=20)
     path = tmp_path / "shard-00001.h5"
-    data = bytearray(path.read_bytes())
-    assert len(data) > BLOCK_BYTES
+    whole = path.read_bytes()
+    assert len(whole) > 3 * BLOCK_BYTES
+    data = bytearray(whole)
     data[BLOCK_BYTES + 17] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ShardError, match=rf"shard-00001.h5 differs .* bytes {BLOCK_BYTES} to {len(data) - 1}"):
+    with pytest.raises(ShardError, match=rf"shard-00001.h5 differs at byte {BLOCK_BYTES + 17}: it is 0x"):
+        ShardReader(tmp_path).verify()
+    data[BLOCK_BYTES + 18] ^= 1
+    data[-1] ^= 1
+    path.write_bytes(data)
+    last = len(data) // BLOCK_BYTES * BLOCK_BYTES
+    with pytest.raises(
+        ShardError, match=rf"bytes {BLOCK_BYTES} to {2 * BLOCK_BYTES - 1}, {last} to {len(data) - 1}: harvest"
+    ):
         ShardReader(tmp_path).verify()
 
 
