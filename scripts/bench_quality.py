@@ -12,7 +12,9 @@ unless told otherwise. `saelens` needs sae-lens in the same environment as saeql
 Both libraries see the same rows in the same order: the run's training rows, shuffled with the seed. saeql trains as
 `saeql train` does. SAELens trains by its own SAETrainer with its own training classes, loss, auxiliary loss and Adam;
 its inputs are scaled by its own `expected_average_only_in`, estimated on the rows that saeql measures its input on. Its
-learning rate is chosen: the first seed of TopK with every `--lrs`, and the best goes on to all the other trainings.
+learning rate is chosen for it: the first seed of TopK with every `--lrs`; then likewise the steps without firing after
+which a latent is dead (`--dead-after-steps`: its default, and about what saeql's dead_after_tokens comes to). The best
+of both goes on to all the other trainings.
 
 Scored are all test rows that training would keep (no first positions, no massive rows), through one dense float64
 forward pass over what either library saved. BatchTopK is scored as it is used: with its inference threshold.
@@ -245,21 +247,22 @@ def train_saelens(run: Run, training: Training, folder: Path):
 
 
 def saelens(run: Run, folder: Path, arguments: argparse.Namespace) -> None:
-    """The choice of the learning rate, then every architecture and seed with the best."""
+    """The choice of the learning rate and of the window after which a latent is dead, then everything with the best."""
     num_steps = arguments.steps or run.config.train.num_steps
-    base = Training(
+    best = Training(
         library="sae-lens",
         architecture="topk",
         seed=arguments.seeds[0],
         num_steps=num_steps,
-        lr=0.0,
+        lr=arguments.lrs[0],
         warmup_steps=arguments.warmup,
         decay_steps=round(arguments.decay_share * num_steps),
-        dead_after_steps=arguments.dead_after_steps,
+        dead_after_steps=arguments.dead_after_steps[0],
     )
-    tried = {lr: run_once(run, folder, replace(base, lr=lr))["fvu"] for lr in arguments.lrs}
-    best = replace(base, lr=min(tried, key=lambda lr: tried[lr]))
-    print(f"fvu by learning rate {tried}: going on with {best.lr:g}", flush=True)
+    for field, values in (("lr", arguments.lrs), ("dead_after_steps", arguments.dead_after_steps)):
+        tried = {value: run_once(run, folder, replace(best, **{field: value}))["fvu"] for value in values}
+        best = replace(best, **{field: min(tried, key=lambda value: tried[value])})
+        print(f"fvu by {field} {tried}: going on with {getattr(best, field):g}", flush=True)
     for seed in arguments.seeds:
         for architecture in arguments.architectures:
             run_once(run, folder, replace(best, architecture=architecture, seed=seed))
@@ -346,7 +349,8 @@ def main() -> None:
             sub.add_argument("--lrs", nargs="+", type=float, default=[3e-4, 1e-3, 2e-3], help="learning rates to try")
             sub.add_argument("--warmup", type=int, default=50, help="steps of warm-up")
             sub.add_argument("--decay-share", type=float, default=0.3, help="last share of the steps, decaying to 0")
-            sub.add_argument("--dead-after-steps", type=int, default=1000, help="its dead_feature_window")
+            windows = "dead_feature_window, to try with the best learning rate"
+            sub.add_argument("--dead-after-steps", nargs="+", type=int, default=[1000, 100], help=windows)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.results.mkdir(parents=True, exist_ok=True)
