@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from bench_train import ROOT, describe_device
 
+from saeql.kernels.sparse_matmul import SparseLatents
 from saeql.pipelines import Run
 from saeql.pipelines.atomic import write_whole
 from saeql.pipelines.dictionaries import specify
@@ -48,7 +49,7 @@ from saeql.pipelines.sources import ShardSource
 from saeql.sae.exchange.registry import read
 from saeql.sae.exchange.weights import DictionaryWeights
 from saeql.sae.files import load_dictionary
-from saeql.sae.metrics import VarianceUnexplained, dead_share
+from saeql.sae.metrics import RowMetrics
 
 RESULTS_FILE = "results.jsonl"
 _SCORE_ROWS = 2048
@@ -86,32 +87,28 @@ def kept_rows(run: Run, split: str, batch_tokens: int, **options: Any) -> ShardS
 
 
 @torch.no_grad()
-def score(run: Run, weights: DictionaryWeights) -> dict[str, Any]:
-    """fvu, l0 and dead share on the kept test rows, by the dense forward pass of the container in float64."""
+def score(run: Run, weights: DictionaryWeights, own: torch.nn.Module) -> dict[str, Any]:
+    """fvu with its interval, l0 and dead share on the kept test rows, by the container's dense forward pass in float64.
+
+    `own_fvu`, by the float32 forward pass of the library's own class, is there to check that.
+    """
     double = replace(weights, tensors={name: tensor.double() for name, tensor in weights.tensors.items()})
-    meter, fired = VarianceUnexplained(weights.d_out), torch.zeros(weights.d_sae, dtype=torch.int64)
+    meter, own_meter = (RowMetrics(weights.d_out, weights.d_sae) for _ in range(2))
     for batch in kept_rows(run, "test", _SCORE_ROWS).batches():
         x = batch.acts.double()
-        latents = double.encode_dense(x)
-        meter.update(x, double.decode_dense(latents, x))
-        fired += (latents > 0).sum(0)
+        z = double.encode_dense(x)
+        latents = SparseLatents(*z.topk(int((z > 0).sum(1).max())), weights.d_sae)
+        meter.update(x, double.decode_dense(z, x), latents, batch.document_ids)
+        own_meter.update(x, own(batch.acts.float()), latents, batch.document_ids)
+    found, own_found = meter.estimates(), own_meter.estimates()
     return {
-        "fvu": meter.value(),
-        "l0": float(fired.sum()) / meter.count,
-        "dead_share": dead_share(fired),
-        "num_test_rows": meter.count,
+        "fvu": found["fvu"].value,
+        "fvu_interval": [found["fvu"].low, found["fvu"].high],
+        "l0": found["l0"].value,
+        "dead_share": found["dead_share"].value,
+        "num_test_rows": found["fvu"].n,
+        "own_fvu": own_found["fvu"].value,
     }
-
-
-@torch.no_grad()
-def own_fvu(run: Run, dictionary: torch.nn.Module) -> float:
-    """fvu on the same rows by the library's own float32 forward pass: a check on `score`."""
-    meter = None
-    for batch in kept_rows(run, "test", _SCORE_ROWS).batches():
-        x = batch.acts.float()
-        meter = meter or VarianceUnexplained(x.shape[1])
-        meter.update(x, dictionary(x))
-    return meter.value() if meter else float("nan")
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:
@@ -132,8 +129,7 @@ def run_once(run: Run, folder: Path, training: Training) -> dict[str, Any]:
     seconds = {"wall_seconds": round(time.monotonic() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     result = {
         "training": asdict(training),
-        **score(run, read(saved)),
-        "own_fvu": own_fvu(run, load(saved)),
+        **score(run, read(saved), load(saved)),
         **seconds,
         "versions": {"torch": torch.__version__, **({package: version(package)} if package else {})},
     }
@@ -307,7 +303,7 @@ def report(run: Run, folder: Path, arguments: argparse.Namespace) -> None:
         entry = {
             "date": datetime.date.today().isoformat(),
             "commit": commit.stdout.strip(),
-            "device": describe_device(),
+            "device": describe_device("cpu"),
             "python": platform.python_version(),
             "threads": 1,
             "rows": {
