@@ -50,6 +50,8 @@ class SparseAutoencoder(nn.Module):
     default_sparsity_coefficient: float = 0.0
     #: Whether dead latents learn from the residual by the auxiliary loss of `sae/objective.py`.
     has_auxk: bool = True
+    #: Norm of the encoder's rows at the start. Adam's steps do not grow with the weights, so short rows turn faster.
+    encoder_start: float = 1.0
     #: Parameters [d_sae] that are 0 for a latent which is resampled.
     latent_biases: tuple[str, ...] = ("b_enc",)
 
@@ -95,13 +97,15 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Random unit decoder rows, and an encoder that starts as their transpose (arXiv 2406.04093, appendix A.1).
+        """Random unit decoder rows, and an encoder that starts as their transpose (arXiv 2406.04093, appendix A.1), its
+        rows `encoder_start` long.
 
         A transcoder's encoder starts from random rows of its own.
         """
         generator = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(_unit_rows(self.d_sae, self.d_out, generator))
         self.W_enc.copy_(self.W_dec if self.reads_what_it_writes else _unit_rows(self.d_sae, self.d_in, generator))
+        self.W_enc.mul_(self.encoder_start)
         self.start_sparse()
 
     def start_sparse(self) -> None:

@@ -22,6 +22,7 @@ class BatchTopKAutoencoder(SparseAutoencoder):
 
     architecture = "batchtopk"
     selects = True
+    encoder_start = 0.3
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -14,6 +14,7 @@ class TopKAutoencoder(SparseAutoencoder):
 
     architecture = "topk"
     selects = True
+    encoder_start = 0.3
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """The k largest latents of rows x [N, d_in], clipped at zero."""
