@@ -249,6 +249,11 @@ class Run:
         Returns the seconds that each one's steps took.
         """
         config, info = self.config, self.harvest_info
+        if config.train.feature_shards > 1 or os.environ.get("WORLD_SIZE", "1") != "1":
+            raise RunError(
+                "`saeql train` trains in one process: leave train.feature_shards at 1 and start it without torchrun "
+                "(in Python, saeql.sae.trainer.Trainer takes the ranks of saeql.sae.comm.join)"
+            )
         device = pick_device(config.model.device)
         needed = {hook_point for spec in specs for hook_point in (*spec.reads, *spec.writes)}
         source = open_source(

@@ -208,6 +208,15 @@ def test_a_stage_does_not_read_what_is_out_of_date(tiny_run: Path, tmp_path: Pat
     assert list(run.finished()) == list(STAGES)
 
 
+def test_several_ranks_are_refused_where_they_would_not_be_used(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(tiny_run, tmp_path / "copy")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="trains in one process: leave train.feature_shards at 1"):
+        Run.open(tmp_path / "copy").train()
+
+
 def test_two_writers_exclude_each_other(tiny_run: Path, tmp_path: Path):
     run = copy_of(tiny_run, tmp_path)
     with run.locked(), pytest.raises(RunError, match=r"in use by another saeql process \(pid \d+\)"):
