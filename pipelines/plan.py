@@ -123,7 +123,9 @@ def make_plan(
         raise ConfigError(f"--nodes and --gpus-per-node must be at least 1, got {nodes} and {gpus_per_node}")
     card = gpu(gpu_name) if gpu_name else _own_gpu(config)
     rows, notes = _rows(config)
-    footprint = start_measuring(_config_folder(config), wikipedia=config.corpus.source == EMBEDDED_TEXT)
+    footprint = start_measuring(
+        _config_folder(config), wikipedia=any(s.source == EMBEDDED_TEXT for s in config.corpus.sources)
+    )
     seen = _outline(config, card)
     base, machine = footprint(), this_machine(folder)
     own = Sizes.of(specify(config.dictionary, config.model, config.seed), seen.widths)
@@ -146,7 +148,7 @@ def make_plan(
     if gpu_name and nodes * gpus_per_node > 1:
         assert card
         step = _whole_step(config, sweep or [own])
-        other = CUDA_CONTEXT_BYTES + terms._group_bytes(sweep or [own])
+        other = CUDA_CONTEXT_BYTES
         made = layouts(step, card, nodes, gpus_per_node, other)
         stages = [_on_cluster(stage, made[0], nodes * gpus_per_node, config) for stage in stages]
         notes.append(f"harvest is shared by {nodes * gpus_per_node} GPUs, training takes the fastest mesh")
@@ -189,10 +191,10 @@ def _rows(config: RunConfig) -> tuple[Rows, list[str]]:
     corpus, tokens, notes = config.corpus, config.harvest.context_tokens, []
     wanted = corpus.max_tokens
     if not wanted:
-        path = Path(corpus.source).expanduser()
-        if not path.exists():
+        paths = [Path(source.source).expanduser() for source in corpus.sources]
+        if not all(path.exists() for path in paths):
             raise ConfigError("corpus.max_tokens = 0 takes all of the text, whose length is not known: set it to plan")
-        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        files = [p for path in paths for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()]
         wanted = int(sum(f.stat().st_size for f in files) / _BYTES_PER_TOKEN)
         notes.append(f"corpus.max_tokens = 0: {wanted:,} tokens assumed, {_BYTES_PER_TOKEN} bytes of file each")
     else:

@@ -197,24 +197,24 @@ class StageTerms:
     def train_ram(self, sizes: Sequence[Sizes]) -> list[Term]:
         """Peak RAM of training `sizes` together on one stream."""
         if self.cuda:
-            group = Term("rows on their way to the GPU", self._group_bytes(sizes), "train.shuffle_buffer_bytes")
-            return [*self._process(with_model=False), group, Term("allocator", SLACK_BYTES, "measured")]
-        return [*self._process(with_model=False), *self._training(sizes), Term("allocator", SLACK_BYTES, "measured")]
+            return [*self._process(with_model=False), self._buffer(sizes), Term("allocator", SLACK_BYTES, "measured")]
+        terms = [*self._process(with_model=False), self._buffer(sizes), *self._training(sizes)]
+        return [*terms, Term("allocator", SLACK_BYTES, "measured")]
 
     def train_device(self, sizes: Sequence[Sizes]) -> list[Term]:
         """Peak GPU memory of training; `saeql run` still holds the model beside it."""
         return [*self._device_model(), *self._training(sizes)]
 
-    def _group_bytes(self, sizes: Sequence[Sizes]) -> float:
-        row_bytes = buffered_row_bytes(self._acts_bytes(sizes))
-        whole = 2 * self.rows.of("train") * row_bytes  # a group and the next one
-        return min(whole, max(self.config.train.shuffle_buffer_bytes, self.config.train.batch_tokens * row_bytes))
+    def _buffer(self, sizes: Sequence[Sizes]) -> Term:
+        """Host memory of two groups of rows: batches are taken out of one while the other is read."""
+        whole = 2 * self.rows.of("train") * buffered_row_bytes(self._acts_bytes(sizes))
+        value = min(whole, self.config.train.shuffle_buffer_bytes)
+        return Term("shuffle buffer", value, "train.shuffle_buffer_bytes, or twice the split")
 
     def _training(self, sizes: Sequence[Sizes]) -> list[Term]:
         parameters, train = sum(s.parameter_bytes for s in sizes), self.config.train
         columns = self._acts_bytes(sizes) // self.value_bytes
         terms = [
-            Term("shuffle buffer", self._group_bytes(sizes), "train.shuffle_buffer_bytes, or the whole split"),
             Term("dictionaries", parameters, f"{len(sizes)} x float32 weights"),
             Term(
                 "Adam",

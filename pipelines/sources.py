@@ -139,27 +139,29 @@ class ShardSource:
         def fill(rows: _Rows, epoch: int, group: int) -> None:
             self._fill(rows, self._pieces(shuffle.blocks(epoch, group)), (shuffle, epoch, group), stopped)
 
-        with ThreadPoolExecutor(1, "shard-reader") as reading:
-            try:
+        try:
+            with ThreadPoolExecutor(1, "shard-reader") as reading:
                 filled = reading.submit(fill, current, epoch, group)
-                while True:
-                    filled.result()
-                    following = (epoch, group + 1) if group + 1 < shuffle.num_groups else (epoch + 1, 0)
-                    filled = reading.submit(fill, other, *following)
-                    # the last, incomplete batch of a group is left out of this epoch; another shuffle picks others
-                    while offset + self.batch_tokens <= len(current.order):
-                        start, offset = offset, offset + self.batch_tokens
-                        yield current.batch(start, offset, Cursor(epoch, group, offset), self.device)
-                    if offset == 0:
-                        raise ValueError(
-                            f"{len(current.order)} rows are fewer than one batch of {self.batch_tokens}; "
-                            "lower batch_tokens"
-                        )
-                    (epoch, group), offset = following, 0
-                    current, other = other, current
-            finally:
-                stopped.set()
-        self._spare = [current, other]
+                try:
+                    while True:
+                        filled.result()
+                        following = (epoch, group + 1) if group + 1 < shuffle.num_groups else (epoch + 1, 0)
+                        filled = reading.submit(fill, other, *following)
+                        # the last, incomplete batch of a group is left out of this epoch; another shuffle picks others
+                        while offset + self.batch_tokens <= len(current.order):
+                            start, offset = offset, offset + self.batch_tokens
+                            yield current.batch(start, offset, Cursor(epoch, group, offset), self.device)
+                        if offset == 0:
+                            raise ValueError(
+                                f"{len(current.order)} rows are fewer than one batch of {self.batch_tokens}; "
+                                "lower batch_tokens"
+                            )
+                        (epoch, group), offset = following, 0
+                        current, other = other, current
+                finally:
+                    stopped.set()
+        finally:  # the thread has ended
+            self._spare = [current, other]
 
     def _group_rows(self) -> int:
         row_bytes = buffered_row_bytes(self._row_bytes)
