@@ -160,8 +160,9 @@ class Comm:
         return torch.where(found.isinf(), 0, found)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group, all ranks together: one that still waits for another's last word would be aborted."""
         if self.size > 1:
+            dist.barrier()
             dist.destroy_process_group()
 
 
