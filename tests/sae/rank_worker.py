@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from saeql.sae.architectures import build
-from saeql.sae.comm import ALONE, Comm, join
+from saeql.sae.comm import Comm, join
 from saeql.sae.config import DictionaryConfig, TrainConfig
 from saeql.sae.stream import ActivationBatch, Cursor
 from saeql.sae.trainer import Trainer
