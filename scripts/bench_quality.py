@@ -142,15 +142,18 @@ def run_once(run: Run, folder: Path, training: Training) -> dict[str, Any]:
 # --- saeql -----------------------------------------------------------------------------------------------------------
 
 
-def our_training(run: Run, architecture: str, seed: int, num_steps: int, matmul_dtype: str) -> Training:
-    """What `saeql train` would do with the run's configuration and another architecture and seed."""
+def our_training(
+    run: Run, architecture: str, seed: int, *, num_steps: int | None, lr: float | None, matmul_dtype: str
+) -> Training:
+    """What `saeql train` would do with the run's configuration and another architecture, seed and so on."""
     train = run.config.train
+    num_steps = num_steps or train.num_steps
     return Training(
         library="saeql",
         architecture=architecture,
         seed=seed,
         num_steps=num_steps,
-        lr=train.peak_lr(run.config.dictionary.d_sae),
+        lr=lr or train.peak_lr(run.config.dictionary.d_sae),
         warmup_steps=train.warmup_steps,
         decay_steps=round(train.decay_share * num_steps),
         dead_after_steps=train.dead_after_tokens // train.batch_tokens,
@@ -173,8 +176,8 @@ def ours(run: Run, folder: Path, arguments: argparse.Namespace) -> None:
     """All trainings of saeql."""
     for seed in arguments.seeds:
         for architecture in arguments.architectures:
-            num_steps = arguments.steps or run.config.train.num_steps
-            run_once(run, folder, our_training(run, architecture, seed, num_steps, arguments.matmul_dtype))
+            options = {"num_steps": arguments.steps, "lr": arguments.lr, "matmul_dtype": arguments.matmul_dtype}
+            run_once(run, folder, our_training(run, architecture, seed, **options))
 
 
 # --- SAELens ---------------------------------------------------------------------------------------------------------
@@ -340,6 +343,7 @@ def main() -> None:
         sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
         sub.add_argument("--steps", type=int, help="instead of the run's train.num_steps")
         if part is ours:
+            sub.add_argument("--lr", type=float, help="instead of the run's train.lr")
             sub.add_argument("--matmul-dtype", default="float32", help="train.matmul_dtype: float32, bfloat16 or auto")
         else:
             sub.add_argument("--lrs", nargs="+", type=float, default=[3e-4, 1e-3, 2e-3], help="learning rates to try")

@@ -26,7 +26,7 @@ def bench():
 def test_trains_and_scores_as_the_run_itself_does(bench, tiny_run: Path, tmp_path: Path):
     run = Run.open(tiny_run)
     before = sorted((p, p.stat().st_mtime_ns) for p in tiny_run.rglob("*"))
-    training = bench.our_training(run, "topk", run.config.seed, run.config.train.num_steps, "float32")
+    training = bench.our_training(run, "topk", run.config.seed, num_steps=None, lr=None, matmul_dtype="float32")
     result = bench.run_once(run, tmp_path, training)
     evaluated = {row["metric"]: row["value"] for row in run.evidence.read("metrics").to_pylist()}
     for metric in ("fvu", "l0", "dead_share"):
@@ -37,7 +37,7 @@ def test_trains_and_scores_as_the_run_itself_does(bench, tiny_run: Path, tmp_pat
 
 def test_a_training_that_is_there_is_not_repeated(bench, tiny_run: Path, tmp_path: Path):
     run = Run.open(tiny_run)
-    training = bench.our_training(run, "batchtopk", 1, 3, "float32")
+    training = bench.our_training(run, "batchtopk", 1, num_steps=3, lr=None, matmul_dtype="float32")
     assert bench.run_once(run, tmp_path, training) == bench.run_once(run, tmp_path, training)
     assert len(bench.load_results(tmp_path)) == 1
 
