@@ -17,6 +17,7 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
 
     architecture = "matryoshka"
     selects = False  # the prefixes' losses are autograd's
+    encoder_start = 1.0  # shorter rows left more latents dead
 
     @property
     def widths(self) -> list[int]:
