@@ -1,0 +1,52 @@
+"""What several commands share: parameters, overrides of configuration keys, running stages."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+RunPath = Annotated[Path, Parameter(help="Run directory.")]
+Truncate = Annotated[
+    bool,
+    Parameter(help="Harvest without the layers after the deepest hook point in memory (model.truncate).", negative=""),
+]
+
+
+def execute(path: Path, config: Any, *, report_to: str, resume: bool) -> Any:
+    from ..run import Run
+
+    made = Run.create(path, config)
+    report_stages(made.execute(resume=resume, report_to=report_to))
+    return made
+
+
+def report_stages(stages: Any) -> None:
+    for stage, seconds in stages:
+        text = "reused" if seconds is None else f"{seconds:.1f} s"
+        print(f"{stage:<10} {text}", file=sys.stderr, flush=True)
+
+
+def run_stage(stage: str, path: Path, **options: Any) -> None:
+    from ..run import Run
+
+    report_stages(Run.open(path).execute((stage,), again=True, **options))
+
+
+def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:
+    """`--section.key value` and `--section.key=value` pairs."""
+    from saeql.sae.config import ConfigError
+
+    found, pending = {}, list(tokens)
+    while pending:
+        token = pending.pop(0)
+        key, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or not key:
+            raise ConfigError(f'unexpected argument "{token}"; configuration keys are set as --section.key value')
+        if not equals:
+            if not pending:
+                raise ConfigError(f'"{token}" needs a value')
+            value = pending.pop(0)
+        found[key.replace("-", "_")] = value
+    return found

@@ -1,0 +1,119 @@
+"""Commands about a whole run: demo, run, plan, config, hooks."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from .common import Overrides, Truncate, execute, parse_overrides
+
+DEMO_RUN = Path("runs/demo")
+
+
+def demo(
+    *overrides: Overrides,
+    out: Annotated[Path, Parameter(help="Run directory to fill, or to go on with.")] = DEMO_RUN,
+    report_to: Annotated[str, Parameter(help="none, wandb, trackio or tensorboard.")] = "none",
+) -> None:
+    """The whole road on SmolLM2-135M-Instruct and Wikipedia pages: harvest, train, index, label, evaluate, steer.
+
+    Example: saeql demo
+    """
+    from ..config import load_config
+    from ..showcase import print_showcase
+
+    made = execute(out, load_config(None, parse_overrides(overrides)), report_to=report_to, resume=True)
+    print_showcase(made)
+
+
+def run(
+    config: Annotated[Path, Parameter(help="TOML configuration; `saeql config` documents every key.")],
+    *overrides: Overrides,
+    out: Annotated[Path | None, Parameter(help="Run directory; default: runs/<name of the file>.")] = None,
+    resume: Annotated[bool, Parameter(help="Let training go on from its last checkpoint.")] = True,
+    truncate: Truncate = False,
+    report_to: Annotated[str, Parameter(help="none, wandb, trackio or tensorboard.")] = "none",
+) -> None:
+    """Run every stage of a configuration that is not finished yet. Any key can be set as --section.key value.
+
+    Example: saeql run my.toml --out runs/wide --dictionary.d_sae 9216 --train.num_steps 3000
+    """
+    from ..config import load_config
+    from ..showcase import print_showcase
+
+    made = execute(
+        out or Path("runs") / config.stem,
+        load_config(config, {**parse_overrides(overrides), **({"model.truncate": "true"} if truncate else {})}),
+        report_to=report_to,
+        resume=resume,
+    )
+    print_showcase(made)
+
+
+def plan(
+    *config: Annotated[
+        str,
+        Parameter(
+            allow_leading_hyphen=True, help="TOML configuration (none: that of `saeql demo`), --section.key value."
+        ),
+    ],
+    gpu: Annotated[str | None, Parameter(help="Plan for h100, h200, a100 or rtx4090 instead of this machine.")] = None,
+    nodes: Annotated[int, Parameter(help="Nodes of the cluster, with --gpu.")] = 1,
+    gpus_per_node: Annotated[int | None, Parameter(help="GPUs of a node; 8 where there are several nodes.")] = None,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+    strict: Annotated[bool, Parameter(help="Exit with 1 where something does not fit.", negative="")] = False,
+) -> None:
+    """Memory, disk, speed and time of a configuration before anything runs, and what to change where it does not fit.
+
+    Example: saeql plan my.toml --gpu h100 --nodes 8 --dictionary.d_sae 131072
+    """
+    from json import dumps
+
+    from ..config import load_config
+    from ..plan import make_plan
+    from ..plan_text import plan_text
+
+    file = config[:1] if config and not config[0].startswith("--") else ()
+    made = make_plan(
+        load_config(file[0] if file else None, parse_overrides(config[len(file) :])),
+        gpu_name=gpu,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node or (8 if nodes > 1 else 1),
+    )
+    print(dumps(made.to_dict(), indent=2) if json else plan_text(made))
+    if strict and made.warnings:
+        sys.exit(1)
+
+
+def config() -> None:
+    """Print every configuration key with its default and meaning, as TOML to start from.
+
+    Example: saeql config > my.toml
+    """
+    from ..config import reference
+
+    print(reference())
+
+
+def hooks(
+    model: Annotated[str, Parameter(help="Local folder, hub name, or the embedded default.")],
+    pattern: Annotated[str, Parameter(help="Name or glob, such as resid_post.* or layers.*.mlp: list each.")] = "",
+    *,
+    revision: Annotated[str | None, Parameter(help="Hub revision.")] = None,
+    trust_remote_code: Annotated[str, Parameter(help="The model's name again, to run the code it comes with.")] = "",
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+) -> None:
+    """The hook points of a model, with their shapes: what model.hook_point can name. Reads no weights.
+
+    Example: saeql hooks embedded:smollm2-135m-instruct "resid_post.*"
+    """
+    from dataclasses import asdict
+
+    from ..hook_points import list_hook_points
+    from ..model_config import ModelConfig
+    from ..output import print_records
+
+    config = ModelConfig(name=model, revision=revision, trust_remote_code=trust_remote_code)
+    records = [asdict(line) for line in list_hook_points(config, pattern)]
+    print_records(list(records[0]), [list(record.values()) for record in records], "json" if json else "table")

@@ -1,0 +1,139 @@
+"""Commands for one stage of a run, and the check of its files."""
+
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from .common import RunPath, Truncate, run_stage
+
+
+def harvest(run: RunPath, *, truncate: Truncate = False) -> None:
+    """Read the corpus and store activations at the hook points.
+
+    Example: saeql harvest runs/demo --truncate
+    """
+    run_stage("harvest", run, truncate=truncate)
+
+
+def train(
+    run: RunPath,
+    *,
+    resume: Annotated[bool, Parameter(help="Go on from the last checkpoint instead of starting anew.")] = False,
+    sweep: Annotated[
+        bool, Parameter(help="Train every dictionary of [sweep] on one stream and compare them.", negative="")
+    ] = False,
+    report_to: Annotated[str, Parameter(help="none, wandb, trackio or tensorboard.")] = "none",
+) -> None:
+    """Train the dictionary on stored activations, or with --sweep many of them on one stream.
+
+    Example: saeql train runs/demo --resume
+    """  # fmt: skip
+    if not sweep:
+        return run_stage("train", run, resume=resume, report_to=report_to)
+    import json
+
+    from ..output import print_records
+    from ..run import Run
+    from ..sweep import run_sweep
+
+    opened = Run.open(run)
+    rows = run_sweep(opened, resume=resume, report_to=report_to)
+    columns = ["dictionary", "l0", "fvu", "dead_share", "ce_increase", "ce_recovered", "train_seconds"]
+    print_records(columns, [[row.get(c) for c in columns] for row in rows], "table")
+    for advice in json.loads((opened.path / "sweep" / "sweep.json").read_text(encoding="utf-8"))["advice"]:
+        print(f"at {advice['hook_point']} take {advice['dictionary'] or 'none'}: {advice['reason']}")
+    print(f"report: {opened.path / 'sweep' / 'sweep.html'}")
+
+
+def index(run: RunPath) -> None:
+    """Run the dictionary over every split and write Parquet evidence.
+
+    Example: saeql index runs/demo
+    """
+    run_stage("index", run)
+
+
+def label(run: RunPath) -> None:
+    """Label every feature: made on train, chosen on calibration, scored on test documents.
+
+    Example: saeql label runs/demo
+    """
+    run_stage("label", run)
+
+
+def evaluate(
+    run: RunPath,
+    *,
+    dictionary: Annotated[
+        str | None,
+        Parameter(
+            help="Another dictionary than the run's: a name in the run or its sweep, or a folder or file from "
+            "anywhere, of ours or of another library. It is measured and printed; the run stays as it is."
+        ),
+    ] = None,
+    reads: Annotated[
+        list[str] | None, Parameter(help="Hook points that it reads; unset: what its metadata says.", negative="")
+    ] = None,
+    writes: Annotated[
+        list[str] | None, Parameter(help="Hook points that it writes; unset: what its metadata says.", negative="")
+    ] = None,
+    allow_mismatch: Annotated[
+        bool, Parameter(help="Measure on a model that the dictionary was not trained on.", negative="")
+    ] = False,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+) -> None:
+    """Measure fvu, l0, dead latents, cross-entropy and divergence on test documents, with intervals over documents.
+
+    Example: saeql evaluate runs/demo --dictionary path/to/dictionary --json
+    """
+    from ..metric_table import print_evaluation
+    from ..run import Run
+
+    opened = Run.open(run)
+    if dictionary is None:
+        run_stage("evaluate", run)
+        name, places = opened.spec.name, opened.spec.places
+        rows = opened.evidence.read("metrics").to_pylist()
+    else:
+        from ..find_dictionary import find_dictionary
+
+        name, found, places = find_dictionary(
+            opened, dictionary, tuple(reads or ()), tuple(writes or ()), allow_mismatch=allow_mismatch
+        )
+        rows = opened.evaluator().metrics(found, places)
+    print_evaluation(name, places.reads, places.writes, rows, as_json=json)
+
+
+def store(run: RunPath) -> None:
+    """Build features.duckdb from the Parquet evidence.
+
+    Example: saeql store runs/demo
+    """
+    run_stage("store", run)
+
+
+def report(run: RunPath) -> None:
+    """Write report.html.
+
+    Example: saeql report runs/demo
+    """
+    run_stage("report", run)
+
+
+def verify(run: RunPath) -> None:
+    """Read every file of a run again and compare it with its hash; damage is named with file and byte, exit code 1.
+
+    Example: saeql verify runs/demo
+    """
+    from ..run import Run
+
+    found = Run.open(run).verify()
+    for line in found.damage:
+        print(f"saeql: {line}", file=sys.stderr)
+    for name in found.unrecorded:
+        print(f"no hash was recorded for {name}")
+    state = f"{len(found.damage)} damaged" if found.damage else "all whole"
+    print(f"{found.num_files} files, {found.num_bytes / 1e9:.3f} GB: {state}")
+    if found.damage:
+        sys.exit(1)
