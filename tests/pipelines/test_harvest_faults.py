@@ -33,9 +33,10 @@ def start() -> Callable[..., BaseProcess]:
     """Starts a command of saeql in a process of its own, from one that has the libraries loaded."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["saeql.pipelines.cli", "saeql.pipelines.run", "transformers.models.llama"])
+    libraries = ["transformers.models.llama.modeling_llama", "transformers.tokenization_utils_fast"]
+    context.set_forkserver_preload(["saeql.pipelines.cli", "saeql.pipelines.run", *libraries])
 
-    def begin(*argv: object, log: Path | None = None) -> BaseProcess:
+    def begin(*argv: object) -> BaseProcess:
         process = context.Process(target=main, args=([str(a) for a in argv],), daemon=True)
         process.start()
         return process
