@@ -5,6 +5,7 @@ carries a `Mark`, from which another reader goes on with exactly the windows tha
 again what lies before: the place in every source, the tokens that wait for their window to be full, and the counters.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class WindowReader:
     def batches(self) -> Iterator[WindowBatch]:
         """Windows in batches, until every split has its share of `max_tokens` or the text ends."""
         found: list[tuple[str, np.ndarray, np.ndarray]] = []
-        counts = dict.fromkeys(SPLITS, 0)
+        counts: Counter[str] = Counter()
         for window in self._windows():
             found.append(window)
             counts[window[0]] += 1
@@ -95,7 +96,7 @@ class WindowReader:
                 yield self._batch(found, is_end=is_end)
                 found = []
                 if is_end:
-                    counts = dict.fromkeys(SPLITS, 0)
+                    counts.clear()
         yield self._batch(found, is_end=True, is_last=True)
 
     def _batch(
