@@ -85,7 +85,7 @@ class HarvestInfo:
 
     def save(self, folder: Path) -> None:
         """Write `harvest.json`, whole or not at all."""
-        write_whole(folder / HARVEST_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(folder / HARVEST_FILE, json.dumps(asdict(self), indent=2) + "\n", durable=True)
 
 
 def open_source(
