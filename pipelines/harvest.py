@@ -27,6 +27,7 @@ from saeql.store.shards import ShardReader, ShardWriter
 
 from .atomic import write_whole
 from .corpus import CorpusConfig, CorpusError, CorpusReader, Document
+from .forward import ForwardPass, stored_dtype
 from .models import LanguageModel, ModelIdentity
 from .progress import progress
 from .sources import ShardSource, window_column
@@ -73,6 +74,7 @@ class HarvestInfo:
     #: TransformerLens's name and the module's path of every hook point; empty in harvests of older versions
     module_names: dict[str, tuple[str, str]] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)  # rules of the windows; what became of the rows of every source
+    num_batch_halvings: int = 0  # times that memory ran out, after which fewer windows were put through at once
 
     def norm_limit(self, hook_point: str) -> float:
         """Norm above which a row counts as massive at a hook point."""
@@ -131,7 +133,7 @@ def harvest(
     """
     shutil.rmtree(folder, ignore_errors=True)
     widths = probe_widths(language_model, hook_points)
-    value_bytes = 2 if _stored_dtype(language_model) == "bfloat16" else 4
+    value_bytes = 2 if stored_dtype(language_model) == "bfloat16" else 4
     _require_room(folder, corpus, sum(widths.values()) * value_bytes + 16)
     reading = _Reading(language_model, corpus, config)
     with ExitStack() as stack:
@@ -141,8 +143,9 @@ def harvest(
             for split in SPLITS
         }
         advance = stack.enter_context(progress("harvest", corpus.max_tokens or None, "tok"))
+        forward = stack.enter_context(ForwardPass(language_model, list(widths)))
         for batch in reading.batches():
-            _run_batch(language_model, list(widths), batch, reading, writers)
+            _run_batch(forward, batch, reading, writers)
             advance(len(batch) * config.context_tokens)
     reading.require_every_split()
     info = HarvestInfo(
@@ -155,6 +158,7 @@ def harvest(
         num_dropped_tail_tokens=sum(p.num_pending_tokens + p.num_dropped_tokens for p in reading.packers.values()),
         module_names=module_names(language_model.model, hook_points),
         text={"rules": asdict(reading.rules), "sources": reading.reader.report()},
+        num_batch_halvings=forward.num_halvings,
     )
     reading.write_evidence(evidence, folder, info)
     info.save(folder)
@@ -195,36 +199,28 @@ def _writer(
         context_tokens=config.context_tokens,
         attributes={**asdict(lm.identity.at([hook_point])), "split": split},
         windows_per_shard=config.windows_per_shard,
-        dtype=_stored_dtype(lm),
+        dtype=stored_dtype(lm),
     )
 
 
-def _stored_dtype(lm: LanguageModel) -> str:
-    """bfloat16 models are stored as such, others as float32: nothing that the model computed is rounded away."""
-    return "bfloat16" if lm.model.dtype == torch.bfloat16 else "float32"
-
-
-@torch.no_grad()
 def _run_batch(
-    lm: LanguageModel,
-    hook_points: list[str],
+    forward: ForwardPass,
     batch: list[_Window],
     reading: "_Reading",
     writers: dict[tuple[str, str], ShardWriter],
 ) -> None:
     token_ids = np.stack([w.token_ids for w in batch])
-    with capture(lm.model, hook_points) as reader:
-        captured = reader.run(torch.from_numpy(token_ids).long().to(lm.input_device))
+    captured = forward.run(token_ids)
     first = len(reading.windows)
     window_ids = np.arange(first, first + len(batch), dtype=np.int32)
     chosen = {split: [i for i, w in enumerate(batch) if w.split == split] for split in SPLITS}
     owners = np.stack([w.document_ids for w in batch])
-    for name, acts in captured.items():
-        norms = acts.float().norm(dim=-1).cpu().numpy()
-        values = (acts.view(torch.uint16) if _stored_dtype(lm) == "bfloat16" else acts.float()).cpu().numpy()
+    for name, found in captured.items():
         for split, rows in chosen.items():
             if rows:
-                writers[name, split].append(values[rows], token_ids[rows], owners[rows], window_ids[rows], norms[rows])
+                writers[name, split].append(
+                    found.values[rows], token_ids[rows], owners[rows], window_ids[rows], found.norms[rows]
+                )
     reading.windows += batch
 
 
