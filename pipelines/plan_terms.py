@@ -17,7 +17,7 @@ from .dictionaries import DictionarySpec
 from .footprint import Footprint
 from .index import LENS_LOGITS, NEIGHBOUR_COSINES, PENDING_ACTIVATIONS
 from .outline import ModelOutline
-from .sources import buffered_row_bytes
+from .row_buffer import buffered_row_bytes
 
 DENSE = ("relu", "gated", "jumprelu")
 #: Dense float32 [N, d_sae] tensors alive at once in a training step of each dense architecture, as measured.
