@@ -8,6 +8,7 @@ median, which is measured once, on the first training rows, and frozen in `harve
 
 import errno
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -49,6 +50,8 @@ class HarvestConfig:
     """Windows of one shard file."""
     max_heldout_document_tokens: int = 2600
     """Tokens taken of one calibration or test document; fewer than of training ones, so that more documents count."""
+    max_train_tokens: int | None = None
+    """Tokens of the train split that are stored; 0: all. Unset: all, or 1,000,000 (to label from) with train.source = "live"."""  # noqa: E501
     massive_norm_multiple: float = 10.0
     """Rows whose norm exceeds this multiple of the median are left out of training and of statistics."""
 
@@ -58,6 +61,8 @@ class HarvestConfig:
         for name in ("batch_windows", "windows_per_shard"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"harvest.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_train_tokens is not None and self.max_train_tokens < 0:
+            raise ConfigError(f"harvest.max_train_tokens must be at least 0, got {self.max_train_tokens}")
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,12 @@ def harvest(
     config: HarvestConfig,
     folder: Path,
     evidence: Evidence,
+    *,
+    max_train_tokens: int = 0,
 ) -> HarvestInfo:
     """Fill `folder/<hook point>/<split>/` with shards, and the evidence on documents, windows, vocabulary and rows.
+
+    `max_train_tokens` bounds what is stored of the train split; 0 stores all of it.
 
     Raises CorpusError where the text is missing or too short for one window of every split, OSError where the disk
     has no room.
@@ -134,8 +143,9 @@ def harvest(
     shutil.rmtree(folder, ignore_errors=True)
     widths = probe_widths(language_model, hook_points)
     value_bytes = 2 if stored_dtype(language_model) == "bfloat16" else 4
-    _require_room(folder, corpus, sum(widths.values()) * value_bytes + 16)
-    reading = _Reading(language_model, corpus, config)
+    wanted = wanted_tokens(corpus, max_train_tokens)
+    _require_room(folder, wanted, sum(widths.values()) * value_bytes + 16)
+    reading = _Reading(language_model, corpus, config, wanted)
     with ExitStack() as stack:
         writers = {
             (name, split): stack.enter_context(_writer(folder, name, split, language_model, config, width))
@@ -179,8 +189,15 @@ def module_names(model: Any, hook_points: Sequence[str]) -> dict[str, tuple[str,
     return {point.name: (point.transformer_lens_name, point.module_path) for point in points}
 
 
-def _require_room(folder: Path, corpus: CorpusConfig, row_bytes: int) -> None:
-    needed = corpus.max_tokens * row_bytes
+def wanted_tokens(corpus: CorpusConfig, max_train_tokens: int = 0) -> dict[str, float]:
+    """Tokens to be stored of every split; infinite where the text decides."""
+    wanted = {s: corpus.max_tokens * share if corpus.max_tokens else math.inf
+              for s, share in corpus.split_shares().items()}  # fmt: skip
+    return {**wanted, "train": min(wanted["train"], max_train_tokens or math.inf)}
+
+
+def _require_room(folder: Path, wanted: dict[str, float], row_bytes: int) -> None:
+    needed = sum(tokens for tokens in wanted.values() if tokens < math.inf) * row_bytes
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -227,8 +244,8 @@ def _run_batch(
 class _Reading:
     """Reads documents into windows and remembers what was read, for the evidence tables."""
 
-    def __init__(self, lm: LanguageModel, corpus: CorpusConfig, config: HarvestConfig):
-        self.lm, self.corpus, self.config = lm, corpus, config
+    def __init__(self, lm: LanguageModel, corpus: CorpusConfig, config: HarvestConfig, wanted: dict[str, float]):
+        self.lm, self.corpus, self.config, self.wanted = lm, corpus, config, wanted
         self.rules = WindowRules.of(corpus, lm)
         self.packers = {s: WindowPacker(config.context_tokens, self.rules) for s in SPLITS}
         self.reader = CorpusReader(corpus, lm.tokenizer, tokenizer_sha256=lm.identity.tokenizer_sha256)
@@ -247,19 +264,17 @@ class _Reading:
             yield batch
 
     def _windows(self) -> Iterator[_Window]:
-        shares = self.corpus.split_shares()
-        left = {s: self.corpus.max_tokens * share for s, share in shares.items()} if self.corpus.max_tokens else None
+        left = dict(self.wanted)
         for document in self.reader:
             split = document.split
-            if left is not None and left[split] <= 0:
+            if left[split] <= 0:
                 if max(left.values()) <= 0:
                     return
                 continue
-            ids = self._token_ids(document, None if left is None else int(left[split]))
+            ids = self._token_ids(document, None if left[split] == math.inf else int(left[split]))
             if not ids:
                 continue
-            if left is not None:
-                left[split] -= len(ids)
+            left[split] -= len(ids)
             # what it says is not needed any more
             self.read.append((replace(document, text="", token_ids=None), len(ids)))
             for token_ids, document_ids in self.packers[split].add(ids, document.document_id):

@@ -6,7 +6,7 @@ The cursor rides on the batch: it names where to go on AFTER that batch, which s
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,7 @@ class Cursor:
     epoch: int = 0
     group: int = 0
     offset: int = 0
-    place: Mapping[str, Any] | None = None
+    place: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def state(self) -> dict[str, Any]:
         """Plain form for a checkpoint."""
