@@ -38,6 +38,38 @@ class LiveError(ValueError):
     """Training from the live model cannot go on; the message names the setting or the value."""
 
 
+def group_sizes(
+    config: HarvestConfig,
+    row_bytes: int,
+    batch_tokens: int,
+    buffer_bytes: int,
+    *,
+    num_groups: int,
+    wanted_rows: int = 0,
+) -> tuple[int, int]:
+    """Windows of the smallest group and of a full one, in whole forward passes, with `num_groups` in memory at once.
+
+    Raises LiveError where there is no room for a batch.
+    """
+    tokens, at_once = config.context_tokens, config.batch_windows
+    window_bytes = num_groups * tokens * buffered_row_bytes(row_bytes)
+    least = -(-batch_tokens * (1 + _SPARE_SHARE) // (tokens - 1))
+    least = int(-(-least // at_once) * at_once)
+    most = buffer_bytes // window_bytes // at_once * at_once
+    if most < least:
+        raise LiveError(
+            f"train.shuffle_buffer_bytes = {buffer_bytes} has no room for a batch of {batch_tokens} rows in "
+            f"{'a group' if num_groups == 1 else f'{num_groups} groups'} of whole forward passes "
+            f"(harvest.batch_windows): set at least {least * window_bytes}"
+        )
+    if not wanted_rows:
+        return least, most
+    lost = 1.002 * wanted_rows / most / (tokens - 1) + 1  # groups, each of which leaves out less than a batch
+    wanted = (1.002 * wanted_rows + lost * batch_tokens) / (tokens - 1)
+    equal = wanted / -(-wanted // most)
+    return least, min(most, max(least, int(-(-equal // at_once) * at_once)))
+
+
 @dataclass
 class _Group:
     """Rows of windows that follow each other in the text."""
@@ -82,7 +114,9 @@ class LiveSource:
         self._widths = dict(widths)
         self._dtype = getattr(torch, stored_dtype(language_model))
         self._row_bytes = sum(self._widths.values()) * self._dtype.itemsize
-        self.least_windows, self.group_windows = self._sizes(buffer_bytes, wanted_rows)
+        self.least_windows, self.group_windows = group_sizes(
+            config, self._row_bytes, batch_tokens, buffer_bytes, num_groups=1 + self.overlap, wanted_rows=wanted_rows
+        )
         self.forward = ForwardPass(language_model, list(self._widths), stream_of_its_own=self.overlap)
         self._buffers: list[RowBuffer] = []
         self._current: _Group | None = None
@@ -141,26 +175,6 @@ class LiveSource:
         return group.following if is_over else Cursor(group.epoch, group.number, offset, group.place)
 
     # --- groups --------------------------------------------------------------------------------------------------
-
-    def _sizes(self, buffer_bytes: int, wanted_rows: int) -> tuple[int, int]:
-        """Windows of the smallest group, and of a full one: whole forward passes, as many as there is room for."""
-        tokens, at_once = self.config.context_tokens, self.config.batch_windows
-        window_bytes = (1 + self.overlap) * tokens * buffered_row_bytes(self._row_bytes)
-        least = -(-self.batch_tokens * (1 + _SPARE_SHARE) // (tokens - 1))
-        least = int(-(-least // at_once) * at_once)
-        most = buffer_bytes // window_bytes // at_once * at_once
-        if most < least:
-            raise LiveError(
-                f"train.shuffle_buffer_bytes = {buffer_bytes} has no room for a batch of {self.batch_tokens} rows in "
-                f"{'two groups' if self.overlap else 'a group'} of whole forward passes (harvest.batch_windows): set "
-                f"at least {least * window_bytes}"
-            )
-        if not wanted_rows:
-            return least, most
-        lost = 1.002 * wanted_rows / most / (tokens - 1) + 1  # groups, each of which leaves out less than a batch
-        wanted = (1.002 * wanted_rows + lost * self.batch_tokens) / (tokens - 1)
-        equal = wanted / -(-wanted // most)
-        return least, min(most, max(least, int(-(-equal // at_once) * at_once)))
 
     def _num_windows(self, epoch: int, number: int) -> int:
         """Windows of a group. The first of later epochs is smaller by chance: its rows meet others than before."""
