@@ -129,15 +129,19 @@ class ForwardPass:
             ids = ids.pin_memory()
         captured = self._reader.run(ids.to(self.lm.input_device, non_blocking=self._is_gpu))
         self._reader.acts = {}
-        found, events = {}, {}
+        found, streams = {}, {}
         for name in self.hook_points:
             acts = captured.pop(name)
             norms = acts.float().norm(dim=-1)
             values = acts.view(torch.uint16) if self._as_bits else acts.float()
             found[name] = (_to_host(values), _to_host(norms))
             if acts.is_cuda:  # a spread model has its activations on several GPUs
-                events[acts.device] = torch.cuda.current_stream(acts.device)
-        return _Started(found, [stream.record_event() for stream in events.values()])
+                streams[acts.device] = torch.cuda.current_stream(acts.device)
+        events = []
+        for stream in streams.values():
+            events.append(torch.cuda.Event(blocking=True))  # to wait without turning a core
+            events[-1].record(stream)
+        return _Started(found, events)
 
     def _halve(self, num_windows: int, context_tokens: int) -> None:
         self._reader.acts = {}  # what was read before memory ran out
