@@ -1,15 +1,47 @@
-"""Small files that exist whole or not at all."""
+"""Small files, and folders, that exist whole or not at all."""
 
 import os
+import secrets
+import shutil
 from pathlib import Path
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write text (UTF-8, as it is) or bytes under a temporary name, then rename; returns the path."""
+def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
+    """Write text (UTF-8, as it is) or bytes under a temporary name, then rename; returns the path.
+
+    `durable`: it also outlives the machine's next moment without power.
+    """
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        if durable:
+            _sync(temporary)
         temporary.replace(path)
+        if durable:
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it, and what is left of earlier tries; one half removed has lost its name."""
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}"))
+    for leftover in folder.parent.glob(f"{folder.name}.tmp.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that died left of files in `folder`; only for who alone writes there."""
+    for file in folder.glob("*.tmp.*"):
+        if file.is_file():
+            file.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,6 +12,11 @@ from .commands.jobs import config, demo, hooks, plan, run
 from .commands.questions import search, show, sql, steer
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
 
+_DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),  # full, over the quota or the limit of a file, failing
+    *(errno.EACCES, errno.EROFS, errno.ESTALE),  # not ours to write, or gone
+)
+
 app = App(
     name="saeql",
     help="Sparse autoencoders you can query and act on: harvest, train, explain, SQL, steer.\n\n"
@@ -49,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         # every exception class that saeql defines is a message to its user
         is_ours = type(error).__module__.startswith("saeql.")
-        is_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+        is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
         is_disk = is_disk or "No space left on device" in str(error)  # libraries that hide the number
         if not is_ours and not is_disk:
             raise

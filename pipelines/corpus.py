@@ -9,7 +9,7 @@ import base64
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,6 +25,7 @@ BOS_RULES = ("window", "document", "never")
 SEPARATORS = ("eos", "bos", "none")
 #: Why a row gives no document.
 LEFT_OUT = ("empty", "not_utf8", "duplicate", "template_refused")
+_RECENT_DIGESTS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class CorpusConfig:
     pack: bool = True
     """Windows run on over document borders; false starts every document in a window of its own and drops its tail."""
     drop_duplicates: bool = True
-    """Leave out documents whose normalised text was read before; takes about 100 bytes of memory a document."""
+    """Leave out documents whose normalised text was read before (in the same part, see harvest.parts); takes 8 bytes of memory a document."""  # noqa: E501
     train_share: float = 0.7
     """Share of documents that the dictionary learns from and labels are made from."""
     calibration_share: float = 0.15
@@ -153,6 +154,9 @@ class CorpusReader:
 
     The next document comes from the source that is furthest behind its weight in tokens that `credit` counted, the
     first of them where several are: an order that depends on the text and the weights alone.
+
+    `part` of `parts` reads every `parts`-th row of every source, from row `part` on: the parts are disjoint and
+    together are the corpus. Repeats are found within a part.
     """
 
     def __init__(
@@ -162,30 +166,30 @@ class CorpusReader:
         *,
         tokenizer_sha256: str = "",
         state: dict[str, Any] | None = None,
+        part: int = 0,
+        parts: int = 1,
     ):
         self.config, self.tokenizer, self.tokenizer_sha256 = config, tokenizer, tokenizer_sha256
+        self.part, self.parts = part, parts
         self.shares = config.split_shares()
-        self.progress = [SourceProgress() for _ in config.sources]
+        self.progress = [SourceProgress(next_row=part) for _ in config.sources]
         self.num_documents = 0
-        self._seen: set[int] = set()
+        self.seen = SeenDigests()
         if state is not None:
             self._restore(state)
 
     def __iter__(self) -> Iterator[Document]:
         sources = self.config.sources
-        rows = [read_rows(s, p.next_row) for s, p in zip(sources, self.progress, strict=True)]
+        rows = [read_rows(s, p.next_row, self.parts) for s, p in zip(sources, self.progress, strict=True)]
         while (number := self._next_source(sources)) is not None:
             place = self.progress[number]
             row = next(rows[number], None)
             if row is None:
                 place.is_finished = True
-                if place.num_documents == 0:
-                    left = "".join(f", {count} {why}" for why, count in place.left_out.items())
-                    raise CorpusError(
-                        f"the corpus {sources[number].source} is empty: no document with text in it{left}"
-                    )
+                if place.num_documents == 0 and self.parts == 1:
+                    raise empty_source(sources[number].source, place.left_out)
                 continue
-            index, place.next_row = place.next_row, place.next_row + 1
+            index, place.next_row = place.next_row, place.next_row + self.parts
             document = self._document(sources[number], number, index, row)
             if document is not None:
                 place.num_documents += 1
@@ -205,7 +209,7 @@ class CorpusReader:
                 "source": source.source,
                 "content": source.content,
                 "weight": source.weight,
-                "num_rows": p.next_row,
+                "num_rows": (p.next_row - self.part) // self.parts,
                 "num_documents": p.num_documents,
                 "num_tokens": p.num_tokens,
                 "num_cut": p.num_cut,
@@ -216,9 +220,13 @@ class CorpusReader:
 
     def state(self) -> dict[str, Any]:
         """Plain form of the place after the last document handed out, for JSON."""
-        seen = base64.b64encode(np.array(sorted(self._seen), "<u8").tobytes()).decode()
+        seen = base64.b64encode(self.seen.sorted().tobytes()).decode()
+        return {**self.position(), "seen": seen}
+
+    def position(self) -> dict[str, Any]:
+        """`state` without the digests of what was read, for who keeps those elsewhere (`seen`)."""
         sources = [{**vars(p), "left_out": dict(p.left_out)} for p in self.progress]
-        return {"num_documents": self.num_documents, "sources": sources, "seen": seen}
+        return {"num_documents": self.num_documents, "sources": sources}
 
     def _restore(self, state: dict[str, Any]) -> None:
         if len(state["sources"]) != len(self.progress):
@@ -227,7 +235,8 @@ class CorpusReader:
             )
         self.num_documents = state["num_documents"]
         self.progress = [SourceProgress(**{**s, "left_out": Counter(s["left_out"])}) for s in state["sources"]]
-        self._seen = set(np.frombuffer(base64.b64decode(state["seen"]), "<u8").tolist())
+        if "seen" in state:
+            self.seen.update(np.frombuffer(base64.b64decode(state["seen"]), "<u8"))
 
     def _next_source(self, sources: Sequence[SourceConfig]) -> int | None:
         left = [n for n, p in enumerate(self.progress) if not p.is_finished]
@@ -252,15 +261,13 @@ class CorpusReader:
         if not found.text.strip():
             left_out["empty"] += 1
             return None
-        if self.config.drop_duplicates:
-            digest = int(text_sha256[:16], 16)
-            if digest in self._seen:
-                left_out["duplicate"] += 1
-                return None
-            self._seen.add(digest)
+        if self.config.drop_duplicates and not self.seen.add(int(text_sha256[:16], 16)):
+            left_out["duplicate"] += 1
+            return None
         title = str(row.fields.get("title") or row.title)
         split = split_of(sha256, self.shares)
-        return Document(self.num_documents, split, title, found.text, sha256, number, index, found.token_ids)
+        document_id = self.num_documents * self.parts + self.part
+        return Document(document_id, split, title, found.text, sha256, number, index, found.token_ids)
 
     def _content(self, source: SourceConfig, row: Row) -> "_Content":
         assert row.fields is not None
@@ -310,6 +317,56 @@ class CorpusReader:
         except TemplateError as error:
             raise _TemplateRefused(one_line(error)) from None
         return _Content(text, "\n".join(f"{m['role']}: {m['content'].strip()}" for m in spoken))
+
+
+def empty_source(source: str, left_out: Mapping[str, int]) -> CorpusError:
+    """The error of a source without a document."""
+    left = "".join(f", {count} {why}" for why, count in left_out.items())
+    return CorpusError(f"the corpus {source} is empty: no document with text in it{left}")
+
+
+class SeenDigests:
+    """A set of 64-bit numbers in eight bytes each: sorted arrays of growing size, the newest numbers in a set."""
+
+    def __init__(self):
+        self._arrays: list[np.ndarray] = []  # uint64, sorted, each more than twice as long as the next
+        self._recent: set[int] = set()
+        self._new: list[int] | None = None
+
+    def add(self, digest: int) -> bool:
+        """Put a number in; False where it was there."""
+        if digest in self._recent or any(_holds(array, digest) for array in self._arrays):
+            return False
+        self._recent.add(digest)
+        if self._new is not None:
+            self._new.append(digest)
+        if len(self._recent) >= _RECENT_DIGESTS:
+            self.update(np.zeros(0, np.uint64))
+        return True
+
+    def update(self, digests: np.ndarray) -> None:
+        """Put in many numbers [n] that are not there."""
+        merged = np.sort(np.concatenate([digests, np.fromiter(self._recent, np.uint64, len(self._recent))]))
+        self._recent.clear()
+        while self._arrays and len(self._arrays[-1]) <= 2 * len(merged):
+            merged = np.sort(np.concatenate([self._arrays.pop(), merged]))
+        self._arrays.append(merged)
+
+    def take_new(self) -> np.ndarray:
+        """Numbers [n] that `add` put in since the last call, in that order; the first call only begins to note them."""
+        taken = np.array(self._new or [], np.uint64)
+        self._new = []
+        return taken
+
+    def sorted(self) -> np.ndarray:
+        """All numbers, sorted."""
+        self.update(np.zeros(0, np.uint64))
+        return np.sort(np.concatenate(self._arrays)).astype("<u8")
+
+
+def _holds(array: np.ndarray, digest: int) -> bool:
+    at = int(np.searchsorted(array, np.uint64(digest)))
+    return at < len(array) and int(array[at]) == digest
 
 
 class _TemplateRefused(Exception):

@@ -160,7 +160,9 @@ class ForwardPass:
         )
 
     def _finish(self, parts: "list[_Started]") -> dict[str, HookRows]:
-        """Wait for a pass; parts are put together."""
+        """Wait for a pass; parts are put together. Nothing where there were no windows."""
+        if not parts:
+            return {}
         for event in (event for part in parts for event in part.events):
             event.synchronize()
         arrays = {name: [part.found[name] for part in parts] for name in self.hook_points}

@@ -1,68 +1,61 @@
 """Harvest: documents -> windows -> activations at all hook points in one pass -> shards, by hook point and split.
 
-Windows of `context_tokens` ids are packed from the documents of one split under the rules of `windows.py`. The
-forward pass stops at the deepest hook point. All rows are stored with their norm; which of them count is decided when
-they are read: not the first position of a window, and no row whose norm exceeds `massive_norm_multiple` times the
+The corpus is divided into `harvest.parts`. A process takes a part, reads it in sets (`reading.py`) and publishes every
+set with the place where reading goes on (`harvest_part.py`), so that a harvest which is killed at any moment goes on
+from its last set and ends with the same files. Several processes share the parts by leases (`leases.py`). When all are
+done one process puts them together (`harvest_merge.py`).
+
+The forward pass stops at the deepest hook point. All rows are stored with their norm; which of them count is decided
+when they are read: not the first position of a window, and no row whose norm exceeds `massive_norm_multiple` times the
 median, which is measured once, on the first training rows, and frozen in `harvest.json`.
 """
 
 import errno
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 
-from saeql.sae.config import ConfigError
+from saeql.sae.config import to_dict
 from saeql.sae.hooks import capture, resolve
+from saeql.store.background import Background
 from saeql.store.evidence import Evidence
 from saeql.store.records import SPLITS
-from saeql.store.shards import ShardReader, ShardWriter
+from saeql.store.shards import Windows
 
-from .atomic import write_whole
-from .corpus import CorpusConfig, CorpusError, CorpusReader, Document
-from .forward import ForwardPass, stored_dtype
+from .atomic import remove_folder, write_whole
+from .corpus import CorpusConfig
+from .forward import ForwardPass, HookRows, stored_dtype
+from .harvest_config import HarvestConfig
+from .harvest_merge import Merger, shard_folder
+from .harvest_part import MERGE, PARTS, HarvestPart
+from .leases import Lease, LeaseLost, SharedWork
 from .models import LanguageModel, ModelIdentity
-from .progress import progress
-from .sources import ShardSource, window_column
-from .windows import WindowPacker, WindowRules
+from .progress import Advance, progress
+from .reading import WindowBatch, WindowReader, one_ahead, wanted_tokens
+from .sources import ShardSource
+from .text_sources import fingerprint
+from .windows import WindowRules
+
+__all__ = ["HARVEST_FILE", "HarvestConfig", "HarvestError", "HarvestInfo", "harvest", "open_source", "shard_folder"]
 
 HARVEST_FILE = "harvest.json"
-_MEDIAN_ROWS = 8192
+#: Beside the parts: under which conditions they were begun.
+CONDITIONS = "conditions.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class HarvestConfig:
-    """How text becomes stored activations."""
-
-    context_tokens: int = 128
-    """Tokens of one model input."""
-    batch_windows: int = 16
-    """Windows of one forward pass."""
-    windows_per_shard: int = 512
-    """Windows of one shard file."""
-    max_heldout_document_tokens: int = 2600
-    """Tokens taken of one calibration or test document; fewer than of training ones, so that more documents count."""
-    max_train_tokens: int | None = None
-    """Tokens of the train split that are stored; 0: all. Unset: all, or 1,000,000 (to label from) with train.source = "live"."""  # noqa: E501
-    massive_norm_multiple: float = 10.0
-    """Rows whose norm exceeds this multiple of the median are left out of training and of statistics."""
-
-    def __post_init__(self) -> None:
-        if self.context_tokens < 2:
-            raise ConfigError(f"harvest.context_tokens must be at least 2, got {self.context_tokens}")
-        for name in ("batch_windows", "windows_per_shard"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"harvest.{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_train_tokens is not None and self.max_train_tokens < 0:
-            raise ConfigError(f"harvest.max_train_tokens must be at least 0, got {self.max_train_tokens}")
+class HarvestError(ValueError):
+    """A harvest cannot go on with what was begun."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,8 @@ class HarvestInfo:
     #: TransformerLens's name and the module's path of every hook point; empty in harvests of older versions
     module_names: dict[str, tuple[str, str]] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)  # rules of the windows; what became of the rows of every source
+    #: what decides the rows, by name: another harvest of equal conditions gives the same
+    conditions: dict[str, Any] = field(default_factory=dict)
     num_batch_halvings: int = 0  # times that memory ran out, after which fewer windows were put through at once
 
     def norm_limit(self, hook_point: str) -> float:
@@ -111,18 +106,6 @@ def open_source(
     return ShardSource(folders, batch_tokens=batch_tokens, norm_limits=limits, device=device, **options)
 
 
-@dataclass
-class _Window:
-    split: str
-    token_ids: np.ndarray  # [T]
-    document_ids: np.ndarray  # [T]
-
-
-def shard_folder(activations: Path, hook_point: str, split: str) -> Path:
-    """Where the shards of a hook point and split are."""
-    return activations / hook_point / split
-
-
 def harvest(
     language_model: LanguageModel,
     hook_points: Sequence[str],
@@ -131,48 +114,214 @@ def harvest(
     folder: Path,
     evidence: Evidence,
     *,
-    max_train_tokens: int = 0,
+    resume: bool = False,
+    beside_others: bool = False,
+    expire_seconds: float = 180.0,
+    merging: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> HarvestInfo:
     """Fill `folder/<hook point>/<split>/` with shards, and the evidence on documents, windows, vocabulary and rows.
 
-    `max_train_tokens` bounds what is stored of the train split; 0 stores all of it.
-
-    Raises CorpusError where the text is missing or too short for one window of every split, OSError where the disk
-    has no room.
+    `resume` goes on from what an interrupted harvest published, and returns at once where one is finished; without it
+    everything starts anew. `beside_others`: other processes may work in the same folder, and a part of one that gives
+    no sign of life for `expire_seconds` is taken over. Whoever puts the parts together does it inside `merging()`.
+    Raises HarvestError where a resumed harvest was begun under other conditions, CorpusError where the text is missing
+    or too short for one window of every split, OSError where the disk has no room.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    widths = probe_widths(language_model, hook_points)
-    value_bytes = 2 if stored_dtype(language_model) == "bfloat16" else 4
-    wanted = wanted_tokens(corpus, max_train_tokens)
-    _require_room(folder, wanted, sum(widths.values()) * value_bytes + 16)
-    reading = _Reading(language_model, corpus, config, wanted)
-    with ExitStack() as stack:
-        writers = {
-            (name, split): stack.enter_context(_writer(folder, name, split, language_model, config, width))
-            for name, width in widths.items()
-            for split in SPLITS
-        }
-        advance = stack.enter_context(progress("harvest", corpus.max_tokens or None, "tok"))
-        forward = stack.enter_context(ForwardPass(language_model, list(widths)))
-        for batch in reading.batches():
-            _run_batch(forward, batch, reading, writers)
-            advance(len(batch) * config.context_tokens)
-    reading.require_every_split()
-    info = HarvestInfo(
-        identity=language_model.identity,
-        widths=widths,
-        dtype=str(language_model.model.dtype).removeprefix("torch."),
-        context_tokens=config.context_tokens,
-        median_norms={name: _median_norm(ShardReader(shard_folder(folder, name, "train"))) for name in widths},
-        massive_norm_multiple=config.massive_norm_multiple,
-        num_dropped_tail_tokens=sum(p.num_pending_tokens + p.num_dropped_tokens for p in reading.packers.values()),
-        module_names=module_names(language_model.model, hook_points),
-        text={"rules": asdict(reading.rules), "sources": reading.reader.report()},
-        num_batch_halvings=forward.num_halvings,
-    )
-    reading.write_evidence(evidence, folder, info)
-    info.save(folder)
+    if not resume:
+        remove_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    job = _Job(language_model, corpus, config, folder, _conditions(language_model, hook_points, corpus, config))
+    while (info := job.finished()) is None:
+        SharedWork.create(job.parts, [*job.names, MERGE], {CONDITIONS: json.dumps(job.conditions, indent=1) + "\n"})
+        try:
+            job.require_conditions()
+            job.require_room()
+            with SharedWork(job.parts, expire_seconds=expire_seconds, alone=not beside_others) as work:
+                job.take_part(work, evidence, merging)
+        except FileNotFoundError:
+            if job.parts.exists():
+                raise
+            # another process put the parts together in the meantime
     return info
+
+
+@dataclass
+class _Job:
+    """One harvest, as one of the processes sees it that work on it."""
+
+    lm: LanguageModel
+    corpus: CorpusConfig
+    config: HarvestConfig
+    folder: Path
+    conditions: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.names = [f"{part:05d}" for part in range(self.config.parts)]
+        self.parts = self.folder / PARTS
+        self.widths = probe_widths(self.lm, self.conditions["model.hook_points"])
+        self.dtype = stored_dtype(self.lm)
+
+    def finished(self) -> HarvestInfo | None:
+        """What there is to know of the harvest once it is finished. Raises HarvestError where it is another."""
+        if not (self.folder / HARVEST_FILE).exists():
+            return None
+        info = HarvestInfo.load(self.folder)
+        _require_same(self.folder, info.conditions, self.conditions)
+        remove_folder(self.parts)
+        return info
+
+    def require_conditions(self) -> None:
+        """Raise HarvestError where the parts were begun under other conditions."""
+        begun = json.loads((self.parts / CONDITIONS).read_text(encoding="utf-8"))
+        _require_same(self.folder, begun, self.conditions)
+
+    def require_room(self) -> None:
+        """Raise OSError where the disk has no room for what `corpus.max_tokens` allows and is not there yet."""
+        row_bytes = sum(self.widths.values()) * (2 if self.dtype == "bfloat16" else 4) + 16
+        there = sum(file.stat().st_size for file in self.parts.rglob("*.h5")) if self.corpus.max_tokens else 0
+        wanted = sum(tokens for tokens in wanted_tokens(self.corpus, self.config).values() if tokens < math.inf)
+        needed, free = wanted * row_bytes - there, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC, f"no room for the activations: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
+                "lower corpus.max_tokens or choose another folder", str(self.folder)
+            )  # fmt: skip
+
+    def take_part(
+        self, work: SharedWork, evidence: Evidence, merging: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Harvest parts while there are any, wait for those of others, and put all together if nobody else does."""
+        first = int(os.environ.get("RANK", 0)) * len(self.names) // int(os.environ.get("WORLD_SIZE", 1))
+        names, is_waiting = self.names[first:] + self.names[:first], False
+        with progress("harvest", self.corpus.max_tokens or None, "tok") as advance:
+            while not (self.folder / HARVEST_FILE).exists():
+                if (lease := work.take(names)) is not None:
+                    with _held(lease):
+                        self._harvest_part(lease, advance)
+                        lease.finish()
+                    continue
+                done = [unit for name, unit in work.units().items() if unit.state == "done" and name != MERGE]
+                if len(done) == len(self.names) and (lease := work.take([MERGE])) is not None:
+                    with _held(lease), merging():
+                        self._merge([HarvestPart(unit.path) for unit in done], evidence)
+                    return
+                if not is_waiting:
+                    open_parts = len(self.names) - len(done)
+                    what = f"{open_parts} parts" if open_parts else "putting the parts together"
+                    print(f"harvest: {what} left to other processes; waiting for them", file=sys.stderr)
+                is_waiting = True
+                time.sleep(min(2.0, work.expire_seconds / 10))
+
+    def _harvest_part(self, lease: Lease, advance: Advance) -> None:
+        part = HarvestPart(lease.path)
+        part.prepare(list(self.widths))
+        advance(sum(commit.num_rows for commit in part.commits()))
+        last = part.last()
+        if last is not None and last.is_last:
+            return
+        reader = WindowReader(
+            self.lm,
+            self.corpus,
+            self.config,
+            part=int(lease.name),
+            state=last and last.state,
+            seen=part.seen(),
+        )
+        attributes, before = asdict(self.lm.identity), last.state.get("num_batch_halvings", 0) if last else 0
+        disk = Background("harvest-writer")
+        try:
+            with ForwardPass(self.lm, list(self.widths)) as forward:
+                filling: dict[tuple[str, str], list[Windows]] = {}
+                for batch, found in forward.over(one_ahead(reader.batches()), lambda batch: batch.token_ids):
+                    self._append(found, batch, filling)
+                    if batch.mark is not None:
+                        halvings = before + forward.num_halvings
+                        mark = replace(batch.mark, state={**batch.mark.state, "num_batch_halvings": halvings})
+                        published, filling = filling, {}
+                        disk.add(partial(part.publish, published, mark, self.dtype, attributes))
+                    advance(batch.token_ids.size)
+        finally:
+            disk.end()
+        disk.check()
+
+    def _append(
+        self, rows: dict[str, HookRows], batch: WindowBatch, filling: dict[tuple[str, str], list[Windows]]
+    ) -> None:
+        """Append a batch's rows at every hook point to the shards of their splits."""
+        for name, found in rows.items():
+            for split in SPLITS:
+                if len(chosen := batch.of_split(split)):
+                    filling.setdefault((name, split), []).append(
+                        Windows(
+                            found.values[chosen],
+                            batch.token_ids[chosen],
+                            batch.document_ids[chosen],
+                            batch.window_ids[chosen],
+                            found.norms[chosen],
+                        )
+                    )
+
+    def _merge(self, parts: list[HarvestPart], evidence: Evidence) -> None:
+        merger = Merger(parts, self.folder, list(self.widths), self.config.context_tokens)
+        merger.require_every_split(self.corpus)
+        merger.move_shards()
+        info = HarvestInfo(
+            identity=self.lm.identity,
+            widths=self.widths,
+            dtype=str(self.lm.model.dtype).removeprefix("torch."),
+            context_tokens=self.config.context_tokens,
+            median_norms={name: merger.median_norm(name) for name in self.widths},
+            massive_norm_multiple=self.config.massive_norm_multiple,
+            num_dropped_tail_tokens=merger.num_dropped_tail_tokens(),
+            module_names=module_names(self.lm.model, list(self.widths)),
+            text={"rules": asdict(WindowRules.of(self.corpus, self.lm)), "sources": merger.sources()},
+            conditions=self.conditions,
+            num_batch_halvings=merger.num_batch_halvings(),
+        )
+        merger.write_evidence(evidence, self.lm, {name: info.norm_limit(name) for name in self.widths})
+        info.save(self.folder)
+        remove_folder(self.parts)
+
+
+@contextmanager
+def _held(lease: Lease) -> Iterator[None]:
+    """Work on a leased part: after an error another process may go on with it, and a loss of the lease is no error."""
+    try:
+        yield
+    except LeaseLost as lost:
+        print(f"harvest: {lost}", file=sys.stderr)
+    except BaseException as error:
+        if isinstance(error, FileNotFoundError) and lease.is_lost:
+            print(f"harvest: {lease.path} was taken over by another process", file=sys.stderr)
+            return
+        with suppress(LeaseLost, OSError):
+            lease.release()
+        raise
+
+
+def _conditions(
+    lm: LanguageModel, hook_points: Sequence[str], corpus: CorpusConfig, config: HarvestConfig
+) -> dict[str, Any]:
+    """Everything that decides the rows of a harvest, by name, as JSON has it."""
+    sections = {"corpus": to_dict(corpus), "harvest": to_dict(config)}
+    found = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    found |= {
+        "model.hook_points": list(hook_points),
+        "the model's weights (SHA-256)": lm.identity.model_sha256,
+        "the tokenizer (SHA-256)": lm.identity.tokenizer_sha256,
+        "the model's dtype": str(lm.model.dtype).removeprefix("torch."),
+    }
+    found |= {f"the text in {source.source}": fingerprint(source) for source in corpus.sources}
+    return json.loads(json.dumps(found))
+
+
+def _require_same(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
+    for name in [*begun, *(name for name in now if name not in begun)]:
+        if begun.get(name) != now.get(name):
+            raise HarvestError(
+                f"{folder} was harvested with {name} = {begun.get(name)!r}, now it is {now.get(name)!r}: set it back "
+                f"to go on, or start anew with `saeql harvest {folder.parent}`"
+            )
 
 
 def probe_widths(language_model: LanguageModel, hook_points: Sequence[str]) -> dict[str, int]:
@@ -187,162 +336,3 @@ def module_names(model: Any, hook_points: Sequence[str]) -> dict[str, tuple[str,
     """TransformerLens's name and the module's path of every hook point."""
     points = [resolve(model, name) for name in hook_points]
     return {point.name: (point.transformer_lens_name, point.module_path) for point in points}
-
-
-def wanted_tokens(corpus: CorpusConfig, max_train_tokens: int = 0) -> dict[str, float]:
-    """Tokens to be stored of every split; infinite where the text decides."""
-    wanted = {s: corpus.max_tokens * share if corpus.max_tokens else math.inf
-              for s, share in corpus.split_shares().items()}  # fmt: skip
-    return {**wanted, "train": min(wanted["train"], max_train_tokens or math.inf)}
-
-
-def _require_room(folder: Path, wanted: dict[str, float], row_bytes: int) -> None:
-    needed = sum(tokens for tokens in wanted.values() if tokens < math.inf) * row_bytes
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC, f"no room for the activations: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
-            "lower corpus.max_tokens or choose another folder", str(folder)
-        )  # fmt: skip
-
-
-def _writer(
-    folder: Path, hook_point: str, split: str, lm: LanguageModel, config: HarvestConfig, width: int
-) -> ShardWriter:
-    return ShardWriter(
-        shard_folder(folder, hook_point, split),
-        d_in=width,
-        context_tokens=config.context_tokens,
-        attributes={**asdict(lm.identity.at([hook_point])), "split": split},
-        windows_per_shard=config.windows_per_shard,
-        dtype=stored_dtype(lm),
-    )
-
-
-def _run_batch(
-    forward: ForwardPass,
-    batch: list[_Window],
-    reading: "_Reading",
-    writers: dict[tuple[str, str], ShardWriter],
-) -> None:
-    token_ids = np.stack([w.token_ids for w in batch])
-    captured = forward.run(token_ids)
-    first = len(reading.windows)
-    window_ids = np.arange(first, first + len(batch), dtype=np.int32)
-    chosen = {split: [i for i, w in enumerate(batch) if w.split == split] for split in SPLITS}
-    owners = np.stack([w.document_ids for w in batch])
-    for name, found in captured.items():
-        for split, rows in chosen.items():
-            if rows:
-                writers[name, split].append(
-                    found.values[rows], token_ids[rows], owners[rows], window_ids[rows], found.norms[rows]
-                )
-    reading.windows += batch
-
-
-class _Reading:
-    """Reads documents into windows and remembers what was read, for the evidence tables."""
-
-    def __init__(self, lm: LanguageModel, corpus: CorpusConfig, config: HarvestConfig, wanted: dict[str, float]):
-        self.lm, self.corpus, self.config, self.wanted = lm, corpus, config, wanted
-        self.rules = WindowRules.of(corpus, lm)
-        self.packers = {s: WindowPacker(config.context_tokens, self.rules) for s in SPLITS}
-        self.reader = CorpusReader(corpus, lm.tokenizer, tokenizer_sha256=lm.identity.tokenizer_sha256)
-        self.windows: list[_Window] = []
-        self.read: list[tuple[Document, int]] = []
-
-    def batches(self) -> Iterator[list[_Window]]:
-        """Windows in batches, until every split has its share of `max_tokens` or the text ends."""
-        batch: list[_Window] = []
-        for window in self._windows():
-            batch.append(window)
-            if len(batch) == self.config.batch_windows:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
-    def _windows(self) -> Iterator[_Window]:
-        left = dict(self.wanted)
-        for document in self.reader:
-            split = document.split
-            if left[split] <= 0:
-                if max(left.values()) <= 0:
-                    return
-                continue
-            ids = self._token_ids(document, None if left[split] == math.inf else int(left[split]))
-            if not ids:
-                continue
-            left[split] -= len(ids)
-            # what it says is not needed any more
-            self.read.append((replace(document, text="", token_ids=None), len(ids)))
-            for token_ids, document_ids in self.packers[split].add(ids, document.document_id):
-                yield _Window(split, token_ids, document_ids)
-
-    def _token_ids(self, document: Document, room: int | None) -> list[int]:
-        heldout = document.split != "train"
-        limit = self.config.max_heldout_document_tokens if heldout else self.corpus.max_document_tokens
-        ids = document.token_ids
-        if ids is None:
-            ids = self.lm.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        taken = list(ids[: limit if room is None else min(limit, max(1, room))])
-        self.reader.credit(document, len(taken), is_cut=len(ids) > limit)
-        return taken
-
-    def require_every_split(self) -> None:
-        """Raise CorpusError unless every split has at least one window."""
-        found = {w.split for w in self.windows}
-        missing = [s for s in SPLITS if s not in found]
-        if missing:
-            raise CorpusError(
-                f"the corpus {self.corpus.title} is too small: no window of {self.config.context_tokens} tokens for "
-                f"the split {missing[0]!r} ({len(self.read)} documents); add text or lower harvest.context_tokens"
-            )
-
-    def write_evidence(self, evidence: Evidence, folder: Path, info: HarvestInfo) -> None:
-        """Write the tables documents, windows, vocabulary and split_rows."""
-        sources = self.corpus.sources
-        rows = [
-            {"document_id": d.document_id, "split": d.split, "title": d.title, "source": sources[d.source].source,
-             "num_tokens": n, "sha256": d.sha256}
-            for d, n in self.read
-        ]  # fmt: skip
-        evidence.write("documents", pa.Table.from_pylist(rows))
-        evidence.write(
-            "windows",
-            pa.table(
-                {
-                    "window_id": np.arange(len(self.windows), dtype=np.int32),
-                    "split": [w.split for w in self.windows],
-                    "token_ids": [w.token_ids for w in self.windows],
-                    "document_ids": [w.document_ids for w in self.windows],
-                }
-            ),
-        )
-        ids = list(range(len(self.lm.tokenizer)))
-        evidence.write("vocabulary", pa.table({"token_id": ids, "token": self.lm.token_texts(ids)}))
-        evidence.write("split_rows", pa.Table.from_pylist([self._split_rows(s, folder, info) for s in SPLITS]))
-
-    def _split_rows(self, split: str, folder: Path, info: HarvestInfo) -> dict:
-        massive = None
-        for name in info.widths:
-            norms = window_column(ShardReader(shard_folder(folder, name, split)), "norms")  # [W, T]
-            above = norms > info.norm_limit(name)
-            massive = above if massive is None else massive | above
-        assert massive is not None
-        num_massive = int(massive[:, 1:].sum())
-        return {
-            "split": split,
-            "num_documents": sum(d.split == split for d, _ in self.read),
-            "num_windows": len(massive),
-            "num_rows": massive.size,
-            "num_kept_rows": massive.size - len(massive) - num_massive,
-            "num_first_position_rows": len(massive),
-            "num_massive_rows": num_massive,
-        }
-
-
-def _median_norm(reader: ShardReader) -> float:
-    norms = window_column(reader, "norms")[:, 1:].ravel()[:_MEDIAN_ROWS]
-    return float(np.median(norms))

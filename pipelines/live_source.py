@@ -25,10 +25,11 @@ from saeql.sae.stream import ActivationBatch, Cursor, shuffled_rows
 
 from .corpus import CorpusConfig, CorpusError
 from .forward import ForwardPass, HookRows, stored_dtype
-from .harvest import HarvestConfig
+from .harvest_config import HarvestConfig
 from .models import LanguageModel
+from .reading import one_ahead
 from .row_buffer import RowBuffer, buffered_row_bytes
-from .train_windows import TrainWindows, WindowBatch
+from .train_windows import TrainBatch, TrainWindows
 
 #: Share of rows that a group must be able to lose to massive norms and still hold a batch.
 _SPARE_SHARE = 1 / 8
@@ -248,7 +249,10 @@ class LiveSource:
             place = {"start": start, "max_windows": self.forward.max_windows}
             digest, stop, kept = hashlib.sha256(), 0, []
             wanted = self._num_windows(epoch, number)
-            for windows, found in self.forward.over(self._taken(wanted), lambda batch: batch.token_ids):
+            taken = self._taken(wanted)
+            if self.overlap:
+                taken = one_ahead(taken)  # ends with the group: what was read is what was taken
+            for windows, found in self.forward.over(taken, lambda batch: batch.token_ids):
                 if self._stopped.is_set():
                     return None
                 digest.update(windows.token_ids.tobytes())
@@ -271,14 +275,14 @@ class LiveSource:
                     "for the split 'train'; add text or lower harvest.context_tokens"
                 )
 
-    def _taken(self, count: int) -> Iterator[WindowBatch]:
+    def _taken(self, count: int) -> Iterator[TrainBatch]:
         """The next `count` windows of the epoch in forward passes; fewer where it ends."""
         while count > 0 and (batch := self._windows.take(min(count, self.config.batch_windows))) is not None:
             count -= len(batch.token_ids)
             yield batch
 
     def _put(
-        self, rows: RowBuffer, start: int, windows: WindowBatch, found: Mapping[str, HookRows]
+        self, rows: RowBuffer, start: int, windows: TrainBatch, found: Mapping[str, HookRows]
     ) -> NDArray[np.int64]:
         """Copy windows into the buffer from row `start` on. Returns which of their rows count, from their first."""
         (count, tokens), column = windows.token_ids.shape, 0

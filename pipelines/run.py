@@ -37,7 +37,7 @@ from saeql.sae.trainer import Trainer
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
-from .atomic import write_whole
+from .atomic import remove_leftovers, write_whole
 from .config import RunConfig, to_toml
 from .dictionaries import DictionarySpec, specify, start_dictionary
 from .evaluate import Evaluator, metrics_table
@@ -192,22 +192,24 @@ class Run:
     def execute(self, stages: tuple[str, ...] = STAGES, *, again: bool = False, resume: bool = True, **options: Any):
         """Run the stages that are not finished yet, in order, yielding (stage, seconds or None where reused).
 
-        `again` runs the named stages even so. `resume` lets training go on from its last checkpoint.
+        `again` runs the named stages even so. `resume` lets an interrupted harvest and training go on where they were.
         Raises RunError where another process works on this run, or a stage that a named one reads from is not finished.
         """
         for stage in stages:
             if stage not in STAGES:
                 raise RunError(f"no stage {stage!r}: there is {', '.join(STAGES)}{suggestion(stage, STAGES)}")
         with self.locked():
+            remove_leftovers(self.path)
             for stage in stages:
                 if not again and stage in self.finished():
                     yield stage, None
                     continue
                 self._require_inputs(stage)
+                is_begun = stage != "harvest" or stage not in self.finished()  # a finished harvest is made anew
                 self._mark_stale(stage)
                 started = time.monotonic()
                 with recorded(self.path, stage):
-                    self._run_stage(stage, resume=resume, **options)
+                    self._run_stage(stage, resume=resume and is_begun, **options)
                 seconds = time.monotonic() - started
                 self._mark_finished(stage, seconds)
                 yield stage, seconds
@@ -216,7 +218,7 @@ class Run:
         if stage == "train":
             self.train(resume=resume, report_to=report_to)
         elif stage == "harvest":
-            self.harvest(truncate=truncate)
+            self.harvest(truncate=truncate, resume=resume)
         else:
             {
                 "index": self.index,
@@ -226,26 +228,53 @@ class Run:
                 "report": self.report,
             }[stage]()
 
-    def harvest(self, *, truncate: bool = False) -> HarvestInfo:
+    def harvest(self, *, truncate: bool = False, resume: bool = False, **options: Any) -> HarvestInfo:
         """corpus -> windows -> activations in shards.
 
-        `truncate`, like `model.truncate`: without the layers after the deepest hook point in memory.
+        `truncate`, like `model.truncate`: without the layers after the deepest hook point in memory. `resume` goes on
+        with an interrupted harvest; `options` are those of `saeql.pipelines.harvest.harvest`.
         """
         config = self.config
+        stored = replace(config.harvest, max_train_tokens=config.stored_train_tokens)
         return harvest(
             self._reading_model(truncate),
             config.model.hook_points,
             config.corpus,
-            config.harvest,
+            stored,
             self.activations,
             self.evidence,
-            max_train_tokens=config.stored_train_tokens,
+            resume=resume,
+            **options,
         )
 
     def _reading_model(self, truncate: bool = False) -> LanguageModel:
         """The model for reading activations: without the layers after the deepest hook point where asked for."""
         truncate = truncate or self.config.model.truncate
         return load_model(replace(self.config.model, truncate=True)) if truncate else self.language_model
+
+    def join_harvest(self, *, truncate: bool = False, lease_seconds: float = 180.0) -> HarvestInfo:
+        """Harvest parts of the corpus beside other processes that do the same, until all are done.
+
+        Under torchrun every rank is one of them, on its own device. Raises RunError where a stage of this run is at
+        work, which is another thing than a harvest.
+        """
+        with self.locked(shared=True):
+            if "harvest" in self.finished():
+                return self.harvest_info
+            self._mark_stale("harvest")
+            started = time.monotonic()
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            info = self.harvest(
+                truncate=truncate,
+                resume=True,
+                beside_others=True,
+                expire_seconds=lease_seconds,
+                merging=lambda: recorded(self.path, "harvest"),
+            )
+            if "harvest" not in self.finished():
+                self._mark_finished("harvest", time.monotonic() - started)
+            return info
 
     def train(self, *, resume: bool = True, report_to: str = "none") -> SparseAutoencoder:
         """shards, or the model itself (train.source = "live") -> dictionary folder."""
@@ -388,12 +417,15 @@ class Run:
     # --- bookkeeping ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold this run against other writers. Raises RunError at once, naming the other's pid."""
+    def locked(self, *, shared: bool = False) -> Iterator[None]:
+        """Hold this run against other writers; `shared`, only against those that want it for themselves.
+
+        Raises RunError at once, naming the other's pid.
+        """
         file = (self.path / ".lock").open("a+")
         try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
                 raise RunError(f"{self.path} is in use by another saeql process (pid {file.read().strip()})") from None

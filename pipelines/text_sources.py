@@ -11,6 +11,7 @@ Text files and lines may be compressed (.gz, .zst). Reading starts at any row, w
 """
 
 import bz2
+import hashlib
 import importlib.util
 import io
 import json
@@ -88,8 +89,8 @@ class Row:
 TOKENIZER_KEY = "saeql.tokenizer_sha256"
 
 
-def read_rows(source: SourceConfig, start: int = 0) -> Iterator[Row]:
-    """Rows of a source from row `start` on, in an order that never changes.
+def read_rows(source: SourceConfig, start: int = 0, stride: int = 1) -> Iterator[Row]:
+    """Every `stride`-th row of a source from row `start` on, in an order that never changes; others are not parsed.
 
     Raises CorpusError, in one line, where the source is missing, unreachable, damaged, or has not the column.
     """
@@ -97,18 +98,29 @@ def read_rows(source: SourceConfig, start: int = 0) -> Iterator[Row]:
     if name.startswith("embedded:"):
         if name != EMBEDDED_TEXT:
             raise CorpusError(f"no embedded corpus {name!r}{suggestion(name, [EMBEDDED_TEXT])}")
-        return islice(_wikipedia(source.text_column), start, None)
+        return _wikipedia(source.text_column, start, stride)
     if name.startswith("hf:"):
-        return _hub(source, start)
+        return _hub(source, start, stride)
     path = Path(name).expanduser()
     if not path.exists():
         raise CorpusError(f"no corpus at {path}: name a file, a folder, {EMBEDDED_TEXT} or hf:NAME")
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _saved_dataset(source, path, start)
-    return _files(source, path, start)
+        return _saved_dataset(source, path, start, stride)
+    return _files(source, path, start, stride)
 
 
-def _files(source: SourceConfig, path: Path, start: int) -> Iterator[Row]:
+def fingerprint(source: SourceConfig) -> str:
+    """What a local source consists of: number, bytes, a hash of names and sizes of files; '' where there are none."""
+    path = Path(source.source).expanduser()
+    if source.source.startswith(("embedded:", "hf:")) or not path.exists():
+        return ""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    sizes = [(file.relative_to(path).as_posix(), file.stat().st_size) for file in files]
+    digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    return f"{len(sizes)} files, {sum(size for _, size in sizes)} bytes, {digest[:12]}"
+
+
+def _files(source: SourceConfig, path: Path, start: int, stride: int) -> Iterator[Row]:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     readable = [(file, kind) for file in files if (kind := _kind(file)) is not None]
     if not readable:
@@ -117,20 +129,34 @@ def _files(source: SourceConfig, path: Path, start: int) -> Iterator[Row]:
             "written by save_to_disk"
         )
     for file, kind in readable:
-        skipped = 0
+        wanted, count = Wanted(start, stride), 0
         try:
-            for row in kind(source, file, start):
-                if row is None:
-                    skipped += 1
-                else:
+            for row in kind(source, file, wanted):
+                count += 1
+                if row is not None:
                     yield row
         except (OSError, EOFError, ArithmeticError) as error:
             raise CorpusError(f"{file} cannot be read: {one_line(error)}") from None
-        start -= min(start, skipped)
+        start = wanted.first_from(count) - count
 
 
-#: Yields None for each of the first `start` rows that it has, then rows.
-_Reader = Callable[[SourceConfig, Path, int], Iterator[Row | None]]
+@dataclass(frozen=True)
+class Wanted:
+    """Which rows of a file are read: every `stride`-th from `start` on."""
+
+    start: int
+    stride: int
+
+    def __contains__(self, row: int) -> bool:
+        return row >= self.start and (row - self.start) % self.stride == 0
+
+    def first_from(self, row: int) -> int:
+        """The first wanted row that is not before `row`."""
+        return self.start + max(0, -(-(row - self.start) // self.stride)) * self.stride
+
+
+#: Yields a row, or None for one that is not wanted, for every row of the file.
+_Reader = Callable[[SourceConfig, Path, Wanted], Iterator[Row | None]]
 
 
 def _kind(file: Path) -> _Reader | None:
@@ -152,8 +178,8 @@ def _opened(file: Path) -> BinaryIO:
     return io.BufferedReader(pa.input_stream(str(file), compression=compression))  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
-def _text_file(source: SourceConfig, file: Path, start: int) -> Iterator[Row | None]:
-    if start > 0:
+def _text_file(source: SourceConfig, file: Path, wanted: Wanted) -> Iterator[Row | None]:
+    if 0 not in wanted:
         yield None
         return
     with _opened(file) as opened:
@@ -161,14 +187,14 @@ def _text_file(source: SourceConfig, file: Path, start: int) -> Iterator[Row | N
     yield Row(str(file), file.name, None if text is None else {source.column: text})
 
 
-def _json_lines(source: SourceConfig, file: Path, start: int) -> Iterator[Row | None]:
-    row = 0
+def _json_lines(source: SourceConfig, file: Path, wanted: Wanted) -> Iterator[Row | None]:
+    row = -1
     with _opened(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             row += 1
-            if row <= start:
+            if row not in wanted:
                 yield None
                 continue
             place, title = f"{file} line {number}", f"{file.name}:{number}"
@@ -194,7 +220,7 @@ def _json_row(source: SourceConfig, place: str, line: str) -> dict[str, Any]:
     return row
 
 
-def _parquet(source: SourceConfig, file: Path, start: int) -> Iterator[Row | None]:
+def _parquet(source: SourceConfig, file: Path, wanted: Wanted) -> Iterator[Row | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -205,20 +231,28 @@ def _parquet(source: SourceConfig, file: Path, start: int) -> Iterator[Row | Non
             number = 0
             for group in range(opened.num_row_groups):
                 rows = opened.metadata.row_group(group).num_rows
-                if number + rows <= start:
+                if wanted.first_from(number) >= number + rows:
                     yield from (None for _ in range(rows))
                     number += rows
                     continue
                 for batch in opened.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns):
-                    for fields in _arrow_rows(batch):
-                        place, title = f"{file} row {number}", f"{file.name}:{number}"
-                        yield Row(place, title, fields, made_by) if number >= start else None
-                        number += 1
+                    count = batch.num_rows
+                    chosen = [row for row in range(count) if number + row in wanted]
+                    read = _arrow_rows(
+                        batch if len(chosen) == batch.num_rows else batch.take(pa.array(chosen, "int32"))
+                    )
+                    for row in range(number, number + batch.num_rows):
+                        yield (
+                            Row(f"{file} row {row}", f"{file.name}:{row}", next(read), made_by)
+                            if row in wanted
+                            else None
+                        )
+                    number += batch.num_rows
     except pa.ArrowException as error:
         raise CorpusError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
 
 
-def _saved_dataset(source: SourceConfig, path: Path, start: int) -> Iterator[Row]:
+def _saved_dataset(source: SourceConfig, path: Path, start: int, stride: int) -> Iterator[Row]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -231,11 +265,10 @@ def _saved_dataset(source: SourceConfig, path: Path, start: int) -> Iterator[Row
         dataset = dataset[source.hub_split]
     columns = _columns(source, str(path), dataset.column_names)
     arrow = dataset.select_columns(columns).with_format("arrow")
-    number = start
-    for first in range(start, len(arrow), _ROWS_AT_ONCE):
-        for fields in _arrow_rows(arrow[first : first + _ROWS_AT_ONCE]):
+    for first in range(start, len(arrow), _ROWS_AT_ONCE * stride):
+        rows = range(first, min(first + _ROWS_AT_ONCE * stride, len(arrow)), stride)
+        for number, fields in zip(rows, _arrow_rows(arrow[rows]), strict=True):
             yield Row(f"{path} row {number}", f"{path.name}:{number}", fields)
-            number += 1
 
 
 def _columns(source: SourceConfig, place: str, names: list[str]) -> list[str]:
@@ -257,14 +290,14 @@ def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
                 yield None
 
 
-def _hub(source: SourceConfig, start: int) -> Iterator[Row]:
+def _hub(source: SourceConfig, start: int, stride: int) -> Iterator[Row]:
     from datasets import load_dataset
 
     name, _, revision = source.source.removeprefix("hf:").partition("@")
     name, _, subset = name.partition(":")
     try:
         rows = load_dataset(name, subset or None, split=source.hub_split, revision=revision or None, streaming=True)  # pyright: ignore[reportArgumentType]
-        for number, row in enumerate(rows.skip(start), start):
+        for number, row in islice(enumerate(rows.skip(start), start), 0, None, stride):
             if source.column not in row:
                 raise CorpusError(f'dataset {name} has no column "{source.column}", it has {", ".join(row)}')
             yield Row(f"{name} row {number}", f"{name}:{number}", row)
@@ -281,7 +314,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _wikipedia(text_column: str) -> Iterator[Row]:
+def _wikipedia(text_column: str, start: int, stride: int) -> Iterator[Row]:
     """Articles of an English Wikipedia dump that the gensim wheel carries; its redirect stubs are dropped."""
     spec = importlib.util.find_spec("gensim")
     if spec is None or spec.origin is None:
@@ -293,11 +326,10 @@ def _wikipedia(text_column: str) -> Iterator[Row]:
 
     with bz2.open(path) as dump:
         pages = wikicorpus.extract_pages(dump, filter_namespaces=("0",))  # pyright: ignore[reportArgumentType]
-        for title, markup, _ in pages:
-            if not markup.lstrip().lower().startswith("#redirect"):
-                yield Row(
-                    f"{EMBEDDED_TEXT} {title}", title, {text_column: _clean_wikitext(wikicorpus.filter_wiki(markup))}
-                )
+        articles = ((t, markup) for t, markup, _ in pages if not markup.lstrip().lower().startswith("#redirect"))
+        for title, markup in islice(articles, start, None, stride):
+            text = _clean_wikitext(wikicorpus.filter_wiki(markup))
+            yield Row(f"{EMBEDDED_TEXT} {title}", title, {text_column: text})
 
 
 def _clean_wikitext(text: str) -> str:

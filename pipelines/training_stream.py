@@ -16,7 +16,7 @@ from .live_source import LiveError, LiveSource
 from .models import LanguageModel
 
 #: Keys of [harvest] that the rows of a live model do not depend on.
-_OF_STORAGE = ("windows_per_shard", "max_train_tokens")
+_OF_STORAGE = ("windows_per_shard", "max_train_tokens", "parts")
 
 
 @contextmanager

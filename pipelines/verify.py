@@ -18,6 +18,7 @@ from saeql.store.integrity import FileHash, find_damage, hash_file
 from saeql.store.manifest import MANIFEST, ShardError, read_manifest, verify_file
 
 from .atomic import write_whole
+from .harvest_part import PARTS, HarvestPart
 from .progress import progress
 
 HASHES_FILE = "hashes.json"
@@ -81,7 +82,7 @@ def _versions(run: Path) -> dict[str, tuple[int, int, int]]:
     """What tells that a file was written again: (inode, size, time), for every file that `hashes.json` covers."""
     found = {}
     for folder, folders, names in os.walk(run):
-        folders[:] = [name for name in folders if name != "checkpoints"]
+        folders[:] = [name for name in folders if name not in ("checkpoints", PARTS) and ".tmp." not in name]
         is_shard_folder = MANIFEST in names
         for name in names:
             path = Path(folder, name)
@@ -125,6 +126,12 @@ def _shard_checks(run: Path, result: Verification) -> Iterator[tuple[int, Any]]:
             continue
         for record in records:
             yield record.bytes, lambda folder=manifest.parent, record=record: _shard_damage(folder, record)
+    for folder in sorted((run / "activations" / PARTS).glob("[0-9]*")):  # of a harvest that is not finished
+        try:
+            for place, record in HarvestPart(folder).shards():
+                yield record.bytes, lambda folder=place, record=record: _shard_damage(folder, record)
+        except ShardError as error:
+            result.damage.append(str(error))
 
 
 def _shard_damage(folder: Path, record: Any) -> str | None:

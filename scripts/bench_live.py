@@ -3,7 +3,7 @@
     python scripts/bench_live.py [--tokens 12288] [--rounds 3] [--json FILE]
 
 `bare` runs the truncated forward pass over windows that are tokenised already; `live` is everything that a training
-waits for: reading, tokenising, packing, the forward pass, norms, the shuffled buffer, batches. Same model, same windows,
+waits for: reading, tokenising, packing, the forward pass, norms, the shuffled buffer, batches. Same model and windows,
 interleaved, one thread, CPU time. `resume` is the time from a cursor in the middle of a group to its next batch.
 """
 

@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> list[ShardRecord]:
 
 def append_record(folder: Path, record: ShardRecord) -> None:
     """Publish `record`. A line that an earlier writer left unfinished is cut off first."""
-    line = json.dumps(asdict(record), sort_keys=True).encode() + b"\n"
+    line = _line(record)
     path = folder / MANIFEST
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -77,6 +77,32 @@ def append_record(folder: Path, record: ShardRecord) -> None:
     finally:
         os.close(descriptor)
     sync_folder(folder)
+
+
+class NewManifest:
+    """A manifest that is written line by line and takes the place of the folder's at once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._temporary = folder / f"{MANIFEST}.tmp.{os.getpid()}"
+        self._temporary.unlink(missing_ok=True)
+        self._temporary.touch()
+
+    def add(self, record: ShardRecord) -> None:
+        """Append a record. The file is not held open: manifests may be many."""
+        with self._temporary.open("ab") as file:
+            file.write(_line(record))
+
+    def publish(self) -> None:
+        """Make what was added the folder's shards, in that order."""
+        with self._temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        self._temporary.replace(self.folder / MANIFEST)
+        sync_folder(self.folder)
+
+
+def _line(record: ShardRecord) -> bytes:
+    return json.dumps(asdict(record), sort_keys=True).encode() + b"\n"
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,9 +10,8 @@ import errno
 import json
 import math
 import os
-import queue
 import re
-import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from .background import Background
 from .integrity import hash_file
 from .manifest import (
     ShardError,
@@ -33,7 +33,7 @@ from .manifest import (
     verify_file,
 )
 
-__all__ = ["ShardError", "ShardReader", "ShardRecord", "ShardWriter", "Windows"]
+__all__ = ["ShardError", "ShardReader", "ShardRecord", "ShardWriter", "Windows", "write_shard"]
 
 #: Logical type -> stored type.
 DTYPES = {"bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
@@ -92,11 +92,8 @@ class ShardWriter:
             if mine.fullmatch(leftover.name):
                 leftover.unlink()
         self._filling: list[Windows] = []
-        self._queue: queue.Queue[list[Windows] | None] = queue.Queue(maxsize=1)
-        self._error: BaseException | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="shard-writer", daemon=True)
-        self._thread.start()
+        self._disk = Background("shard-writer")
 
     def append(
         self,
@@ -110,7 +107,7 @@ class ShardWriter:
 
         Raises ShardError for a wrong shape or type, and what stopped the background thread (OSError for a full disk).
         """
-        self._raise_error()
+        self._disk.check()
         if self._closed:
             raise ShardError(f"{self.folder}: the writer is closed")
         batch = self._checked(acts, token_ids, document_ids, window_ids, norms)
@@ -126,11 +123,12 @@ class ShardWriter:
         """Publish what is left and wait for the disk. Raises what the background thread met."""
         if not self._closed:
             self._closed = True
-            if self._filling:
-                self._hand_over()
-            self._queue.put(None)
-            self._thread.join()
-        self._raise_error()
+            try:
+                if self._filling:
+                    self._hand_over()
+            finally:
+                self._disk.end()
+        self._disk.check()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -139,8 +137,7 @@ class ShardWriter:
         if kind is not None:
             self._filling = []
             self._closed = True
-            self._queue.put(None)
-            self._thread.join()
+            self._disk.end()
         else:
             self.close()
 
@@ -163,74 +160,71 @@ class ShardWriter:
 
     def _hand_over(self) -> None:
         shard, self._filling = self._filling, []
-        self._queue.put(shard)
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _work(self) -> None:
-        """Publish shards until None; after an error the rest is taken and dropped, so that no caller waits for ever."""
-        while (shard := self._queue.get()) is not None:
-            if self._error is not None:
-                continue
-            try:
-                self._publish(shard)
-            except BaseException as error:
-                self._error = error
+        self._disk.add(lambda: self._publish(shard))
 
     def _publish(self, shard: list[Windows]) -> None:
         path = self.folder / f"{self.prefix}-{self._next:05d}.h5"
-        temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-        try:
-            self._write(temporary, shard)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            content = hash_file(temporary)
-            windows = sum(map(len, shard))
-            temporary.replace(path)
-            sync_folder(self.folder)
-        except Exception as error:
-            temporary.unlink(missing_ok=True)
-            raise _named(error, path) from error
-        record = ShardRecord(
-            path.name,
-            windows * self.context_tokens,
-            windows,
-            content.bytes,
-            content.sha256,
-            content.block_bytes,
-            content.block_crc32,
-            self.dtype,
-            self.d_in,
-            self.context_tokens,
-            self.attributes,
-        )
-        append_record(self.folder, record)
+        append_record(self.folder, write_shard(path, shard, dtype=self.dtype, attributes=self.attributes))
         self._next += 1
 
-    def _write(self, temporary: Path, shard: list[Windows]) -> None:
-        windows = sum(map(len, shard))
-        rows = windows * self.context_tokens
-        with _CheckedFile(temporary) as disk, h5py.File(disk, "w", libver=("v110", "v110")) as file:
-            file.attrs["saeql"] = json.dumps({"context_tokens": self.context_tokens, "attributes": self.attributes})
-            columns = {
-                "acts": file.create_dataset("acts", (rows, self.d_in), DTYPES[self.dtype]),
-                "token_ids": file.create_dataset("token_ids", (rows,), "<i4"),
-                "document_ids": file.create_dataset("document_ids", (rows,), "<i4"),
-                "norms": file.create_dataset("norms", (rows,), "<f4"),
-                "window_ids": file.create_dataset("window_ids", (windows,), "<i4"),
-            }
-            columns["acts"].attrs["logical_dtype"] = self.dtype
-            start = 0
-            for part in shard:
-                stop = start + len(part)
-                lines = slice(start * self.context_tokens, stop * self.context_tokens)
-                columns["acts"][lines] = part.acts.reshape(-1, self.d_in)
-                for name in ("token_ids", "document_ids", "norms"):
-                    columns[name][lines] = getattr(part, name).reshape(-1)
-                columns["window_ids"][start:stop] = part.window_ids
-                start = stop
+
+def write_shard(path: Path, windows: Sequence[Windows], *, dtype: str, attributes: dict[str, Any]) -> ShardRecord:
+    """Write windows, in several pieces of one shape, as the shard `path`: whole and on the disk, or not there.
+
+    Returns the record with which a manifest publishes it. `dtype` is the logical one of the acts. Raises OSError for a
+    full disk or a folder that is gone.
+    """
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        _write(temporary, windows, dtype, attributes)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        content = hash_file(temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        raise _named(error, path) from error
+    num_windows = sum(map(len, windows))
+    _, context_tokens, d_in = windows[0].acts.shape
+    return ShardRecord(
+        path.name,
+        num_windows * context_tokens,
+        num_windows,
+        content.bytes,
+        content.sha256,
+        content.block_bytes,
+        content.block_crc32,
+        dtype,
+        d_in,
+        context_tokens,
+        attributes,
+    )
+
+
+def _write(path: Path, windows: Sequence[Windows], dtype: str, attributes: dict[str, Any]) -> None:
+    num_windows = sum(map(len, windows))
+    _, context_tokens, d_in = windows[0].acts.shape
+    rows = num_windows * context_tokens
+    with _CheckedFile(path) as disk, h5py.File(disk, "w", libver=("v110", "v110")) as file:
+        file.attrs["saeql"] = json.dumps({"context_tokens": context_tokens, "attributes": attributes})
+        columns = {
+            "acts": file.create_dataset("acts", (rows, d_in), DTYPES[dtype]),
+            "token_ids": file.create_dataset("token_ids", (rows,), "<i4"),
+            "document_ids": file.create_dataset("document_ids", (rows,), "<i4"),
+            "norms": file.create_dataset("norms", (rows,), "<f4"),
+            "window_ids": file.create_dataset("window_ids", (num_windows,), "<i4"),
+        }
+        columns["acts"].attrs["logical_dtype"] = dtype
+        start = 0
+        for part in windows:
+            stop = start + len(part)
+            lines = slice(start * context_tokens, stop * context_tokens)
+            columns["acts"][lines] = part.acts.reshape(-1, d_in)
+            for name in ("token_ids", "document_ids", "norms"):
+                columns[name][lines] = getattr(part, name).reshape(-1)
+            columns["window_ids"][start:stop] = part.window_ids
+            start = stop
 
 
 class _CheckedFile:

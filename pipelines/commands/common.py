@@ -28,10 +28,10 @@ def report_stages(stages: Any) -> None:
         print(f"{stage:<10} {text}", file=sys.stderr, flush=True)
 
 
-def run_stage(stage: str, path: Path, **options: Any) -> None:
+def run_stage(stage: str, path: Path, *, again: bool = True, **options: Any) -> None:
     from ..run import Run
 
-    report_stages(Run.open(path).execute((stage,), again=True, **options))
+    report_stages(Run.open(path).execute((stage,), again=again, **options))
 
 
 def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:

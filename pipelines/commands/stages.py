@@ -8,12 +8,35 @@ from cyclopts import Parameter
 from .common import RunPath, Truncate, run_stage
 
 
-def harvest(run: RunPath, *, truncate: Truncate = False) -> None:
+def harvest(
+    run: RunPath,
+    *,
+    truncate: Truncate = False,
+    resume: Annotated[
+        bool, Parameter(help="Go on with an interrupted harvest instead of starting anew.", negative="")
+    ] = False,
+    join: Annotated[
+        bool,
+        Parameter(
+            help="Take parts (harvest.parts) beside other processes that do the same, on this machine or others that "
+            "share the folder; under torchrun every rank does.",
+            negative="",
+        ),
+    ] = False,
+    lease_seconds: Annotated[
+        float, Parameter(help="With --join: take over a part of a process that gave no sign of life for so long.")
+    ] = 180.0,
+) -> None:
     """Read the corpus and store activations at the hook points.
 
-    Example: saeql harvest runs/demo --truncate
+    Example: saeql harvest runs/demo --truncate --resume
     """
-    run_stage("harvest", run, truncate=truncate)
+    if not join:
+        return run_stage("harvest", run, again=not resume, resume=resume, truncate=truncate)
+    from ..run import Run
+
+    Run.open(run).join_harvest(truncate=truncate, lease_seconds=lease_seconds)
+    print("harvest    finished", file=sys.stderr)
 
 
 def train(
