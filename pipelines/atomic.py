@@ -25,9 +25,14 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> P
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder with all that is in it, and what is left of earlier tries; one half removed has lost its name."""
+    """Remove a folder with all that is in it: one that is half removed has lost its name."""
     if folder.exists():
         folder.rename(folder.with_name(f"{folder.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}"))
+    remove_half_removed(folder)
+
+
+def remove_half_removed(folder: Path) -> None:
+    """Remove what `remove_folder` left when it was interrupted."""
     for leftover in folder.parent.glob(f"{folder.name}.tmp.*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

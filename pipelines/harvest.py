@@ -33,7 +33,7 @@ from saeql.store.evidence import Evidence
 from saeql.store.records import SPLITS
 from saeql.store.shards import Windows
 
-from .atomic import remove_folder, write_whole
+from .atomic import remove_folder, remove_half_removed, write_whole
 from .corpus import CorpusConfig
 from .forward import ForwardPass, HookRows, stored_dtype
 from .harvest_config import HarvestConfig
@@ -129,11 +129,13 @@ def harvest(
     """
     if not resume:
         remove_folder(folder)
+    elif not beside_others:
+        remove_half_removed(folder)
     folder.mkdir(parents=True, exist_ok=True)
     job = _Job(language_model, corpus, config, folder, _conditions(language_model, hook_points, corpus, config))
     while (info := job.finished()) is None:
-        SharedWork.create(job.parts, [*job.names, MERGE], {CONDITIONS: json.dumps(job.conditions, indent=1) + "\n"})
         try:
+            SharedWork.create(job.parts, [*job.names, MERGE], {CONDITIONS: json.dumps(job.conditions, indent=1) + "\n"})
             job.require_conditions()
             job.require_room()
             with SharedWork(job.parts, expire_seconds=expire_seconds, alone=not beside_others) as work:

@@ -114,7 +114,7 @@ class Merger:
         """Write the tables documents, windows, vocabulary and split_rows, one set in memory at a time."""
         if evidence.folder.exists():
             remove_leftovers(evidence.folder)
-        documents = dict.fromkeys(SPLITS, 0)
+        documents: dict[str, int] = dict.fromkeys(SPLITS, 0)
         with _table(evidence, "documents") as table:
             for part in self.parts:
                 for rows in part.documents():
@@ -133,7 +133,7 @@ class Merger:
         """Windows of every set, by their ids: they are in the shards of any hook point."""
         hook_point = self.hook_points[0]
         readers = {split: ShardReader(shard_folder(self.folder, hook_point, split)) for split in SPLITS}
-        following = dict.fromkeys(SPLITS, 0)
+        following: dict[str, int] = dict.fromkeys(SPLITS, 0)
         for part in self.parts:
             for commit in part.commits():
                 tables = []

@@ -92,6 +92,8 @@ class SharedWork:
     @staticmethod
     def create(folder: Path, names: Iterable[str], files: Mapping[str, str]) -> None:
         """Make a folder of free units with some files beside them, all at once; one that is there already stays."""
+        if folder.exists():
+            return
         temporary = folder.with_name(f"{folder.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}")
         (temporary / OWNERS).mkdir(parents=True)
         try:
@@ -99,12 +101,11 @@ class SharedWork:
                 (temporary / f"{name}.free").mkdir()
             for name, text in files.items():
                 write_whole(temporary / name, text, durable=True)
-            if not folder.exists():
-                try:
-                    temporary.rename(folder)
-                except OSError:
-                    if not folder.exists():
-                        raise
+            try:
+                temporary.rename(folder)
+            except OSError:  # another process made it in this moment
+                if not folder.exists():
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

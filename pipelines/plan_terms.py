@@ -167,19 +167,20 @@ class StageTerms:
         """Peak RAM of harvest."""
         h, outline = self.config.harvest, self.outline
         window_bytes = h.context_tokens * (sum(outline.widths.values()) * self.value_bytes + 12 * len(outline.widths))
-        filling = sum(min(n, h.windows_per_shard) for n in self.rows.windows.values()) * window_bytes
-        waiting = max(min(n - h.windows_per_shard, h.windows_per_shard // 8) for n in self.rows.windows.values())
+        windows = sum(self.rows.windows.values())
+        largest = max(self.rows.windows.values()) / windows  # the split that ends a set
+        in_set = min(windows, h.windows_per_shard / largest + h.batch_windows)
+        waiting = min(windows - in_set, 2 * in_set if self.cuda else in_set / 8)
         terms = [
             *self._process(with_model=True),
             *self._weights(),
             Term("forward pass", 0 if self.cuda else outline.harvest.live_bytes, "counted on harvest.batch_windows"),
-            Term("shards being filled", filling, "harvest.windows_per_shard of every split and hook point"),
-            Term("windows read so far", sum(self.rows.windows.values()) * (8 * h.context_tokens + 600), "token ids"),
+            Term("shards being filled", in_set * window_bytes, "harvest.windows_per_shard, every split and hook point"),
             Term("vocabulary table", 800 * outline.vocabulary, "texts of all tokens"),
             Term("allocator", MODEL_SLACK_BYTES, "measured"),
         ]
         if waiting > 0:
-            terms.append(Term("shard being written", waiting * window_bytes, "while the next one fills"))
+            terms.append(Term("shards being written", waiting * window_bytes, "while the next ones fill"))
         return terms
 
     def harvest_device(self) -> list[Term]:

@@ -6,6 +6,7 @@ again what lies before: the place in every source, the tokens that wait for thei
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class WindowReader:
     def batches(self) -> Iterator[WindowBatch]:
         """Windows in batches, until every split has its share of `max_tokens` or the text ends."""
         found: list[tuple[str, np.ndarray, np.ndarray]] = []
-        counts = dict.fromkeys(SPLITS, 0)
+        counts: Counter[str] = Counter()
         for window in self.windows():
             found.append(window)
             counts[window[0]] += 1
@@ -109,7 +110,7 @@ class WindowReader:
                 yield self._batch(found, is_end=is_end)
                 found = []
                 if is_end:
-                    counts = dict.fromkeys(SPLITS, 0)
+                    counts.clear()
         yield self._batch(found, is_end=True, is_last=True)
 
     def _batch(

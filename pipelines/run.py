@@ -101,7 +101,8 @@ class Run:
                     f"{path} already holds a run with {key} = {old!r}, not {new!r}; choose another directory with --out"
                 )
             return run
-        if path.exists() and any(path.iterdir()):
+        others = [file for file in path.iterdir() if ".tmp." not in file.name] if path.exists() else []
+        if others and not (path / "config.toml").exists():  # another process may make the same run in this moment
             raise RunError(f"{path} is not empty and holds no run; choose another directory with --out")
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / "config.toml", to_toml(config))

@@ -82,7 +82,8 @@ def _versions(run: Path) -> dict[str, tuple[int, int, int]]:
     """What tells that a file was written again: (inode, size, time), for every file that `hashes.json` covers."""
     found = {}
     for folder, folders, names in os.walk(run):
-        folders[:] = [name for name in folders if name not in ("checkpoints", PARTS) and ".tmp." not in name]
+        left_out = ("checkpoints", PARTS) if Path(folder).name == "activations" else ("checkpoints",)
+        folders[:] = [name for name in folders if name not in left_out and ".tmp." not in name]
         is_shard_folder = MANIFEST in names
         for name in names:
             path = Path(folder, name)

@@ -1,6 +1,7 @@
 """Commands for one stage of a run, and the check of its files."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -11,6 +12,9 @@ from .common import RunPath, Truncate, run_stage
 def harvest(
     run: RunPath,
     *,
+    config: Annotated[
+        Path | None, Parameter(help="Make the run of this TOML configuration where it is not there yet.")
+    ] = None,
     truncate: Truncate = False,
     resume: Annotated[
         bool, Parameter(help="Go on with an interrupted harvest instead of starting anew.", negative="")
@@ -29,12 +33,16 @@ def harvest(
 ) -> None:
     """Read the corpus and store activations at the hook points.
 
-    Example: saeql harvest runs/demo --truncate --resume
+    Example: saeql harvest runs/big --config big.toml --join
     """
-    if not join:
-        return run_stage("harvest", run, again=not resume, resume=resume, truncate=truncate)
     from ..run import Run
 
+    if config is not None:
+        from ..config import load_config
+
+        Run.create(run, load_config(config))
+    if not join:
+        return run_stage("harvest", run, again=not resume, resume=resume, truncate=truncate)
     Run.open(run).join_harvest(truncate=truncate, lease_seconds=lease_seconds)
     print("harvest    finished", file=sys.stderr)
 

@@ -155,8 +155,9 @@ def test_a_harvest_that_is_killed_thirty_times_ends_with_the_same_bytes(
 def test_processes_share_the_parts_and_one_of_them_dies(
     tmp_path: Path, tiny_config: Path, start: Any, expected_in_parts: dict[str, bytes]
 ):
-    run = new_run(tiny_config, tmp_path / "run", **{"harvest.parts": "4"})
-    workers = [start("harvest", run, "--join") for _ in range(3)]
+    config = new_run(tiny_config, tmp_path / "other", **{"harvest.parts": "4"}) / "config.toml"
+    run = tmp_path / "run"  # which they make
+    workers = [start("harvest", run, "--config", config, "--join") for _ in range(3)]
     assert kill_at(workers[0], lambda: num_sets(run) >= 3, random.Random(0))
     for worker in workers[1:]:
         worker.join(120)
