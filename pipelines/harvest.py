@@ -8,6 +8,7 @@ median, which is measured once, on the first training rows, and frozen in `harve
 
 import errno
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from saeql.store.shards import ShardReader, ShardWriter
 
 from .atomic import write_whole
 from .corpus import CorpusConfig, CorpusError, CorpusReader, Document
+from .forward import ForwardPass, stored_dtype
 from .models import LanguageModel, ModelIdentity
 from .progress import progress
 from .sources import ShardSource, window_column
@@ -48,6 +50,8 @@ class HarvestConfig:
     """Windows of one shard file."""
     max_heldout_document_tokens: int = 2600
     """Tokens taken of one calibration or test document; fewer than of training ones, so that more documents count."""
+    max_train_tokens: int | None = None
+    """Tokens of the train split that are stored; 0: all. Unset: all, or 1,000,000 (to label from) with train.source = "live"."""  # noqa: E501
     massive_norm_multiple: float = 10.0
     """Rows whose norm exceeds this multiple of the median are left out of training and of statistics."""
 
@@ -57,6 +61,8 @@ class HarvestConfig:
         for name in ("batch_windows", "windows_per_shard"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"harvest.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_train_tokens is not None and self.max_train_tokens < 0:
+            raise ConfigError(f"harvest.max_train_tokens must be at least 0, got {self.max_train_tokens}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class HarvestInfo:
     #: TransformerLens's name and the module's path of every hook point; empty in harvests of older versions
     module_names: dict[str, tuple[str, str]] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)  # rules of the windows; what became of the rows of every source
+    num_batch_halvings: int = 0  # times that memory ran out, after which fewer windows were put through at once
 
     def norm_limit(self, hook_point: str) -> float:
         """Norm above which a row counts as massive at a hook point."""
@@ -123,17 +130,22 @@ def harvest(
     config: HarvestConfig,
     folder: Path,
     evidence: Evidence,
+    *,
+    max_train_tokens: int = 0,
 ) -> HarvestInfo:
     """Fill `folder/<hook point>/<split>/` with shards, and the evidence on documents, windows, vocabulary and rows.
+
+    `max_train_tokens` bounds what is stored of the train split; 0 stores all of it.
 
     Raises CorpusError where the text is missing or too short for one window of every split, OSError where the disk
     has no room.
     """
     shutil.rmtree(folder, ignore_errors=True)
     widths = probe_widths(language_model, hook_points)
-    value_bytes = 2 if _stored_dtype(language_model) == "bfloat16" else 4
-    _require_room(folder, corpus, sum(widths.values()) * value_bytes + 16)
-    reading = _Reading(language_model, corpus, config)
+    value_bytes = 2 if stored_dtype(language_model) == "bfloat16" else 4
+    wanted = wanted_tokens(corpus, max_train_tokens)
+    _require_room(folder, wanted, sum(widths.values()) * value_bytes + 16)
+    reading = _Reading(language_model, corpus, config, wanted)
     with ExitStack() as stack:
         writers = {
             (name, split): stack.enter_context(_writer(folder, name, split, language_model, config, width))
@@ -141,8 +153,9 @@ def harvest(
             for split in SPLITS
         }
         advance = stack.enter_context(progress("harvest", corpus.max_tokens or None, "tok"))
+        forward = stack.enter_context(ForwardPass(language_model, list(widths)))
         for batch in reading.batches():
-            _run_batch(language_model, list(widths), batch, reading, writers)
+            _run_batch(forward, batch, reading, writers)
             advance(len(batch) * config.context_tokens)
     reading.require_every_split()
     info = HarvestInfo(
@@ -155,6 +168,7 @@ def harvest(
         num_dropped_tail_tokens=sum(p.num_pending_tokens + p.num_dropped_tokens for p in reading.packers.values()),
         module_names=module_names(language_model.model, hook_points),
         text={"rules": asdict(reading.rules), "sources": reading.reader.report()},
+        num_batch_halvings=forward.num_halvings,
     )
     reading.write_evidence(evidence, folder, info)
     info.save(folder)
@@ -175,8 +189,15 @@ def module_names(model: Any, hook_points: Sequence[str]) -> dict[str, tuple[str,
     return {point.name: (point.transformer_lens_name, point.module_path) for point in points}
 
 
-def _require_room(folder: Path, corpus: CorpusConfig, row_bytes: int) -> None:
-    needed = corpus.max_tokens * row_bytes
+def wanted_tokens(corpus: CorpusConfig, max_train_tokens: int = 0) -> dict[str, float]:
+    """Tokens to be stored of every split; infinite where the text decides."""
+    wanted = {s: corpus.max_tokens * share if corpus.max_tokens else math.inf
+              for s, share in corpus.split_shares().items()}  # fmt: skip
+    return {**wanted, "train": min(wanted["train"], max_train_tokens or math.inf)}
+
+
+def _require_room(folder: Path, wanted: dict[str, float], row_bytes: int) -> None:
+    needed = sum(tokens for tokens in wanted.values() if tokens < math.inf) * row_bytes
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -195,44 +216,36 @@ def _writer(
         context_tokens=config.context_tokens,
         attributes={**asdict(lm.identity.at([hook_point])), "split": split},
         windows_per_shard=config.windows_per_shard,
-        dtype=_stored_dtype(lm),
+        dtype=stored_dtype(lm),
     )
 
 
-def _stored_dtype(lm: LanguageModel) -> str:
-    """bfloat16 models are stored as such, others as float32: nothing that the model computed is rounded away."""
-    return "bfloat16" if lm.model.dtype == torch.bfloat16 else "float32"
-
-
-@torch.no_grad()
 def _run_batch(
-    lm: LanguageModel,
-    hook_points: list[str],
+    forward: ForwardPass,
     batch: list[_Window],
     reading: "_Reading",
     writers: dict[tuple[str, str], ShardWriter],
 ) -> None:
     token_ids = np.stack([w.token_ids for w in batch])
-    with capture(lm.model, hook_points) as reader:
-        captured = reader.run(torch.from_numpy(token_ids).long().to(lm.input_device))
+    captured = forward.run(token_ids)
     first = len(reading.windows)
     window_ids = np.arange(first, first + len(batch), dtype=np.int32)
     chosen = {split: [i for i, w in enumerate(batch) if w.split == split] for split in SPLITS}
     owners = np.stack([w.document_ids for w in batch])
-    for name, acts in captured.items():
-        norms = acts.float().norm(dim=-1).cpu().numpy()
-        values = (acts.view(torch.uint16) if _stored_dtype(lm) == "bfloat16" else acts.float()).cpu().numpy()
+    for name, found in captured.items():
         for split, rows in chosen.items():
             if rows:
-                writers[name, split].append(values[rows], token_ids[rows], owners[rows], window_ids[rows], norms[rows])
+                writers[name, split].append(
+                    found.values[rows], token_ids[rows], owners[rows], window_ids[rows], found.norms[rows]
+                )
     reading.windows += batch
 
 
 class _Reading:
     """Reads documents into windows and remembers what was read, for the evidence tables."""
 
-    def __init__(self, lm: LanguageModel, corpus: CorpusConfig, config: HarvestConfig):
-        self.lm, self.corpus, self.config = lm, corpus, config
+    def __init__(self, lm: LanguageModel, corpus: CorpusConfig, config: HarvestConfig, wanted: dict[str, float]):
+        self.lm, self.corpus, self.config, self.wanted = lm, corpus, config, wanted
         self.rules = WindowRules.of(corpus, lm)
         self.packers = {s: WindowPacker(config.context_tokens, self.rules) for s in SPLITS}
         self.reader = CorpusReader(corpus, lm.tokenizer, tokenizer_sha256=lm.identity.tokenizer_sha256)
@@ -251,19 +264,17 @@ class _Reading:
             yield batch
 
     def _windows(self) -> Iterator[_Window]:
-        shares = self.corpus.split_shares()
-        left = {s: self.corpus.max_tokens * share for s, share in shares.items()} if self.corpus.max_tokens else None
+        left = dict(self.wanted)
         for document in self.reader:
             split = document.split
-            if left is not None and left[split] <= 0:
+            if left[split] <= 0:
                 if max(left.values()) <= 0:
                     return
                 continue
-            ids = self._token_ids(document, None if left is None else int(left[split]))
+            ids = self._token_ids(document, None if left[split] == math.inf else int(left[split]))
             if not ids:
                 continue
-            if left is not None:
-                left[split] -= len(ids)
+            left[split] -= len(ids)
             # what it says is not needed any more
             self.read.append((replace(document, text="", token_ids=None), len(ids)))
             for token_ids, document_ids in self.packers[split].add(ids, document.document_id):

@@ -48,6 +48,11 @@ class WindowPacker:
 
     def add(self, token_ids: Sequence[int], document_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Append a document; yields every full window as (token_ids [T], document_ids [T])."""
+        self.push(token_ids, document_id)
+        yield from self.windows()
+
+    def push(self, token_ids: Sequence[int], document_id: int) -> None:
+        """Append a document."""
         added = [*token_ids]
         rules = self.rules
         if rules.document_bos_id is not None and added[:1] != [rules.document_bos_id]:
@@ -56,6 +61,10 @@ class WindowPacker:
             added.append(rules.separator_id)
         self._ids += added
         self._documents += [document_id] * len(added)
+
+    def windows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every full window of what was appended; what is left of a document is dropped where they are not packed."""
+        rules = self.rules
         while self._ids:
             bos = [] if rules.window_bos_id in (None, self._ids[0]) else [rules.window_bos_id]
             n = self.context_tokens - len(bos)
@@ -67,3 +76,12 @@ class WindowPacker:
         if not rules.pack:
             self.num_dropped_tokens += len(self._ids)
             self._ids, self._documents = [], []
+
+    def state(self) -> dict[str, Any]:
+        """Plain form of what waits, for JSON; also right between two windows of one document."""
+        return {"token_ids": [*self._ids], "document_ids": [*self._documents], "num_dropped": self.num_dropped_tokens}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state; `windows` gives what its document still has."""
+        self._ids, self._documents = [*state["token_ids"]], [*state["document_ids"]]
+        self.num_dropped_tokens = state["num_dropped"]
