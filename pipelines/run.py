@@ -39,7 +39,7 @@ from saeql.store.feature_store import FeatureStore
 
 from .atomic import remove_leftovers, write_whole
 from .config import RunConfig, to_toml
-from .dictionaries import DictionarySpec, specify, start_dictionary
+from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify, start_dictionary
 from .evaluate import Evaluator, metrics_table
 from .harvest import HARVEST_FILE, HarvestInfo, harvest, module_names
 from .hook_points import settle
@@ -48,7 +48,6 @@ from .label import label_dictionary
 from .models import LanguageModel, ModelIdentity, load_model, load_skeleton, pick_device
 from .progress import progress
 from .steer import Steerer
-from .sweep import SWEEP_FOLDER
 from .tracking import MetricsLog
 from .training_stream import belongs_to, training_stream
 from .verify import Verification, recorded, verify_run
