@@ -78,6 +78,30 @@ def test_no_memory_halves_the_batch_and_the_smaller_one_is_kept(lm: LanguageMode
         assert halved[name].norms.shape == (13, 16)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_without_memory_halves_and_two_streams_give_the_same(tiny_model_folder: Path):
+    config = ModelConfig(name=str(tiny_model_folder), hook_point="resid_post.1", dtype="float32", device="cuda")
+    lm, limit = load_model(config), []
+
+    def ask(_module: torch.nn.Module, args: tuple) -> None:
+        if len(args[0]) > 3:
+            limit.append(torch.empty(2**50, dtype=torch.uint8, device="cuda"))
+
+    ids = windows(lm, 13)
+    with ForwardPass(lm, PLACES) as forward:
+        whole = forward.run(ids)
+    hook = lm.model.model.layers[0].register_forward_pre_hook(ask)
+    try:
+        with ForwardPass(lm, PLACES, stream_of_its_own=True) as forward:
+            halved = list(forward.over([ids[:7], ids[7:]], lambda batch: batch))
+    finally:
+        hook.remove()
+    assert forward.max_windows == 3 and not limit
+    for name in PLACES:
+        joined = np.concatenate([found[name].values for _, found in halved])
+        np.testing.assert_allclose(joined, whole[name].values, rtol=1e-4, atol=1e-5)
+
+
 def test_no_memory_for_one_window_names_the_setting(lm: LanguageModel):
     limit = room_for(lm, 0)
     try:

@@ -16,6 +16,7 @@ from saeql.pipelines import Run
 from saeql.pipelines.corpus import CorpusError
 from saeql.pipelines.harvest import open_source
 from saeql.pipelines.live_source import LiveError, LiveSource
+from saeql.pipelines.models import load_model
 from saeql.sae.stream import ActivationBatch, Cursor
 from saeql.store.shards import ShardReader
 
@@ -233,6 +234,27 @@ def test_a_mixture_is_read_in_the_order_of_a_harvest(run: Run, tmp_path: Path):
         origins, _ = rows_of(first_epoch(source))
     stored = open_source(other.activations, "train", other.harvest_info, [PLACE], 512)
     assert (origins == rows_of(list(stored.batches()))[0]).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_fills_ahead_on_a_stream_of_its_own_and_gives_the_rows_of_a_cpu(run: Run):
+    config = replace(run.config.model, device="cuda", dtype="float32")
+    limits = {PLACE: run.harvest_info.norm_limit(PLACE)}
+    room = 2 * WINDOW_BYTES * (num_windows(run) // 4 + 8)
+    on_gpu = LiveSource(
+        load_model(config), {PLACE: D}, run.config.corpus, run.config.harvest,
+        batch_tokens=64, norm_limits=limits, seed=5, buffer_bytes=room,
+    )  # fmt: skip
+    with on_gpu as source, live(run, overlap=True) as other:
+        assert source.overlap and source.group_windows == other.group_windows
+        mine = first(source.batches(), 200)
+        for batch, expected in zip(mine, first(other.batches(), 200), strict=True):
+            assert batch.acts.is_cuda and batch.cursor == expected.cursor
+            assert batch.token_ids.equal(expected.token_ids)
+            torch.testing.assert_close(batch.acts.cpu(), expected.acts, rtol=1e-3, atol=1e-4)
+        cursor = mine[99].cursor
+        for batch, expected in zip(first(source.batches(cursor), 30), mine[100:130], strict=True):
+            torch.testing.assert_close(batch.acts, expected.acts, rtol=1e-5, atol=1e-6)
 
 
 MEMORY = """
