@@ -7,6 +7,7 @@ from importlib.metadata import version
 import cyclopts
 from cyclopts import App
 
+from .commands.comparison import compare
 from .commands.exchange import export, import_
 from .commands.jobs import config, demo, hooks, plan, run
 from .commands.questions import search, show, sql, steer
@@ -30,7 +31,7 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, export, hooks, config),
+    *(search, show, sql, steer, compare, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")

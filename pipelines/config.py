@@ -22,6 +22,9 @@ from .label import LabelConfig
 from .models import ModelConfig
 from .sweep import SweepConfig
 
+#: Tokens of the train split that are stored to gather evidence on where training reads the model itself.
+LIVE_TRAIN_TOKENS = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -38,6 +41,13 @@ class RunConfig:
     label: LabelConfig = field(default_factory=LabelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    @property
+    def stored_train_tokens(self) -> int:
+        """Most tokens of the train split that the harvest stores; 0: all."""
+        if self.harvest.max_train_tokens is not None:
+            return self.harvest.max_train_tokens
+        return LIVE_TRAIN_TOKENS if self.train.source == "live" else 0
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> RunConfig:

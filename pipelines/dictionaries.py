@@ -1,14 +1,19 @@
 """Which dictionaries a run trains: their configuration, seed, and the hook points that they read and write."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from saeql.sae.architectures import build
 from saeql.sae.config import ConfigError, DictionaryConfig, suggestion
-from saeql.sae.files import load_dictionary
+from saeql.sae.convert import from_weights
+from saeql.sae.exchange import read
+from saeql.sae.files import CONFIG_FILE, load_dictionary, read_config
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.trainer import Places
 
 from .models import ModelConfig
+
+SWEEP_FOLDER = "sweep"
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,17 @@ def dictionary_name(config: DictionaryConfig) -> str:
     """Name of a dictionary's folder and of its rows in the store."""
     form = "" if config.form == "autoencoder" else f"_{config.form}"
     return f"{config.architecture}{form}_{config.d_sae}_k{config.k}"
+
+
+def dictionary_homes(run: Path) -> tuple[Path, Path]:
+    """Folders of a run directory in which dictionaries lie: its own, and those of its sweep."""
+    return run / "dictionaries", run / SWEEP_FOLDER / "dictionaries"
+
+
+def load_any(path: Path) -> SparseAutoencoder:
+    """A dictionary of ours or of another library. Raises DictionaryError or ExchangeError where it cannot be read."""
+    is_ours = (path / CONFIG_FILE).exists() and "saeql" in (read_config(path).get("metadata") or {})
+    return load_dictionary(path) if is_ours else from_weights(read(path))
 
 
 def specify(config: DictionaryConfig, model: ModelConfig, seed: int, name: str | None = None) -> DictionarySpec:

@@ -7,7 +7,19 @@ from saeql.sae.exchange import read, write
 from saeql.sae.files import CONFIG_FILE, load_dictionary, save_dictionary
 
 from .models import hub_folder
+from .neuronpedia import export_neuronpedia
 from .run import Run
+from .saedashboard import export_saedashboard
+from .share import export_store, import_store
+
+
+def import_any(source: str, out: Path, *, format: str | None = None, revision: str | None = None) -> str:
+    """Take in a shared store (format "parquet") or a dictionary; returns one line about it."""
+    if format == "parquet":
+        path = Path(source).expanduser()
+        built = import_store(path if path.exists() else hub_folder(source, revision, ("*.parquet", "*.md")), out)
+        return f"{built}: ask it with `saeql search {out} ...` and `saeql sql {out} ...`"
+    return import_dictionary(source, out, format=format, revision=revision)
 
 
 def import_dictionary(source: str, out: Path, *, format: str | None = None, revision: str | None = None) -> str:
@@ -22,6 +34,34 @@ def import_dictionary(source: str, out: Path, *, format: str | None = None, revi
     save_dictionary(dictionary, out)
     kind = f"{dictionary.architecture} {dictionary.config.form}"
     return f"{out}: {kind}, d_in {dictionary.d_in}, d_out {dictionary.d_out}, d_sae {dictionary.d_sae}"
+
+
+#: Formats of whole runs; those of dictionaries are in `saeql.sae.exchange`.
+RUN_FORMATS = ("parquet", "neuronpedia", "saedashboard")
+
+
+def export(
+    source: Path,
+    out: Path,
+    *,
+    format: str = "saelens",
+    creator: str = "",
+    creator_id: str = "",
+    release: str = "",
+) -> str:
+    """Write a run or its dictionary in any format; returns one line. Raises what the format's own function raises."""
+    if format not in RUN_FORMATS:
+        return export_dictionary(source, out, format=format)
+    run = Run.open(source)
+    if format == "parquet":
+        written = export_store(run, out)
+    elif format == "saedashboard":
+        written = export_saedashboard(run, out)
+    else:
+        written = export_neuronpedia(
+            run, out, creator=creator, creator_id=creator_id, release=release or run.path.resolve().name
+        )
+    return f"{written}: {format}"
 
 
 def export_dictionary(source: Path, out: Path, *, format: str = "saelens") -> str:

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeql.sae.config import ConfigError, suggestion
-from saeql.sae.convert import from_weights
-from saeql.sae.exchange import read
-from saeql.sae.files import CONFIG_FILE, DictionaryError, load_dictionary, read_config
+from saeql.sae.files import DictionaryError
 from saeql.sae.hook_points import resolve
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.trainer import Places
 
+from .dictionaries import dictionary_homes, load_any
 from .models import ModelIdentity
-from .sweep import SWEEP_FOLDER
 
 if TYPE_CHECKING:
     from .run import Run
@@ -37,8 +35,7 @@ def find_dictionary(
     read, ModelMismatch where it was trained on another model, ConfigError where it does not fit what is harvested.
     """
     path = _path(run, source)
-    is_ours = (path / CONFIG_FILE).exists() and "saeql" in (read_config(path).get("metadata") or {})
-    dictionary = load_dictionary(path) if is_ours else from_weights(read(path))
+    dictionary = load_any(path)
     places = _places(run, dictionary, tuple(reads), tuple(writes))
     _require_fit(run, dictionary, places, source)
     identity = dictionary.metadata.get("saeql", {}).get("identity")
@@ -49,7 +46,7 @@ def find_dictionary(
 
 
 def _path(run: "Run", source: str) -> Path:
-    homes = (run.path / "dictionaries", run.path / SWEEP_FOLDER / "dictionaries")
+    homes = dictionary_homes(run.path)
     for path in (*(home / source for home in homes), Path(source).expanduser()):
         if path.exists():
             return path

@@ -12,13 +12,14 @@ median, which is measured once, on the first training rows, and frozen in `harve
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from saeql.sae.config import to_dict
-from saeql.sae.hooks import Capture, capture, resolve
+from saeql.sae.hooks import capture, resolve
 from saeql.store.background import Background
 from saeql.store.evidence import Evidence
 from saeql.store.records import SPLITS
@@ -34,13 +35,14 @@ from saeql.store.shards import Windows
 
 from .atomic import remove_folder, remove_half_removed, write_whole
 from .corpus import CorpusConfig
+from .forward import ForwardPass, HookRows, stored_dtype
 from .harvest_config import HarvestConfig
 from .harvest_merge import Merger, shard_folder
 from .harvest_part import MERGE, PARTS, HarvestPart
 from .leases import Lease, LeaseLost, SharedWork
 from .models import LanguageModel, ModelIdentity
 from .progress import Advance, progress
-from .reading import WindowBatch, WindowReader, one_ahead
+from .reading import WindowBatch, WindowReader, one_ahead, wanted_tokens
 from .sources import ShardSource
 from .text_sources import fingerprint
 from .windows import WindowRules
@@ -72,6 +74,7 @@ class HarvestInfo:
     text: dict[str, Any] = field(default_factory=dict)  # rules of the windows; what became of the rows of every source
     #: what decides the rows, by name: another harvest of equal conditions gives the same
     conditions: dict[str, Any] = field(default_factory=dict)
+    num_batch_halvings: int = 0  # times that memory ran out, after which fewer windows were put through at once
 
     def norm_limit(self, hook_point: str) -> float:
         """Norm above which a row counts as massive at a hook point."""
@@ -158,7 +161,7 @@ class _Job:
         self.names = [f"{part:05d}" for part in range(self.config.parts)]
         self.parts = self.folder / PARTS
         self.widths = probe_widths(self.lm, self.conditions["model.hook_points"])
-        self.dtype = "bfloat16" if self.lm.model.dtype == torch.bfloat16 else "float32"  # nothing is rounded away
+        self.dtype = stored_dtype(self.lm)
 
     def finished(self) -> HarvestInfo | None:
         """What there is to know of the harvest once it is finished. Raises HarvestError where it is another."""
@@ -178,7 +181,8 @@ class _Job:
         """Raise OSError where the disk has no room for what `corpus.max_tokens` allows and is not there yet."""
         row_bytes = sum(self.widths.values()) * (2 if self.dtype == "bfloat16" else 4) + 16
         there = sum(file.stat().st_size for file in self.parts.rglob("*.h5")) if self.corpus.max_tokens else 0
-        needed, free = self.corpus.max_tokens * row_bytes - there, shutil.disk_usage(self.folder).free
+        wanted = sum(tokens for tokens in wanted_tokens(self.corpus, self.config).values() if tokens < math.inf)
+        needed, free = wanted * row_bytes - there, shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
                 errno.ENOSPC, f"no room for the activations: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
@@ -225,39 +229,39 @@ class _Job:
             state=last and last.state,
             seen=part.seen(),
         )
-        attributes = asdict(self.lm.identity)
+        attributes, before = asdict(self.lm.identity), last.state.get("num_batch_halvings", 0) if last else 0
         disk = Background("harvest-writer")
         try:
-            with capture(self.lm.model, list(self.widths)) as captured:
+            with ForwardPass(self.lm, list(self.widths)) as forward:
                 filling: dict[tuple[str, str], list[Windows]] = {}
-                for batch in one_ahead(reader.batches()):
-                    self._run(captured, batch, filling)
+                for batch, found in forward.over(one_ahead(reader.batches()), lambda batch: batch.token_ids):
+                    self._append(found, batch, filling)
                     if batch.mark is not None:
-                        published, mark, filling = filling, batch.mark, {}
+                        halvings = before + forward.num_halvings
+                        mark = replace(batch.mark, state={**batch.mark.state, "num_batch_halvings": halvings})
+                        published, filling = filling, {}
                         disk.add(partial(part.publish, published, mark, self.dtype, attributes))
                     advance(batch.token_ids.size)
         finally:
             disk.end()
         disk.check()
 
-    @torch.no_grad()
-    def _run(self, captured: Capture, batch: WindowBatch, filling: dict[tuple[str, str], list[Windows]]) -> None:
+    def _append(
+        self, rows: dict[str, HookRows], batch: WindowBatch, filling: dict[tuple[str, str], list[Windows]]
+    ) -> None:
         """Append a batch's rows at every hook point to the shards of their splits."""
-        if len(batch.window_ids) == 0:
-            return
-        found = captured.run(torch.from_numpy(batch.token_ids).long().to(self.lm.input_device))
-        for name in self.widths:
-            acts = found[name]
-            norms = acts.float().norm(dim=-1).cpu().numpy()
-            values = (acts.view(torch.uint16) if self.dtype == "bfloat16" else acts.float()).cpu().numpy()
+        for name, found in rows.items():
             for split in SPLITS:
-                if len(rows := batch.of_split(split)):
+                if len(chosen := batch.of_split(split)):
                     filling.setdefault((name, split), []).append(
                         Windows(
-                            values[rows], batch.token_ids[rows], batch.document_ids[rows], batch.window_ids[rows],
-                            norms[rows],
+                            found.values[chosen],
+                            batch.token_ids[chosen],
+                            batch.document_ids[chosen],
+                            batch.window_ids[chosen],
+                            found.norms[chosen],
                         )
-                    )  # fmt: skip
+                    )
 
     def _merge(self, parts: list[HarvestPart], evidence: Evidence) -> None:
         merger = Merger(parts, self.folder, list(self.widths), self.config.context_tokens)
@@ -274,6 +278,7 @@ class _Job:
             module_names=module_names(self.lm.model, list(self.widths)),
             text={"rules": asdict(WindowRules.of(self.corpus, self.lm)), "sources": merger.sources()},
             conditions=self.conditions,
+            num_batch_halvings=merger.num_batch_halvings(),
         )
         merger.write_evidence(evidence, self.lm, {name: info.norm_limit(name) for name in self.widths})
         info.save(self.folder)

@@ -17,6 +17,8 @@ class HarvestConfig:
     """Windows after which the shards of all splits are published; a harvest that is killed loses no more than these."""
     max_heldout_document_tokens: int = 2600
     """Tokens taken of one calibration or test document; fewer than of training ones, so that more documents count."""
+    max_train_tokens: int | None = None
+    """Tokens of the train split that are stored; 0: all. Unset: all, or 1,000,000 (to label from) with train.source = "live"."""  # noqa: E501
     massive_norm_multiple: float = 10.0
     """Rows whose norm exceeds this multiple of the median are left out of training and of statistics."""
 
@@ -29,3 +31,5 @@ class HarvestConfig:
         for name in ("batch_windows", "windows_per_shard", "parts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"harvest.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_train_tokens is not None and self.max_train_tokens < 0:
+            raise ConfigError(f"harvest.max_train_tokens must be at least 0, got {self.max_train_tokens}")

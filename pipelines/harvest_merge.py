@@ -68,6 +68,10 @@ class Merger:
         packers = (packer for state in self._states() for packer in state["packers"].values())
         return sum(len(packer["token_ids"]) + packer["num_dropped"] for packer in packers)
 
+    def num_batch_halvings(self) -> int:
+        """Times that memory ran out in a forward pass."""
+        return sum(state.get("num_batch_halvings", 0) for state in self._states())
+
     def _states(self) -> Iterator[dict[str, Any]]:
         for part in self.parts:
             last = part.last()

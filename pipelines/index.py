@@ -5,6 +5,7 @@ the feature store. Beside them: the logit lens of every decoder row, and its nea
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,24 +164,36 @@ def logit_effects(dictionary: SparseAutoencoder, name: str, lm: LanguageModel, n
     """
     if not lm.is_causal:
         return LOGIT_EFFECTS.empty_table()
-    lm.require_whole("the logit lens")
-    norm, unembed = final_norm(lm.model), lm.model.get_output_embeddings()
     columns: dict[str, list[np.ndarray]] = {"feature": [], "token_id": [], "effect": [], "rank": [], "direction": []}
-    # a crosscoder writes several places of one width side by side; the last of them is nearest to the logits
-    dtype, width = unembed.weight.dtype, unembed.weight.shape[1]
-    block = max(1, LENS_LOGITS // unembed.weight.shape[0])
-    for start in range(0, dictionary.d_sae, block):
-        rows = dictionary.W_dec[start : start + block, -width:]
-        logits = unembed(norm(rows.to(dtype)[None]))[0].float()
+    for start, logits in lens_logits(dictionary, lm):
         for direction, largest in (("promoted", True), ("suppressed", False)):
             effect, token = logits.topk(num_tokens, largest=largest)
-            columns["feature"].append(np.repeat(np.arange(start, start + len(rows)), num_tokens))
+            columns["feature"].append(np.repeat(np.arange(start, start + len(logits)), num_tokens))
             columns["token_id"].append(token.cpu().numpy().ravel())
             columns["effect"].append(effect.cpu().numpy().ravel())
-            columns["rank"].append(np.tile(np.arange(num_tokens), len(rows)))
-            columns["direction"].append(np.full(len(rows) * num_tokens, direction))
+            columns["rank"].append(np.tile(np.arange(num_tokens), len(logits)))
+            columns["direction"].append(np.full(len(logits) * num_tokens, direction))
     arrays = {key: np.concatenate(parts) for key, parts in columns.items()}
     return pa.table({"dictionary": _repeated(name, len(arrays["feature"])), **arrays})
+
+
+@torch.no_grad()
+def lens_logits(
+    dictionary: SparseAutoencoder, lm: LanguageModel, features: range | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """`W_U norm(d)` of decoder rows, block by block: the first feature of a block, and logits [block, tokens].
+
+    Raises ModelError for a model that was loaded without its last layers.
+    """
+    lm.require_whole("the logit lens")
+    norm, unembed = final_norm(lm.model), lm.model.get_output_embeddings()
+    # a crosscoder writes several places of one width side by side; the last of them is nearest to the logits
+    dtype, width = unembed.weight.dtype, unembed.weight.shape[1]
+    features = features or range(dictionary.d_sae)
+    block = max(1, LENS_LOGITS // unembed.weight.shape[0])
+    for start in range(features.start, features.stop, block):
+        rows = dictionary.W_dec[start : min(start + block, features.stop), -width:]
+        yield start, unembed(norm(rows.to(dtype)[None]))[0].float()
 
 
 def final_norm(model: Any) -> torch.nn.Module:

@@ -24,6 +24,7 @@ from .hardware import Gpu, Machine, gpu, this_machine
 from .models import pick_device
 from .outline import ModelOutline, outline
 from .plan_cluster import REACHED, Layout, Step, batch_for_efficiency, layouts, step_seconds
+from .plan_live import is_live, live_forward_rows
 from .plan_terms import CUDA_CONTEXT_BYTES, Rows, Sizes, StageTerms, Term, total
 from .sweep import combinations
 
@@ -136,7 +137,7 @@ def make_plan(
     if sweep:
         trained, tested = config.train.num_steps * config.train.batch_tokens, rows.of("test")
         device = terms.train_device(sweep) if card else []
-        seconds = START_SECONDS / 2 + sum(speed.train(s) for s in sweep)
+        seconds = START_SECONDS / 2 + speed.train_all(sweep)
         disk = terms.train_disk(sweep)
         stages.append(Stage("train --sweep", terms.train_ram(sweep), device, disk, trained, 0.0, seconds))
         seconds, device = speed.evaluate * (len(sweep) + 1) / 2, terms.evaluate_device() if card else []
@@ -157,6 +158,8 @@ def make_plan(
         assert card
         machine = replace(machine, free_ram_bytes=int(card.node_ram_bytes))
     warnings = _warnings(stages, disk, machine, card, gpus_per_node if gpu_name else 0, made)
+    if is_live(config) and made:
+        warnings.append('train.source = "live" trains on one GPU: set train.source = "shards" for several')
     seconds = sum(stage.seconds for stage in stages)
     where = f"{nodes * gpus_per_node} x {card.name}" if card else "cpu"
     return Plan(stages, where, max(1, len(sweep)), disk, seconds, warnings, notes, made, wanted)
@@ -201,7 +204,11 @@ def _rows(config: RunConfig) -> tuple[Rows, list[str]]:
         notes.append(f"the text is assumed to have {wanted:,} tokens (corpus.max_tokens) after all limits a document")
     windows = {s: max(1, int(wanted * share / (tokens - 1))) for s, share in corpus.split_shares().items()}
     assert set(windows) == set(SPLITS)
-    return Rows(windows, tokens), notes
+    text, cap = windows["train"], config.stored_train_tokens
+    if cap and text > cap // (tokens - 1):
+        windows["train"] = max(1, cap // (tokens - 1))
+        notes.append(f"of the train split {cap:,} tokens are stored (harvest.max_train_tokens)")
+    return Rows(windows, tokens, text), notes
 
 
 class _Speed:
@@ -248,6 +255,17 @@ class _Speed:
         seconds = self.train_flops(s) / (low or self.machine.float32_flops)
         return seconds + train.num_steps * moved / (self.machine.float32_flops * CPU_BYTES_PER_FLOP)
 
+    @property
+    def live_flops(self) -> float:
+        """Of the model, where training runs it."""
+        per_row = self.seen.harvest.flops / self.seen.harvest.tokens
+        return live_forward_rows(self.config) * per_row if is_live(self.config) else 0.0
+
+    def train_all(self, sizes: Sequence[Sizes]) -> float:
+        """Of dictionaries that learn from one stream; a GPU runs the model meanwhile."""
+        steps, model = sum(self.train(s) for s in sizes), self._forward(self.live_flops)
+        return max(steps, model) if self.card else steps + model
+
     def index_flops(self, s: Sizes) -> float:
         return 2.0 * s.d_sae * (self.rows.total * s.d_in + s.d_out * self.seen.vocabulary)
 
@@ -267,7 +285,7 @@ def _stage(name: str, terms: StageTerms, speed: _Speed, own: Sizes) -> Stage:
         ),
         "train": (
             terms.train_ram([own]), lambda: terms.train_device([own]), terms.train_disk([own]), trained,
-            speed.train_flops(own), START_SECONDS / 2 + speed.train(own),
+            speed.train_flops(own) + speed.live_flops, START_SECONDS / 2 + speed.train_all([own]),
         ),
         "index": (
             terms.index_ram(), terms.index_device, terms.evidence_disk(), rows.total, speed.index_flops(own),
@@ -343,7 +361,8 @@ def _warnings(
     if not processes and disk > machine.free_disk_bytes:
         found.append(
             f"the run needs {_gb(disk)} of disk, {_gb(machine.free_disk_bytes)} are free: lower corpus.max_tokens, "
-            "harvest fewer hook points, or choose another folder with --out"
+            "harvest fewer hook points, train from the model itself (docs/streaming.md), or choose another folder "
+            "with --out"
         )
     for mesh in made:
         if card and mesh.memory_bytes > card.memory_bytes:

@@ -17,7 +17,8 @@ from .dictionaries import DictionarySpec
 from .footprint import Footprint
 from .index import LENS_LOGITS, NEIGHBOUR_COSINES, PENDING_ACTIVATIONS
 from .outline import ModelOutline
-from .sources import buffered_row_bytes
+from .plan_live import is_live, live_buffer_bytes
+from .row_buffer import buffered_row_bytes
 
 DENSE = ("relu", "gated", "jumprelu")
 #: Dense float32 [N, d_sae] tensors alive at once in a training step of each dense architecture, as measured.
@@ -57,6 +58,7 @@ class Rows:
 
     windows: dict[str, int]  # by split
     context_tokens: int
+    text_windows: int = 0  # of the train split, stored or not, where training reads the model itself
 
     @property
     def total(self) -> int:
@@ -197,22 +199,35 @@ class StageTerms:
 
     def train_ram(self, sizes: Sequence[Sizes]) -> list[Term]:
         """Peak RAM of training `sizes` together on one stream."""
-        if self.cuda:
-            return [*self._process(with_model=False), self._buffer(sizes), Term("allocator", SLACK_BYTES, "measured")]
-        terms = [*self._process(with_model=False), self._buffer(sizes), *self._training(sizes)]
-        return [*terms, Term("allocator", SLACK_BYTES, "measured")]
+        live = is_live(self.config)
+        terms = [*self._process(with_model=live), *(self._weights() if live else []), self._buffer(sizes)]
+        if not self.cuda:  # the model and the dictionaries take turns
+            terms += self._training(sizes, *([self._forward_term()],) if live else ())
+        elif live:
+            staged = 2 * self.outline.harvest.tokens * self._acts_bytes(sizes)
+            terms.append(Term("pinned memory", staged, "two forward passes on their way down"))
+        return [*terms, Term("allocator", MODEL_SLACK_BYTES if live else SLACK_BYTES, "measured")]
+
+    def _forward_term(self) -> Term:
+        return Term("forward pass", self.outline.harvest.live_bytes, "counted on harvest.batch_windows")
 
     def train_device(self, sizes: Sequence[Sizes]) -> list[Term]:
         """Peak GPU memory of training; `saeql run` still holds the model beside it."""
-        return [*self._device_model(), *self._training(sizes)]
+        forward = [self._forward_term()] if is_live(self.config) else []  # both at once, on a stream each
+        return [*self._device_model(), *forward, *self._training(sizes)]
 
     def _buffer(self, sizes: Sequence[Sizes]) -> Term:
         """Host memory of two groups of rows: batches are taken out of one while the other is read."""
+        if is_live(self.config):
+            windows = self.rows.text_windows or self.rows.windows["train"]
+            value = live_buffer_bytes(self.config, self._acts_bytes(sizes), windows, cuda=self.cuda)
+            return Term("shuffle buffer", value, "train.shuffle_buffer_bytes, or what is trained on")
         whole = 2 * self.rows.of("train") * buffered_row_bytes(self._acts_bytes(sizes))
         value = min(whole, self.config.train.shuffle_buffer_bytes)
         return Term("shuffle buffer", value, "train.shuffle_buffer_bytes, or twice the split")
 
-    def _training(self, sizes: Sequence[Sizes]) -> list[Term]:
+    def _training(self, sizes: Sequence[Sizes], *others: list[Term]) -> list[Term]:
+        """Weights and moments, and the largest of what comes and goes; `others` do so too."""
         parameters, train = sum(s.parameter_bytes for s in sizes), self.config.train
         columns = self._acts_bytes(sizes) // self.value_bytes
         terms = [
@@ -229,7 +244,8 @@ class StageTerms:
         if train.ema_decay is not None:
             terms.append(Term("averaged weights", parameters, "train.ema_decay"))
         init = Term("first rows", INIT_COPIES * train.init_tokens * columns * 4, "train.init_tokens for the scaling")
-        return terms + _largest([init], _largest(*([self._step_term(s), self._batch_term(columns)] for s in sizes)))
+        steps = ([self._step_term(s), self._batch_term(columns)] for s in sizes)
+        return terms + _largest([init], _largest(*steps), *others)
 
     def _batch_term(self, columns: int) -> Term:
         return Term("batch", self.config.train.batch_tokens * columns * (self.value_bytes + 8), "train.batch_tokens")

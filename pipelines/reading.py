@@ -5,8 +5,9 @@ carries a `Mark`, from which another reader goes on with exactly the windows tha
 again what lies before: the place in every source, the tokens that wait for their window to be full, and the counters.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,13 @@ from .models import LanguageModel
 from .windows import WindowPacker, WindowRules
 
 _Item = TypeVar("_Item")
+
+
+def wanted_tokens(corpus: CorpusConfig, config: HarvestConfig) -> dict[str, float]:
+    """Tokens to be read of every split; infinite where the text decides."""
+    shares = corpus.split_shares()
+    wanted = {split: corpus.max_tokens * share if corpus.max_tokens else math.inf for split, share in shares.items()}
+    return {**wanted, "train": min(wanted["train"], config.max_train_tokens or math.inf)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,11 @@ class WindowBatch:
 
 
 class WindowReader:
-    """Reads one part of a corpus. `state` and `seen` are those of the marks up to where it goes on."""
+    """Reads one part of a corpus. `state` and `seen` are those of the marks up to where it goes on.
+
+    Only windows of `splits` are made. Of a mixture the other documents are tokenised all the same: which source comes
+    next depends on what was taken of all.
+    """
 
     def __init__(
         self,
@@ -59,14 +71,15 @@ class WindowReader:
         *,
         part: int = 0,
         state: dict[str, Any] | None = None,
-        seen: Iterator[np.ndarray] | None = None,
+        seen: Iterable[np.ndarray] = (),
+        splits: Sequence[str] = SPLITS,
     ):
+        self.splits = splits
         self.lm, self.corpus, self.config, self.part = lm, corpus, config, part
         self.rules = WindowRules.of(corpus, lm)
         self.packers = {s: WindowPacker(config.context_tokens, self.rules) for s in SPLITS}
         self.num_windows = 0
-        shares, budget = corpus.split_shares(), corpus.max_tokens / config.parts
-        self.left = {s: budget * share for s, share in shares.items()} if corpus.max_tokens else None
+        self.left = {split: tokens / config.parts for split, tokens in wanted_tokens(corpus, config).items()}
         self.reader = CorpusReader(
             corpus,
             lm.tokenizer,
@@ -75,12 +88,13 @@ class WindowReader:
             part=part,
             parts=config.parts,
         )
-        for digests in seen or ():
+        for digests in seen:
             self.reader.seen.update(digests)
         self.reader.seen.take_new()
         self._documents: list[dict[str, Any]] = []
         if state is not None:
-            self.left, self.num_windows = state["left"], state["num_windows"]
+            self.left = {split: math.inf if left is None else left for split, left in state["left"].items()}
+            self.num_windows = state["num_windows"]
             for split, packer in self.packers.items():
                 packer.restore(state["packers"][split])
 
@@ -88,7 +102,7 @@ class WindowReader:
         """Windows in batches, until every split has its share of `max_tokens` or the text ends."""
         found: list[tuple[str, np.ndarray, np.ndarray]] = []
         counts: Counter[str] = Counter()
-        for window in self._windows():
+        for window in self.windows():
             found.append(window)
             counts[window[0]] += 1
             if len(found) == self.config.batch_windows:
@@ -114,30 +128,36 @@ class WindowReader:
         )
 
     def _mark(self, is_last: bool) -> Mark:
-        state = {
+        return Mark({**self.state(), "report": self.reader.report()}, *self.take_read(), is_last)
+
+    def take_read(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """Digests [n] and rows of the documents that were read since the last call."""
+        documents, self._documents = self._documents, []
+        return self.reader.seen.take_new(), documents
+
+    def state(self) -> dict[str, Any]:
+        """Where another reader goes on after the last window, for JSON; what was seen is not in it."""
+        return {
             "reader": self.reader.position(),
-            "left": None if self.left is None else dict(self.left),
+            "left": {split: None if left == math.inf else left for split, left in self.left.items()},
             "packers": {split: packer.state() for split, packer in self.packers.items()},
             "num_windows": self.num_windows,
-            "report": self.reader.report(),
         }
-        documents, self._documents = self._documents, []
-        return Mark(state, self.reader.seen.take_new(), documents, is_last)
 
-    def _windows(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    def windows(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Split, token ids [T] and document ids [T] of one window after the other."""
         for split, packer in self.packers.items():  # what a document that was begun before the mark still has
             yield from ((split, *window) for window in packer.windows())
         if self._is_full():
             return
         for document in self.reader:
             split = document.split
-            if self.left is not None and self.left[split] <= 0:
+            if self.left[split] <= 0 or (split not in self.splits and len(self.corpus.sources) == 1):
                 continue
-            ids = self._token_ids(document, None if self.left is None else int(self.left[split]))
-            if not ids:
+            ids = self._token_ids(document)
+            self.left[split] -= len(ids)
+            if not ids or split not in self.splits:
                 continue
-            if self.left is not None:
-                self.left[split] -= len(ids)
             self._documents.append(self._row(document, len(ids)))
             self.packers[split].push(ids, document.document_id)
             yield from ((split, *window) for window in self.packers[split].windows())
@@ -145,15 +165,16 @@ class WindowReader:
                 return
 
     def _is_full(self) -> bool:
-        return self.left is not None and max(self.left.values()) <= 0
+        return max(self.left[split] for split in self.splits) <= 0
 
-    def _token_ids(self, document: Document, room: int | None) -> list[int]:
+    def _token_ids(self, document: Document) -> list[int]:
         heldout = document.split != "train"
         limit = self.config.max_heldout_document_tokens if heldout else self.corpus.max_document_tokens
         ids = document.token_ids
         if ids is None:
             ids = self.lm.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        taken = list(ids[: limit if room is None else min(limit, max(1, room))])
+        left = self.left[document.split]
+        taken = list(ids[: limit if left == math.inf else min(limit, max(1, int(left)))])
         self.reader.credit(document, len(taken), is_cut=len(ids) > limit)
         return taken
 

@@ -39,17 +39,17 @@ from saeql.store.feature_store import FeatureStore
 
 from .atomic import remove_leftovers, write_whole
 from .config import RunConfig, to_toml
-from .dictionaries import DictionarySpec, specify, start_dictionary
+from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify, start_dictionary
 from .evaluate import Evaluator, metrics_table
-from .harvest import HARVEST_FILE, HarvestInfo, harvest, module_names, open_source
+from .harvest import HARVEST_FILE, HarvestInfo, harvest, module_names
 from .hook_points import settle
 from .index import index_dictionary
 from .label import label_dictionary
 from .models import LanguageModel, ModelIdentity, load_model, load_skeleton, pick_device
 from .progress import progress
 from .steer import Steerer
-from .sweep import SWEEP_FOLDER
 from .tracking import MetricsLog
+from .training_stream import belongs_to, training_stream
 from .verify import Verification, recorded, verify_run
 
 #: In the order in which they run; a stage that runs again makes those after it stale.
@@ -235,12 +235,22 @@ class Run:
         with an interrupted harvest; `options` are those of `saeql.pipelines.harvest.harvest`.
         """
         config = self.config
-        names = config.model.hook_points
-        truncate = truncate or config.model.truncate
-        model = load_model(replace(config.model, truncate=True)) if truncate else self.language_model
+        stored = replace(config.harvest, max_train_tokens=config.stored_train_tokens)
         return harvest(
-            model, names, config.corpus, config.harvest, self.activations, self.evidence, resume=resume, **options
+            self._reading_model(truncate),
+            config.model.hook_points,
+            config.corpus,
+            stored,
+            self.activations,
+            self.evidence,
+            resume=resume,
+            **options,
         )
+
+    def _reading_model(self, truncate: bool = False) -> LanguageModel:
+        """The model for reading activations: without the layers after the deepest hook point where asked for."""
+        truncate = truncate or self.config.model.truncate
+        return load_model(replace(self.config.model, truncate=True)) if truncate else self.language_model
 
     def join_harvest(self, *, truncate: bool = False, lease_seconds: float = 180.0) -> HarvestInfo:
         """Harvest parts of the corpus beside other processes that do the same, until all are done.
@@ -267,7 +277,7 @@ class Run:
             return info
 
     def train(self, *, resume: bool = True, report_to: str = "none") -> SparseAutoencoder:
-        """shards -> dictionary folder."""
+        """shards, or the model itself (train.source = "live") -> dictionary folder."""
         self.train_together([self.spec], self.path, resume=resume, report_to=report_to)
         return self.dictionary()
 
@@ -286,17 +296,7 @@ class Run:
             )
         device = pick_device(config.model.device)
         needed = {hook_point for spec in specs for hook_point in (*spec.reads, *spec.writes)}
-        source = open_source(
-            self.activations,
-            "train",
-            info,
-            [name for name in info.widths if name in needed],
-            config.train.batch_tokens,
-            device,
-            shuffle_seed=config.seed,
-            block_rows=config.train.shuffle_block_rows,
-            buffer_bytes=config.train.shuffle_buffer_bytes,
-        )
+        widths = {name: width for name, width in info.widths.items() if name in needed}
         made = {
             spec.name: start_dictionary(spec, _width(info, spec.reads), _width(info, spec.writes)).to(device)
             for spec in specs
@@ -305,6 +305,7 @@ class Run:
         with (
             progress("train", config.train.num_steps * config.train.batch_tokens, "tok") as advance,
             MetricsLog(folder / "metrics.jsonl", report_to, run_name=self.path.name, config=log_config) as log,
+            training_stream(config, self.activations, info, widths, device, self._reading_model) as source,
         ):
             trainer = Trainer(
                 config.train,
@@ -316,6 +317,7 @@ class Run:
                 on_log=log,
                 on_step=lambda n: advance(n * config.train.batch_tokens),
                 matmul_dtype=_matmul_dtype(config.train.matmul_dtype, device),
+                belongs_to=belongs_to(config, info, widths),
             )
             if resume and trainer.resume():
                 advance(trainer.step * config.train.batch_tokens)

@@ -17,17 +17,10 @@ from numpy.typing import NDArray
 from saeql.sae.stream import ActivationBatch, BlockShuffle, Cursor
 from saeql.store.shards import ShardError, ShardReader
 
-#: Bytes of a row beside its activations: its origin, and its place in the order (six times in two groups while one is
-#: made).
-_EXTRA_ROW_BYTES = 16 + 24
+from .row_buffer import RowBuffer, buffered_row_bytes
 
 #: Blocks that the kernel is asked to read ahead of the one that is copied.
 _BLOCKS_AHEAD = 8
-
-
-def buffered_row_bytes(acts_bytes: int) -> int:
-    """Memory of one buffered row, given that of its activations."""
-    return acts_bytes + _EXTRA_ROW_BYTES
 
 
 @dataclass(frozen=True)
@@ -37,34 +30,6 @@ class _Piece:
     shard: int
     low: int
     high: int
-
-
-#: What a row was read on, beside its activations: one item, so that it is moved at once.
-_ORIGIN = np.dtype([("token_ids", "<i4"), ("document_ids", "<i4"), ("window_ids", "<i4"), ("positions", "<i4")])
-
-
-@dataclass
-class _Rows:
-    """Rows in memory in stored order, and the order in which those that count are handed out."""
-
-    acts: NDArray[np.uint8]  # [rows, bytes]
-    origins: NDArray[np.void]  # [rows] of _ORIGIN
-    dtype: torch.dtype
-    order: NDArray[np.int64]  # [kept rows]
-
-    @classmethod
-    def room_for(cls, rows: int, row_bytes: int, dtype: torch.dtype) -> "_Rows":
-        # numpy asks for huge pages, torch does not: gathering rows is mostly address translation without them
-        return cls(np.empty((rows, row_bytes), np.uint8), np.empty(rows, _ORIGIN), dtype, np.empty(0, np.int64))
-
-    def batch(self, start: int, stop: int, cursor: Cursor, device: torch.device) -> ActivationBatch:
-        """Copies of rows `start` to `stop - 1` of the order."""
-        chosen = self.order[start:stop]
-        acts = torch.index_select(torch.from_numpy(self.acts), 0, torch.from_numpy(chosen)).view(self.dtype)
-        origins = self.origins[chosen]
-        columns = {name: torch.from_numpy(origins[name].copy()) for name in ("token_ids", "document_ids", "window_ids")}
-        positions = torch.from_numpy(origins["positions"].astype(np.int16))
-        return ActivationBatch(acts.to(device), **columns, positions=positions, cursor=cursor)
 
 
 class ShardSource:
@@ -102,7 +67,9 @@ class ShardSource:
         self.device = device or torch.device("cpu")
         self.dtype = torch.bfloat16 if self.first.dtype == "bfloat16" else torch.float32
         self._row_bytes = sum(reader.d_in for reader in self.readers.values()) * self.dtype.itemsize
-        self._spare: list[_Rows] = []  # of the last pass, for the next: memory that is new costs a page fault a page
+        self._spare: list[
+            RowBuffer
+        ] = []  # of the last pass, for the next: memory that is new costs a page fault a page
         self._offsets = np.cumsum([0, *(record.rows for record in self.first.records)])
 
     @property
@@ -136,7 +103,7 @@ class ShardSource:
         epoch, group, offset = cursor.epoch, cursor.group, cursor.offset
         stopped = threading.Event()
 
-        def fill(rows: _Rows, epoch: int, group: int) -> None:
+        def fill(rows: RowBuffer, epoch: int, group: int) -> None:
             self._fill(rows, self._pieces(shuffle.blocks(epoch, group)), (shuffle, epoch, group), stopped)
 
         try:
@@ -174,8 +141,8 @@ class ShardSource:
             )
         return self.buffer_bytes // (2 * row_bytes)
 
-    def _room(self, rows: int) -> _Rows:
-        return _Rows.room_for(rows, self._row_bytes, self.dtype)
+    def _room(self, rows: int) -> RowBuffer:
+        return RowBuffer.room_for(rows, self._row_bytes, self.dtype)
 
     def _pieces(self, blocks: Sequence[tuple[int, int]]) -> list[_Piece]:
         """Row ranges over all shards as ranges inside single ones."""
@@ -191,7 +158,7 @@ class ShardSource:
 
     def _fill(
         self,
-        rows: _Rows,
+        rows: RowBuffer,
         pieces: Sequence[_Piece],
         shuffled: tuple[BlockShuffle, int, int] | None = None,
         stopped: threading.Event | None = None,
@@ -223,7 +190,7 @@ class ShardSource:
             for reader in self.readers.values():
                 reader.will_need(piece.shard, piece.low, piece.high)
 
-    def _copy(self, rows: _Rows, piece: _Piece, start: int) -> None:
+    def _copy(self, rows: RowBuffer, piece: _Piece, start: int) -> None:
         shard, low, high = piece.shard, piece.low, piece.high
         stop, column = start + high - low, 0
         for reader in self.readers.values():

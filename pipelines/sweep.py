@@ -15,15 +15,13 @@ from saeql.sae.config import ConfigError, DictionaryConfig
 from saeql.sae.files import load_dictionary
 
 from .atomic import write_whole
-from .dictionaries import DictionarySpec, specify
+from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
 from .pareto import advise, write_report
 from .verify import recorded
 
 if TYPE_CHECKING:
     from .config import RunConfig
     from .run import Run
-
-SWEEP_FOLDER = "sweep"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,6 +82,8 @@ class DictionaryConfig:
 class TrainConfig:
     """How a dictionary learns. Batches and windows are counted in tokens (rows of activations)."""
 
+    source: str = "shards"
+    """"shards": rows that the harvest stored; "live": rows straight from the model, which runs while training does."""
     num_steps: int = 1400
     """Optimizer steps."""
     batch_tokens: int = 1024
@@ -147,6 +149,7 @@ class TrainConfig:
             raise ConfigError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay must lie between 0 and 1, got {self.ema_decay}")
+        _check_choice("train.source", self.source, ("shards", "live"))
         _check_choice("train.moments_dtype", self.moments_dtype, ("float32", "bfloat16"))
         _check_choice("train.b_dec_init", self.b_dec_init, ("geometric_median", "mean"))
         _check_choice("train.matmul_dtype", self.matmul_dtype, ("auto", "float32", "bfloat16"))

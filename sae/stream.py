@@ -5,9 +5,9 @@
 The cursor rides on the batch: it names where to go on AFTER that batch, which stays right under prefetch.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,22 +17,27 @@ CURSOR_VERSION = 1
 
 @dataclass(frozen=True)
 class Cursor:
-    """Position in a stream: `offset` rows of `group` in `epoch` have been handed out."""
+    """Position in a stream: `offset` rows of `group` in `epoch` have been handed out.
+
+    `place` is what else the source needs to find that group again, as plain data; None where the numbers suffice.
+    """
 
     epoch: int = 0
     group: int = 0
     offset: int = 0
+    place: Mapping[str, Any] | None = field(default=None, hash=False)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Plain form for a checkpoint."""
-        return {"version": CURSOR_VERSION, "epoch": self.epoch, "group": self.group, "offset": self.offset}
+        numbers = {"version": CURSOR_VERSION, "epoch": self.epoch, "group": self.group, "offset": self.offset}
+        return numbers if self.place is None else {**numbers, "place": dict(self.place)}
 
     @classmethod
-    def from_state(cls, state: dict[str, int]) -> "Cursor":
+    def from_state(cls, state: Mapping[str, Any]) -> "Cursor":
         """Inverse of `state`. Raises ValueError on another version."""
         if state.get("version") != CURSOR_VERSION:
             raise ValueError(f"stream cursor has version {state.get('version')}, this saeql reads {CURSOR_VERSION}")
-        return cls(state["epoch"], state["group"], state["offset"])
+        return cls(state["epoch"], state["group"], state["offset"], state.get("place"))
 
 
 @dataclass(frozen=True)
@@ -84,4 +89,9 @@ class BlockShuffle:
 
     def rows(self, epoch: int, group: int, num_rows: int) -> np.ndarray:
         """Permutation [num_rows] of the rows of a group once they are in memory."""
-        return np.random.default_rng([self.seed, epoch, group, 1]).permutation(num_rows)
+        return shuffled_rows(self.seed, epoch, group, num_rows)
+
+
+def shuffled_rows(seed: int, epoch: int, group: int, num_rows: int) -> np.ndarray:
+    """Permutation [num_rows] of the rows of one group of a stream."""
+    return np.random.default_rng([seed, epoch, group, 1]).permutation(num_rows)

@@ -77,7 +77,8 @@ class Trainer:
     """Trains `dictionaries` (by name) on `source`; checkpoints under `folder` where one is given.
 
     `places` says which hook points each dictionary reads and writes; without it each takes every column. `pretrained`
-    names dictionaries that work on raw activations already and are trained further.
+    names dictionaries that work on raw activations already and are trained further. `belongs_to` names what the
+    training depends on besides its configuration, such as the model's revision: a resume compares it.
     """
 
     def __init__(
@@ -94,9 +95,11 @@ class Trainer:
         matmul_dtype: torch.dtype | None = None,
         comm: Comm = ALONE,
         reshard: bool = False,
+        belongs_to: Mapping[str, Any] | None = None,
     ):
         self.config, self.source, self.folder, self.comm, self.reshard = config, source, folder, comm, reshard
         self.resharded: list[str] = []  # resumes on another number of ranks: from there on a run is no longer bit-exact
+        self.belongs_to = dict(belongs_to or {})
         self.on_log, self.on_step, self.matmul_dtype = on_log, on_step, matmul_dtype
         self.pretrained = frozenset(pretrained)
         self.step = 0
@@ -235,6 +238,7 @@ class Trainer:
             tensors |= learner.tensors()
         state = {
             "config": to_dict(self.config),
+            "belongs_to": self.belongs_to,
             "cursors": self.comm.gather_objects(self.cursor.state()),
             "resharded": self.resharded,
             "learners": {learner.name: learner.state() for learner in self.learners},
@@ -245,18 +249,18 @@ class Trainer:
     def resume(self) -> bool:
         """Go on from the newest checkpoint; False where there is none.
 
-        Raises CheckpointError where it is damaged or was written under another training configuration.
+        Raises CheckpointError where it is damaged, was written under another training configuration or on other rows.
         """
         state = read_state(self.folder) if self.folder else None
         if state is None:
             return False
-        before, now = state["config"], to_dict(self.config)
-        for key in {**before, **now}:
-            if key != "feature_shards" and before.get(key) != now.get(key):
-                raise CheckpointError(
-                    f"{self.folder}: the checkpoint was trained with {key} = {before.get(key)}, "
-                    f"this run asks for {now.get(key)}"
-                )
+        for before, now in ((state["config"], to_dict(self.config)), (state.get("belongs_to", {}), self.belongs_to)):
+            for key in {**before, **now}:
+                if key != "feature_shards" and before.get(key) != now.get(key):
+                    raise CheckpointError(
+                        f"{self.folder}: the checkpoint was trained with {key} = {before.get(key)}, "
+                        f"this run asks for {now.get(key)}"
+                    )
         self.resharded = [*state["resharded"], *self._check_ranks(state["ranks"], state["step"])]
         scaling = {f"scaling.{name}": torch.empty(sum(self.source.widths.values())) for name in ("mean", "scale")}
         wanted, sharded = dict(scaling), set()

@@ -40,6 +40,19 @@ CONFIGS = {
         ("train --sweep",),
         "one topk dictionary",
     ),
+    "straight from the model": (
+        {
+            **_SMALL,
+            "corpus.max_tokens": "24000",
+            "train.source": "live",
+            "train.num_steps": "30",
+            "train.shuffle_buffer_bytes": "20000000",
+            "train.checkpoint_every_steps": "15",
+            "harvest.max_train_tokens": "4000",
+        },
+        ("harvest", "train"),
+        None,
+    ),
     "two hook points, d_sae 9216": (
         {
             **_SMALL,

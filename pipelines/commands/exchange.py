@@ -14,30 +14,41 @@ def import_(
         str | None,
         Parameter(
             help="saelens, sparsify, dictionary_learning, gemma_scope, gemma_scope_2, "
-            "openai, llama_scope or llamascopium; unset: the files decide."
+            "openai, llama_scope or llamascopium; unset: the files decide. parquet: a shared store."
         ),
     ] = None,
     revision: Annotated[str | None, Parameter(help="Revision of a hub repository.")] = None,
 ) -> None:
-    """Turn a dictionary of another library into one of ours; docs/formats.md says what is kept.
+    """Turn a dictionary of another library into one of ours, or (--format parquet) a shared store into one to ask.
+
+    docs/formats.md says what is kept.
 
     Example: saeql import path/to/sparsify/layers.5 imported --format sparsify
     """  # fmt: skip
-    from ..exchange import import_dictionary
+    from ..exchange import import_any
 
-    print(import_dictionary(source, out, format=format, revision=revision))
+    print(import_any(source, out, format=format, revision=revision))
 
 
 def export(
     source: Annotated[Path, Parameter(help="Run directory or dictionary folder.")],
     out: Annotated[Path, Parameter(help="Folder to write.")],
     *,
-    format: Annotated[str, Parameter(help="saelens, sparsify or dictionary_learning.")] = "saelens",
+    format: Annotated[
+        str,
+        Parameter(
+            help="A dictionary as saelens, sparsify or dictionary_learning; an indexed run as parquet (to share), "
+            "neuronpedia or saedashboard."
+        ),
+    ] = "saelens",
+    creator: Annotated[str, Parameter(help="Name of the author, for neuronpedia.")] = "",
+    creator_id: Annotated[str, Parameter(help="The author's id in the database, for neuronpedia.")] = "",
+    release: Annotated[str, Parameter(help="Id of the release, for neuronpedia; unset: the run's name.")] = "",
 ) -> None:
-    """Write a dictionary in another library's format.
+    """Write a dictionary in another library's format, or a run's store to share or to show elsewhere.
 
     Example: saeql export runs/demo exported --format sparsify
     """
-    from ..exchange import export_dictionary
+    from ..exchange import export as export_any
 
-    print(export_dictionary(source, out, format=format))
+    print(export_any(source, out, format=format, creator=creator, creator_id=creator_id, release=release))

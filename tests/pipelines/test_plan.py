@@ -154,3 +154,40 @@ def test_a_larger_batch_pays_for_the_wire():
     assert wanted is not None
     assert layout(replace(STEP, batch_tokens=wanted), GPUS["h100"], 64, 1, 8, 0.0).efficiency >= 0.8
     assert layout(replace(STEP, batch_tokens=wanted // 2), GPUS["h100"], 64, 1, 8, 0.0).efficiency < 0.8
+
+
+def test_a_live_training_holds_the_model_and_a_buffer_of_no_more_than_it_trains_on(
+    tiny_config: Path, seen: ModelOutline
+):
+    def terms(**options: str) -> StageTerms:
+        config = load_config(tiny_config, {"train.num_steps": "4000", **options})
+        windows = {"train": 1600, "calibration": 100, "test": 100}
+        own = Sizes.of(Run(Path("nowhere"), config).spec, seen.widths)
+        return StageTerms(
+            config, seen, Rows(windows, 32, text_windows=90_000), [own], Footprint(100, 300, True), cuda=False
+        )
+
+    def ram(of: StageTerms) -> dict[str, float]:
+        return {term.name: term.num_bytes for term in of.train_ram(of.sizes)}
+
+    stored, live = ram(terms()), ram(terms(**{"train.source": "live"}))
+    row = 32 * 4 + 40
+    assert stored["shuffle buffer"] == 2 * 1600 * 32 * row
+    # 512,000 rows and the first positions between them, in one group
+    assert live["shuffle buffer"] == pytest.approx(512_000 * 32 / 31 * row, rel=0.01)
+    assert (stored["process"], live["process"]) == (100, 300)
+    assert live["forward pass"] == seen.harvest.live_bytes and "forward pass" not in stored
+    assert "forward pass" not in ram(
+        terms(**{"train.source": "live", "train.init_tokens": "100000"})
+    )  # they take turns
+    small = ram(terms(**{"train.source": "live", "train.shuffle_buffer_bytes": "500000"}))
+    assert 400_000 < small["shuffle buffer"] <= 500_000
+
+
+def test_a_live_plan_stores_a_sample_overlaps_on_a_gpu_and_warns_of_several(tiny_config: Path):
+    options = {"corpus.max_tokens": "4000000", "train.source": "live"}
+    plan = make_plan(load_config(tiny_config, options), gpu_name="h100", gpus_per_node=8)
+    assert plan.stage("harvest").tokens == pytest.approx((1_000_000 + 1_200_000) * 32 / 31, rel=0.01)
+    train = plan.stage("train")
+    assert {"forward pass", "Adam"} <= {t.name for t in train.device} and "pinned memory" in {t.name for t in train.ram}
+    assert any('train.source = "shards" for several' in warning for warning in plan.warnings)

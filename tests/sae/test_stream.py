@@ -47,3 +47,9 @@ def test_cursor_round_trip_and_version():
 def test_no_rows():
     with pytest.raises(ValueError, match="no rows"):
         BlockShuffle(0, 10, 10, seed=0)
+
+
+def test_a_cursor_keeps_the_place_that_its_source_needs():
+    cursor = Cursor(1, 2, 3, {"corpus": {"next_row": 7}})
+    assert Cursor.from_state(cursor.state()) == cursor
+    assert "place" not in Cursor(1, 2, 3).state() and Cursor.from_state(Cursor(1, 2, 3).state()).place is None
