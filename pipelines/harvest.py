@@ -209,8 +209,8 @@ class _Job:
                     return
                 if not is_waiting:
                     open_parts = len(self.names) - len(done)
-                    what = f"{open_parts} parts" if open_parts else "putting the parts together"
-                    print(f"harvest: {what} left to other processes; waiting for them", file=sys.stderr)
+                    what = f"parts that are not done: {open_parts}" if open_parts else "the parts are put together"
+                    print(f"harvest: waiting for other processes ({what})", file=sys.stderr)
                 is_waiting = True
                 time.sleep(min(2.0, work.expire_seconds / 10))
 

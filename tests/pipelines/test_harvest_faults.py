@@ -169,6 +169,26 @@ def test_processes_share_the_parts_and_one_of_them_dies(
     assert late.exitcode == 0 and files(run) == expected_in_parts
 
 
+def test_a_process_that_slept_while_its_part_was_finished_changes_nothing(
+    tmp_path: Path, tiny_config: Path, start: Any, expected_in_parts: dict[str, bytes]
+):
+    run = new_run(tiny_config, tmp_path / "run", **{"harvest.parts": "4"})
+    sleeper = start("harvest", run, "--join", "--lease-seconds", "2")
+    while num_sets(run) < 2:
+        time.sleep(0.001)
+        assert sleeper.is_alive()
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    held = next(run.glob("activations/parts/*.held.*")).name
+    other = start("harvest", run, "--join", "--lease-seconds", "2")
+    other.join(120)
+    assert other.exitcode == 0
+    assert_whole(run, expected_in_parts)
+    os.kill(sleeper.pid, signal.SIGCONT)
+    sleeper.join(60)
+    assert sleeper.exitcode == 0 and held.startswith("0000")
+    assert_whole(run, expected_in_parts)
+
+
 def test_a_killed_worker_s_parts_are_finished_by_a_run_alone(
     tmp_path: Path, tiny_config: Path, start: Any, expected_in_parts: dict[str, bytes]
 ):
