@@ -91,18 +91,27 @@ def assert_whole(run: Path, expected: dict[str, bytes]) -> None:
         assert len(set(stored)) == len(stored) and sorted(stored) == sorted(ids)
 
 
+def there(run: Path, pattern: str) -> list[Path]:
+    """Files of a run in which a process renames folders meanwhile."""
+    while True:
+        try:
+            return list(run.glob(pattern))
+        except FileNotFoundError:
+            continue
+
+
 def num_sets(run: Path) -> int:
-    return sum(1 for _ in run.glob("activations/parts/*/commit-*.json"))
+    return len(there(run, "activations/parts/*/commit-*.json"))
 
 
 def moments(run: Path, rng: random.Random) -> list[Callable[[], bool]]:
     """When to kill: as soon as one of these is so, and some milliseconds later."""
     begun, limit, sets = time.monotonic(), rng.uniform(0.05, 4.0), num_sets(run) + rng.randint(1, 12)
     at_end = rng.choice([
-        lambda: any(run.glob("activations/parts/merge.held.*")),
-        lambda: any(run.glob("activations/*/*/manifest.jsonl*")),
+        lambda: bool(there(run, "activations/parts/merge.held.*")),
+        lambda: bool(there(run, "activations/*/*/manifest.jsonl*")),
         lambda: (run / "evidence" / "documents.parquet").exists(),
-        lambda: any(run.glob("evidence/windows.parquet*")),
+        lambda: bool(there(run, "evidence/windows.parquet*")),
         lambda: (run / "activations" / "harvest.json").exists(),
     ])  # fmt: skip
     return [lambda: time.monotonic() - begun > limit, lambda: num_sets(run) >= sets, at_end]
