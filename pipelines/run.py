@@ -178,7 +178,7 @@ class Run:
 
     def _max_activations(self) -> dict[int, float]:
         with self.store() as store:
-            table = store.sql("SELECT feature, max_activation FROM features WHERE max_activation > 0")
+            table = store.trusted_sql("SELECT feature, max_activation FROM features WHERE max_activation > 0")
         return dict(zip(table["feature"].to_pylist(), table["max_activation"].to_pylist(), strict=True))
 
     # --- stages --------------------------------------------------------------------------------------------------

@@ -6,14 +6,16 @@ It is built once from the Parquet evidence (`build.py`) and read-only from then 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 from weakref import WeakSet
 
 import pyarrow as pa
 
 from .build import OnStep, build_store
+from .console import DEFAULT_SECONDS, Console
 from .errors import FeatureNotFound, StoreError
 from .evidence import Evidence
+from .frames import as_frame
 from .migrations import sql_text
 from .query import Params, connect_read_only, run_statement
 from .words import WORDS_OF, stem
@@ -69,6 +71,7 @@ class FeatureStore:
             if other._file[0] == self._file[0] and other._file != self._file:
                 raise StoreError(f"{path} was rebuilt while this program had it open: close the old reader first")
         self._connection = connect_read_only(path, memory_limit=memory_limit, threads=threads)
+        self._console = Console(path, memory_limit=memory_limit, threads=threads)
         try:
             rows = self._rows(
                 "SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id"
@@ -100,6 +103,7 @@ class FeatureStore:
     def close(self) -> None:
         """Let go of the file."""
         FeatureStore._readers.discard(self)
+        self._console.close()
         self._connection.close()
 
     def __enter__(self) -> "FeatureStore":
@@ -108,14 +112,54 @@ class FeatureStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @overload
     def sql(
-        self, query: str, params: Params = None, *, max_rows: int | None = None, timeout_seconds: float | None = 30
-    ) -> pa.Table:
-        """Rows of one SQL statement over the views; it cannot write. Raises SQLError with a one-line message.
+        self,
+        query: str,
+        params: Params = None,
+        *,
+        max_rows: int | None = None,
+        timeout_seconds: float = DEFAULT_SECONDS,
+        to: Literal["arrow"] = "arrow",
+    ) -> pa.Table: ...
 
-        A result cut at `max_rows` has `{b"truncated": b"true"}` in its schema metadata. The time limit stops DuckDB
-        between blocks of rows: one huge scalar call can outlast it, so run statements of strangers in a process of
-        its own.
+    @overload
+    def sql(
+        self,
+        query: str,
+        params: Params = None,
+        *,
+        max_rows: int | None = None,
+        timeout_seconds: float = DEFAULT_SECONDS,
+        to: Literal["pandas", "polars"],
+    ) -> Any: ...
+
+    def sql(
+        self,
+        query: str,
+        params: Params = None,
+        *,
+        max_rows: int | None = None,
+        timeout_seconds: float = DEFAULT_SECONDS,
+        to: str = "arrow",
+    ) -> Any:
+        """Rows of one SQL statement over the views, whoever wrote it: it runs in a process of its own that can do
+        nothing but read this store, and is killed at the time limit (see `console.Console`).
+
+        `to` is "arrow" for a table, or "pandas" or "polars" for a frame. A result cut at `max_rows` has
+        `{b"truncated": b"true"}` in the table's schema metadata; one beyond 256 MiB is an error. Raises SQLError with a
+        one-line message.
+        """
+        table = self._console.sql(query, params, max_rows=max_rows, timeout_seconds=timeout_seconds)
+        return table if to == "arrow" else as_frame(table, to)
+
+    def trusted_sql(
+        self, query: str, params: Params = None, *, max_rows: int | None = None, timeout_seconds: float | None = None
+    ) -> pa.Table:
+        """Rows of one SQL statement of this program's own, in this process: faster, and of any size.
+
+        Never for a statement that somebody else wrote a part of: the connection is read-only and locked, but a time
+        limit cannot stop one huge scalar call, memory is this program's, and catalogue functions tell where files lie.
         """
         return run_statement(
             self._connection, self.path, query, params, max_rows=max_rows, timeout_seconds=timeout_seconds
@@ -126,18 +170,19 @@ class FeatureStore:
     ) -> list[SearchHit]:
         """Features whose label or tokens have the words of `text`, best first.
 
-        `where` is a SQL condition over the columns of the view `features`. Raises SQLError for one that does not hold
-        together and StoreError for a text without words.
+        `where` is a SQL condition over the columns of the view `features`, whoever wrote it: a search with one runs
+        where `sql` does. Raises SQLError where it is no single condition and StoreError for a text without words.
         """
         name, (dictionary_id, _) = self._dictionary(dictionary)
         words = self._rows(f"SELECT {WORDS_OF} AS words FROM (SELECT $text AS text)", {"text": text})[0]["words"]
         if not words:
             raise StoreError(f"nothing to search for in {text!r}: give at least one word")
         query = sql_text("search").replace("{where}", f"{where or 'true'}\n")
-        found = self.sql(
-            query,
-            {"dictionary_id": dictionary_id, "dictionary": name, "terms": sorted(set(stem(words))), "limit": limit},
-        )
+        params = {"dictionary_id": dictionary_id, "dictionary": name, "terms": sorted(set(stem(words))), "limit": limit}
+        if where is None:
+            found = self.trusted_sql(query, params)
+        else:
+            found = self._console.sql(query, params, conditions=[where])
         return [_search_hit(row) for row in found.to_pylist()]
 
     def feature(self, feature: int, dictionary: str | None = None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def connect_read_only(path: Path, *, memory_limit: str, threads: int | None) -> 
         "allow_community_extensions": "false",
         "python_enable_replacements": "false",
         "memory_limit": memory_limit,
+        "temp_directory": "",  # DuckDB would let COPY write into it
         "max_temp_directory_size": "0MB",
     }
     if threads is not None:
@@ -104,7 +105,7 @@ def run_statement(
             raise StoreError(
                 f"{path} is damaged, rebuild it from its evidence with `saeql index`: {message}"
             ) from error
-        raise SQLError(_refusal(message)) from error
+        raise SQLError(refusal(message)) from error
     finally:
         cursor.close()
 
@@ -119,7 +120,8 @@ def _only_statement(cursor: duckdb.DuckDBPyConnection, query: str) -> duckdb.Sta
     return statements[0]
 
 
-def _refusal(message: str) -> str:
+def refusal(message: str) -> str:
+    """DuckDB's message, said of this store where it is about read-only mode."""
     if "read-only mode" in message:
         return f"this store is read-only: {message}"
     return message
@@ -127,15 +129,15 @@ def _refusal(message: str) -> str:
 
 def _rows(relation: duckdb.DuckDBPyRelation, max_rows: int | None) -> pa.Table:
     if max_rows is None:
-        return _reader(relation).read_all()
-    table = _reader(relation.limit(max_rows + 1)).read_all()
+        return arrow_reader(relation).read_all()
+    table = arrow_reader(relation.limit(max_rows + 1)).read_all()
     if table.num_rows <= max_rows:
         return table
     return table.slice(0, max_rows).replace_schema_metadata({"truncated": "true"})
 
 
-def _reader(relation: duckdb.DuckDBPyRelation) -> pa.RecordBatchReader:
-    """DuckDB 2 names the reader differently from 1.4."""
+def arrow_reader(relation: duckdb.DuckDBPyRelation) -> pa.RecordBatchReader:
+    """The rows as Arrow, a batch at a time; DuckDB 2 names the reader differently from 1.5."""
     if hasattr(relation, "to_arrow_reader"):
         return relation.to_arrow_reader(_BATCH_ROWS)
     return relation.fetch_record_batch(_BATCH_ROWS)

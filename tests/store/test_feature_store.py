@@ -72,10 +72,12 @@ REFUSED = [
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_have_their_columns_and_a_comment(store: FeatureStore, view: str) -> None:
-    columns = store.sql(f"SELECT * FROM {view} LIMIT 1")
+    columns = store.trusted_sql(f"SELECT * FROM {view} LIMIT 1")
     assert columns.num_rows == 1
     assert set(VIEWS[view].split()) <= set(columns.column_names)
-    assert store.sql("SELECT comment FROM duckdb_views() WHERE view_name = $v", {"v": view})["comment"][0].as_py()
+    assert store.trusted_sql("SELECT comment FROM duckdb_views() WHERE view_name = $v", {"v": view})["comment"][
+        0
+    ].as_py()
 
 
 def test_columns_have_comments(store: FeatureStore) -> None:
@@ -152,17 +154,17 @@ def test_neighbours_and_logit_effects(store: FeatureStore) -> None:
 
 
 @pytest.mark.parametrize("statement", REFUSED)
-def test_sql_cannot_write_or_escape(store: FeatureStore, store_path: Path, statement: str) -> None:
-    secret_python_variable = store.sql("SELECT 42 AS password")
+def test_the_trusted_connection_cannot_write_or_escape(store: FeatureStore, store_path: Path, statement: str) -> None:
+    secret_python_variable = store.trusted_sql("SELECT 42 AS password")
     before = hashlib.sha256(store_path.read_bytes()).hexdigest()
     files = set(store_path.parent.iterdir())
     with pytest.raises(SQLError) as caught:
-        store.sql(statement)
+        store.trusted_sql(statement)
     assert "\n" not in str(caught.value) and secret_python_variable.num_rows == 1
     assert hashlib.sha256(store_path.read_bytes()).hexdigest() == before
     assert set(store_path.parent.iterdir()) == files
     assert not list(Path("/tmp").glob("saeql-escape*"))
-    assert store.sql("SELECT count(*) AS n FROM features")["n"][0].as_py() == 80
+    assert store.trusted_sql("SELECT count(*) AS n FROM features")["n"][0].as_py() == 80
 
 
 def test_sql_messages_help(store: FeatureStore) -> None:
