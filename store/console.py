@@ -54,7 +54,8 @@ class Console:
 
     def __init__(self, path: str | Path, *, memory_limit: str = "2GB", threads: int | None = None):
         self.path = Path(path)
-        self._memory_limit, self._memory_bytes, self._threads = memory_limit, memory_bytes(memory_limit), threads
+        self.memory_bytes = memory_bytes(memory_limit)
+        self._memory_limit, self._threads = memory_limit, threads
         if not self.path.is_file():
             raise StoreError(f"{path} does not exist: build it with `saeql index`")
         found = self.path.stat()
@@ -128,7 +129,7 @@ class Console:
                 "name": self.path.name,
                 "identity": self._identity,
                 "memory_limit": self._memory_limit.strip(),
-                "memory_bytes": self._memory_bytes,
+                "memory_bytes": self.memory_bytes,
                 "threads": self._threads,
             }
             self._process = _Process(self.path.resolve().parent, json.dumps(start).encode())

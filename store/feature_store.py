@@ -6,7 +6,7 @@ It is built once from the Parquet evidence (`build.py`) and read-only from then 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import pyarrow as pa
@@ -112,7 +112,6 @@ class FeatureStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @overload
     def sql(
         self,
         query: str,
@@ -120,38 +119,18 @@ class FeatureStore:
         *,
         max_rows: int | None = None,
         timeout_seconds: float = DEFAULT_SECONDS,
-        to: Literal["arrow"] = "arrow",
-    ) -> pa.Table: ...
-
-    @overload
-    def sql(
-        self,
-        query: str,
-        params: Params = None,
-        *,
-        max_rows: int | None = None,
-        timeout_seconds: float = DEFAULT_SECONDS,
-        to: Literal["pandas", "polars"],
-    ) -> Any: ...
-
-    def sql(
-        self,
-        query: str,
-        params: Params = None,
-        *,
-        max_rows: int | None = None,
-        timeout_seconds: float = DEFAULT_SECONDS,
-        to: str = "arrow",
-    ) -> Any:
+    ) -> pa.Table:
         """Rows of one SQL statement over the views, whoever wrote it: it runs in a process of its own that can do
         nothing but read this store, and is killed at the time limit (see `console.Console`).
 
-        `to` is "arrow" for a table, or "pandas" or "polars" for a frame. A result cut at `max_rows` has
-        `{b"truncated": b"true"}` in the table's schema metadata; one beyond 256 MiB is an error. Raises SQLError with a
-        one-line message.
+        A result cut at `max_rows` has `{b"truncated": b"true"}` in its schema metadata; one beyond 256 MiB is an error.
+        Raises SQLError with a one-line message.
         """
-        table = self._console.sql(query, params, max_rows=max_rows, timeout_seconds=timeout_seconds)
-        return table if to == "arrow" else as_frame(table, to)
+        return self._console.sql(query, params, max_rows=max_rows, timeout_seconds=timeout_seconds)
+
+    def frame(self, query: str, library: str = "pandas", params: Params = None, **limits: Any) -> Any:
+        """What `sql` gives, as a DataFrame of "pandas" or "polars". Raises StoreError where that is not installed."""
+        return as_frame(self.sql(query, params, **limits), library)
 
     def trusted_sql(
         self, query: str, params: Params = None, *, max_rows: int | None = None, timeout_seconds: float | None = None

@@ -1,5 +1,6 @@
 """Commands that ask a finished run: search, show, sql, steer."""
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -53,28 +54,74 @@ def show(
 def sql(
     run: RunPath,
     query: Annotated[
-        str,
+        str | None,
         Parameter(
             help="SQL over the views dictionaries, features, examples, documents, labels, "
-            "neighbours, logit_effects, activations, metrics."
+            "neighbours, logit_effects, activations, metrics. Without one, statements are read from stdin."
         ),
-    ],
+    ] = None,
     *,
-    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
-    csv: Annotated[bool, Parameter(help="Print CSV.", negative="")] = False,
-    max_rows: Annotated[int, Parameter(help="Rows to print at most.")] = 1000,
+    file: Annotated[Path | None, Parameter(help="File of statements, each ended by a semicolon.")] = None,
+    format: Annotated[
+        str | None, Parameter(help="table, json, csv, arrow or parquet. Default: what --out says, else table.")
+    ] = None,
+    json: Annotated[bool, Parameter(help="Same as --format json.", negative="")] = False,
+    csv: Annotated[bool, Parameter(help="Same as --format csv.", negative="")] = False,
+    out: Annotated[Path | None, Parameter(help="File to write, .json, .csv, .arrow, .feather or .parquet.")] = None,
+    max_rows: Annotated[
+        int | None, Parameter(help="Rows at most. Default: 1000; all of them for --out, arrow and parquet.")
+    ] = None,
+    timeout: Annotated[float, Parameter(help="Seconds that a statement may take.")] = 30.0,
+    memory: Annotated[str, Parameter(help="Memory that it may take; half of it is the largest result.")] = "2GB",
 ) -> None:
-    """Ask the feature store in SQL. Read-only.
+    """Ask the feature store in SQL. Read-only, in a process of its own that reaches nothing but the store.
 
     Example: saeql sql runs/demo "SELECT feature, label, density FROM features ORDER BY density DESC LIMIT 5"
     """  # fmt: skip
-    from ..output import print_records
-    from ..run import Run
+    import sys
 
-    with Run.open(run).store() as opened:
-        table = opened.sql(query, max_rows=max_rows)
-    rows = [list(row.values()) for row in table.to_pylist()]
-    print_records(table.column_names, rows, "json" if json else "csv" if csv else "table")
+    from saeql.store.console import Console
+    from saeql.store.errors import StoreError
+
+    from ..results import BINARY, chosen_format
+    from .statements import Asker, prompt_of_terminal
+
+    if (json, csv, format is not None).count(True) > 1:
+        raise StoreError("--json, --csv and --format name one format: give one of them")
+    if query is not None and file is not None:
+        raise StoreError("give a query or --file, not both")
+    style = chosen_format("json" if json else "csv" if csv else format, out)
+    if max_rows is None and out is None and style not in BINARY:
+        max_rows = 1000
+    with Console(_store_of(run), memory_limit=memory) as console:
+        asker = Asker(console, style, out, max_rows=max_rows, seconds=timeout)
+        if query is not None:
+            asker.ask(query)
+        elif file is not None:
+            asker.ask_all(_text_of(file))
+        elif sys.stdin.isatty() and sys.stdout.isatty():
+            asker.converse(prompt_of_terminal())
+        else:
+            asker.ask_all(sys.stdin.read())
+
+
+def _store_of(run: Path) -> Path:
+    """The run's store file; a run without one is told what is missing by the run itself, which is slow to import."""
+    store = run / "features.duckdb"
+    if not store.is_file():
+        from ..run import Run
+
+        Run.open(run)
+    return store
+
+
+def _text_of(file: Path) -> str:
+    from saeql.store.errors import StoreError
+
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"cannot read {file}: {error}") from error
 
 
 def steer(

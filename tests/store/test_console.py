@@ -324,21 +324,23 @@ def test_the_process_has_no_environment_and_ends_with_its_program(store_path: Pa
     pytest.fail("the process outlives its program")
 
 
-def test_frames_of_pandas_and_polars(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    query = "SELECT feature, label FROM features WHERE dictionary = 'topk' ORDER BY feature"
-    expected = store.sql(query).to_pylist()
+def test_frames(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    query = "SELECT feature, label FROM features WHERE dictionary = $d ORDER BY feature"
+    expected = store.sql(query, {"d": "topk"}).to_pylist()
     pandas = pytest.importorskip("pandas")
-    frame = store.sql(query, to="pandas")
+    frame = store.frame(query, params={"d": "topk"})
     assert isinstance(frame, pandas.DataFrame) and frame.to_dict("records") == expected
+    assert len(store.frame("FROM features", max_rows=3)) == 3
     for library in ("pandas", "polars"):
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(StoreError, match=f"need the package {library}: pip install {library}"):
-            store.sql(query, to=library)
-    with pytest.raises(StoreError, match="no results as 'numpy'"):
-        store.sql(query, to="numpy")  # pyright: ignore[reportCallIssue, reportArgumentType]
+            store.frame("SELECT 1", library)
+    with pytest.raises(StoreError, match="no results as 'numpy': there are arrow, pandas, polars"):
+        store.frame("SELECT 1", "numpy")
 
 
 def test_polars(store: FeatureStore) -> None:
     polars = pytest.importorskip("polars")
-    frame = store.sql("SELECT feature, top_tokens FROM features ORDER BY ALL", to="polars")
-    assert isinstance(frame, polars.DataFrame) and frame.height == 80
+    query = "SELECT feature, top_tokens FROM features ORDER BY ALL"
+    frame = store.frame(query, "polars")
+    assert isinstance(frame, polars.DataFrame) and frame.to_dicts() == store.sql(query).to_pylist()
