@@ -232,7 +232,7 @@ class _Process:
             raise SQLError(told["message"])
         if told["kind"] == "memory":
             raise _Broken(SQLError("the query needs more memory than it may have: ask for less, or raise the limit"))
-        raise _Broken(StoreError(told["message"]))
+        raise _Broken((SQLError if told["kind"] == "broken" else StoreError)(told["message"]))
 
     def _frame(self, deadline: float, limit: int) -> tuple[bytes, bytes]:
         kind, length = HEADER.unpack(self._read(HEADER.size, deadline))

@@ -26,6 +26,8 @@ from .query import arrow_reader, connect_read_only, refusal
 
 #: Address space beyond memory_limit: strings and hash tables that DuckDB does not count, results on their way out.
 _SPARE_BYTES = 512 << 20
+#: What a value counts at least: a null or a truth value is nothing on the way, but not where it arrives.
+_CELL_BYTES = 8
 _OUT_OF_MEMORY = (
     "Out of Memory",
     "bad allocation",
@@ -121,6 +123,8 @@ class _Worker:
             message = one_line(error)
             if any(sign in message for sign in _OUT_OF_MEMORY):
                 self._refuse("memory", "")
+            elif isinstance(error, duckdb.InternalException):  # the rest of it is the engine's stack
+                self._refuse("broken", one_line(str(error).splitlines()[0]))
             elif isinstance(error, RecursionError):
                 self._refuse("sql", "the statement is nested too deeply")
             elif "Too many open files" in message:
@@ -137,12 +141,14 @@ class _Worker:
     def _send(self, relation: duckdb.DuckDBPyRelation, max_rows: int | None, max_bytes: int) -> None:
         reader = arrow_reader(relation if max_rows is None else relation.limit(max_rows + 1))
         left, sent, cut = max_rows, 0, False
-        with pa.ipc.new_stream(_Sink(self.answers), reader.schema) as stream:
+        schema = pa.schema([field.with_type(_spelled_out(field.type)) for field in reader.schema])
+        with pa.ipc.new_stream(_Sink(self.answers), schema) as stream:
             for batch in reader:
                 if left is not None and batch.num_rows > left:
                     batch, cut = batch.slice(0, left), True
                 left = None if left is None else left - batch.num_rows
-                sent += batch.nbytes
+                batch = batch.cast(schema)
+                sent += max(batch.nbytes, _CELL_BYTES * batch.num_rows * batch.num_columns)
                 if sent > max_bytes:
                     raise SQLError(
                         f"the result is larger than {max_bytes / 2**20:g} MiB: ask for fewer rows or columns"
@@ -158,6 +164,21 @@ class _Worker:
         used = resource.getrusage(resource.RUSAGE_SELF)
         cpu = math.ceil(used.ru_utime + used.ru_stime + (seconds + 5) * (self.threads + 1))
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _spelled_out(kind: pa.DataType) -> pa.DataType:
+    """`kind` without dictionaries: a result is counted by what it means, an ENUM of long words too."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_spelled_out(field.type)) for field in kind.fields])
+    if pa.types.is_map(kind):
+        return pa.map_(_spelled_out(kind.key_type), _spelled_out(kind.item_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_spelled_out(kind.value_type)), kind.list_size)
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_spelled_out(kind.value_type)))
+    return kind
 
 
 class _Sink:

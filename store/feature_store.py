@@ -70,8 +70,8 @@ class FeatureStore:
         for other in list(FeatureStore._readers):
             if other._file[0] == self._file[0] and other._file != self._file:
                 raise StoreError(f"{path} was rebuilt while this program had it open: close the old reader first")
+        self._console = Console(path, memory_limit=memory_limit, threads=threads)  # starts nothing yet
         self._connection = connect_read_only(path, memory_limit=memory_limit, threads=threads)
-        self._console = Console(path, memory_limit=memory_limit, threads=threads)
         try:
             rows = self._rows(
                 "SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id"

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.feather
-import pyarrow.parquet
 import pytest
+from pyarrow import feather, parquet
 
 from saeql.pipelines.cli import main
 
@@ -22,7 +21,8 @@ FEATURES = "SELECT feature, label, density, top_tokens FROM features ORDER BY fe
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[str, str]:
     """stdout and stderr of `saeql sql ARGV`."""
     main(["sql", *map(str, argv)])
-    return tuple(capsys.readouterr())
+    output = capsys.readouterr()
+    return output.out, output.err
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
@@ -57,19 +57,19 @@ def test_every_format_holds_the_same_rows(
         assert run(capsys, tiny_run, FEATURES, "--out", tmp_path / name) == ("", "")
     assert json.loads((tmp_path / "a.json").read_text()) == features
     assert len((tmp_path / "a.csv").read_text().splitlines()) == len(features) + 1
-    assert pa.feather.read_table(tmp_path / "a.feather").to_pylist() == features
+    assert feather.read_table(tmp_path / "a.feather").to_pylist() == features
     assert pa.ipc.open_file(tmp_path / "a.arrow").read_all().to_pylist() == features
-    assert pa.parquet.read_table(tmp_path / "a.parquet").to_pylist() == features
+    assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == features
     run(capsys, tiny_run, FEATURES, "--out", tmp_path / "rows", "--format", "parquet")
-    assert pa.parquet.read_table(tmp_path / "rows").num_rows == len(features)
+    assert parquet.read_table(tmp_path / "rows").num_rows == len(features)
 
 
 def test_arrow_and_parquet_go_through_a_pipe(tiny_run: Path, features: list[dict]) -> None:
     command = [sys.executable, "-m", "saeql.pipelines", "sql", tiny_run, FEATURES, "--format"]
     arrow = subprocess.run([*command, "arrow"], capture_output=True, check=True)
     assert pa.ipc.open_stream(arrow.stdout).read_all().to_pylist() == features and not arrow.stderr
-    parquet = subprocess.run([*command, "parquet"], capture_output=True, check=True)
-    assert pa.parquet.read_table(io.BytesIO(parquet.stdout)).to_pylist() == features
+    piped = subprocess.run([*command, "parquet"], capture_output=True, check=True)
+    assert parquet.read_table(io.BytesIO(piped.stdout)).to_pylist() == features
 
 
 def test_values_that_json_and_csv_have_no_word_for(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

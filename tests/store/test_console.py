@@ -133,6 +133,29 @@ def test_what_is_too_large_says_so(console: Console) -> None:
     assert console.sql("SELECT 1 AS x").num_rows == 1
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT NULL FROM range(10000000)",
+        "SELECT i > 5 FROM range(10000000) r(i)",
+        "SELECT CAST('{long}' AS ENUM ('{long}')) FROM range(100000)",
+        "SELECT [CAST('{long}' AS ENUM ('{long}'))] FROM range(100000)",
+        "SELECT {{'a': [CAST('{long}' AS ENUM ('{long}'))]}} FROM range(100000)",
+        "SELECT MAP {{'a': CAST('{long}' AS ENUM ('{long}'))}} FROM range(100000)",
+    ],
+)
+def test_what_is_small_on_the_way_and_large_on_arrival_counts_as_large(console: Console, query: str) -> None:
+    with pytest.raises(SQLError, match="larger than 16 MiB"):
+        console.sql(query.format(long="long" * 500), max_bytes=16 << 20)
+
+
+def test_enums_come_as_text(console: Console) -> None:
+    query = "SELECT x, [x] AS l, {'a': x} AS s FROM (SELECT CAST('b' AS ENUM ('a', 'b')) AS x)"
+    found = console.sql(query)
+    assert found.schema.field("x").type == pa.string()
+    assert found.to_pylist() == [{"x": "b", "l": ["b"], "s": {"a": "b"}}]
+
+
 def test_parameters(console: Console) -> None:
     import numpy as np
 
