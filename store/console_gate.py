@@ -131,8 +131,8 @@ def _check_node(node: dict[str, Any], catalogue: Catalogue) -> None:
         name = str(node["function"].get("function_name", "")).lower()
         if name not in _ROW_MAKERS | _CATALOGUE | catalogue.macros:
             raise SQLError(_outside(f"{name}()"))
-    elif kind == "SHOW_REF" and node.get("show_type") == "SHOW_SPECIAL":
-        if node["table_name"].strip('"').lower() not in _SHOWN:
+    elif kind == "SHOW_REF":  # DESCRIBE and SUMMARIZE have a query here and no name
+        if node["table_name"] and node["table_name"].strip('"').lower() not in _SHOWN:
             raise SQLError(_outside(f"SHOW {node['table_name']}"))
     elif node.get("class") == "FUNCTION" and str(node.get("function_name", "")).lower() in _REFUSED_FUNCTIONS:
         raise SQLError(_outside(f"{node['function_name']}()"))
