@@ -4,6 +4,7 @@ It is built once from the Parquet evidence (`build.py`) and read-only from then 
 `sql/003_views.sql`. A `dictionary` argument of None means the store's first dictionary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,8 +12,8 @@ from weakref import WeakSet
 
 import pyarrow as pa
 
-from .build import OnStep, build_store
-from .errors import FeatureNotFound, StoreError
+from .build import MEMORY_LIMIT, OnStep, build_store, sync_store, upgrade_store
+from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
 from .migrations import sql_text
 from .query import Params, connect_read_only, run_statement
@@ -46,6 +47,7 @@ class Example:
     window_id: int
     document_id: int
     title: str | None
+    corpus: str
     position: int  # of the peak in the window, from 0
     activation: float
     tokens: list[str]
@@ -83,19 +85,39 @@ class FeatureStore:
     def build(
         cls,
         path: str | Path,
-        evidence: Evidence,
+        evidence: Evidence | Sequence[Evidence],
         *,
         threads: int | None = None,
-        memory_limit: str = "4GB",
+        memory_limit: str = MEMORY_LIMIT,
         on_step: OnStep | None = None,
     ) -> Path:
         """Build the store file at `path` from `evidence` and return it; see `build.build_store`."""
         return build_store(path, evidence, threads=threads, memory_limit=memory_limit, on_step=on_step)
 
     @classmethod
+    def sync(
+        cls,
+        path: str | Path,
+        evidence: Evidence | Sequence[Evidence],
+        *,
+        threads: int | None = None,
+        memory_limit: str = MEMORY_LIMIT,
+        on_step: OnStep | None = None,
+    ) -> list[str]:
+        """Add to the store at `path` what it lacks of `evidence` and return what was done; see `build.sync_store`."""
+        return sync_store(path, evidence, threads=threads, memory_limit=memory_limit, on_step=on_step)
+
+    @classmethod
     def open(cls, path: str | Path, *, memory_limit: str = "2GB", threads: int | None = None) -> "FeatureStore":
-        """Open a store read-only. Raises StoreError for a file that is missing, damaged, no store, or newer."""
-        return cls(Path(path), memory_limit, threads)
+        """Open a store read-only; one of an older saeql is brought to this one's schema first, on a copy.
+
+        Raises StoreError for a file that is missing, damaged, no store, or newer.
+        """
+        try:
+            return cls(Path(path), memory_limit, threads)
+        except OldStoreError:
+            upgrade_store(path, threads=threads, memory_limit=memory_limit)
+            return cls(Path(path), memory_limit, threads)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -133,12 +155,19 @@ class FeatureStore:
         words = self._rows(f"SELECT {WORDS_OF} AS words FROM (SELECT $text AS text)", {"text": text})[0]["words"]
         if not words:
             raise StoreError(f"nothing to search for in {text!r}: give at least one word")
-        query = sql_text("search").replace("{where}", f"{where or 'true'}\n")
-        found = self.sql(
-            query,
-            {"dictionary_id": dictionary_id, "dictionary": name, "terms": sorted(set(stem(words))), "limit": limit},
+        terms = self._rows(
+            f"SELECT term_id FROM derived.search_terms WHERE dictionary_id = {dictionary_id} "
+            "AND list_contains($terms, term)",
+            {"terms": sorted(set(stem(words)))},
         )
-        return [_search_hit(row) for row in found.to_pylist()]
+        numbers = ", ".join(str(row["term_id"]) for row in terms) or "NULL"
+        query = sql_text("search").replace("{dictionary_id}", str(dictionary_id)).replace("{terms}", numbers)
+        allowed, params = "true", {}
+        if where:
+            allowed = f"h.feature IN (SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n))"
+            params = {"dictionary": name}
+        found = self.sql(query.replace("{where}", allowed), {"limit": limit, **params}).to_pylist()
+        return self._explain_hits(name, dictionary_id, numbers, found)
 
     def feature(self, feature: int, dictionary: str | None = None) -> dict[str, Any]:
         """The feature's row of the view `features`. Raises FeatureNotFound."""
@@ -152,14 +181,26 @@ class FeatureStore:
         split: str = "train",
         kind: str = "top",
         limit: int = 10,
+        corpus: str | None = None,
     ) -> list[Example]:
-        """Examples of a feature, strongest first; kind 'decile' exists on train only. Raises FeatureNotFound."""
-        query = (
-            "SELECT * FROM examples WHERE {this} AND split = $split AND kind = $kind "
-            "ORDER BY decile DESC, rank LIMIT $limit"
+        """Examples of a feature, strongest first; kind 'decile' exists on train only. Raises FeatureNotFound.
+
+        `corpus` is the dictionary's first unless named.
+        """
+        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        if corpus is None:
+            segment = f"SELECT min(segment_id) FROM evidence.segments WHERE dictionary_id = {dictionary_id}"
+        else:
+            segment = (
+                "SELECT segment_id FROM evidence.segments JOIN evidence.corpora USING (corpus_id) "
+                f"WHERE dictionary_id = {dictionary_id} AND corpus = $corpus"
+            )
+        rows = self._rows(
+            sql_text("examples").replace("{segment}", segment),
+            {"feature": int(feature), "split": split, "kind": kind, "limit": limit}
+            | ({"corpus": corpus} if corpus is not None else {}),
         )
-        rows = self._of_feature(query, feature, dictionary, split=split, kind=kind, limit=limit)
-        return [Example(**row) for row in rows]
+        return [Example(dictionary=name, feature=int(feature), split=split, kind=kind, **row) for row in rows]
 
     def neighbours(self, feature: int, *, dictionary: str | None = None, limit: int = 10) -> list[dict[str, Any]]:
         """Rows of the view `neighbours`, nearest first. Raises FeatureNotFound."""
@@ -188,16 +229,43 @@ class FeatureStore:
         )
         return self._rows(query, {"name": name})
 
+    def _explain_hits(self, name: str, dictionary_id: int, terms: str, found: list[dict]) -> list[SearchHit]:
+        """What the found features are and which of their words matched."""
+        ids = ", ".join(str(row["feature"]) for row in found) or "NULL"
+        about = self._rows(
+            "SELECT feature, label, kind, auroc, density FROM features "
+            f"WHERE dictionary = $dictionary AND feature IN ({ids})",
+            {"dictionary": name},
+        )
+        places = self._rows(
+            f"SELECT feature, field, word FROM derived.search_postings WHERE dictionary_id = {dictionary_id} "
+            f"AND term_id IN ({terms}) AND feature IN ({ids}) ORDER BY term_id, weight DESC, word"
+        )
+        by_feature = {row.pop("feature"): row for row in about}
+        hits = []
+        for row in found:
+            matched: dict[str, list[str]] = {}
+            for place in places:
+                if place["feature"] == row["feature"] and place["word"] not in matched.setdefault(place["field"], []):
+                    matched[place["field"]].append(place["word"])
+            matched = {field: words for field, words in matched.items() if words}
+            hits.append(SearchHit(dictionary=name, **row, **by_feature[row["feature"]], matched=matched))
+        return hits
+
     def _rows(self, query: str, params: Params = None) -> list[dict[str, Any]]:
         return run_statement(self._connection, self.path, query, params).to_pylist()
 
     def _of_feature(self, query: str, feature: int, dictionary: str | None, **params: object) -> list[dict[str, Any]]:
         """Rows of `query`, in which `{this}` is the condition that names the feature."""
-        name, (_, d_sae) = self._dictionary(dictionary)
-        if not 0 <= feature < d_sae:
-            raise FeatureNotFound(f"{name} has no feature {feature}: its features are 0 to {d_sae - 1}")
+        name, _ = self._known_feature(feature, dictionary)
         this = "dictionary = $dictionary AND feature = $feature"
         return self._rows(query.format(this=this), {"dictionary": name, "feature": int(feature), **params})
+
+    def _known_feature(self, feature: int, dictionary: str | None) -> tuple[str, tuple[int, int]]:
+        name, (dictionary_id, d_sae) = self._dictionary(dictionary)
+        if not 0 <= feature < d_sae:
+            raise FeatureNotFound(f"{name} has no feature {feature}: its features are 0 to {d_sae - 1}")
+        return name, (dictionary_id, d_sae)
 
     def _dictionary(self, dictionary: str | None) -> tuple[str, tuple[int, int]]:
         if not self._known:
@@ -215,12 +283,3 @@ def _identity(path: Path) -> tuple[Path, int, int] | tuple[Path]:
         return (where,)
     found = where.stat()
     return where, found.st_dev, found.st_ino
-
-
-def _search_hit(row: dict[str, Any]) -> SearchHit:
-    matched: dict[str, list[str]] = {}
-    for place in row.pop("places"):
-        words = matched.setdefault(place["field"], [])
-        if place["word"] not in words:
-            words.append(place["word"])
-    return SearchHit(matched=matched, **row)

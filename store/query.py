@@ -9,7 +9,7 @@ import duckdb
 import pyarrow as pa
 
 from . import migrations
-from .errors import SQLError, StoreError, one_line
+from .errors import OldStoreError, SQLError, StoreError, one_line
 
 Params = Sequence[Any] | dict[str, Any] | None
 
@@ -21,10 +21,10 @@ _BATCH_ROWS = 65_536
 def connect_read_only(path: Path, *, memory_limit: str, threads: int | None) -> duckdb.DuckDBPyConnection:
     """Open the store at `path` so that SQL can neither write, nor reach files, network or this program's variables.
 
-    Raises StoreError for a file that is missing, damaged, no store, or of another schema version.
+    Raises StoreError for a file that is missing, damaged, no store or newer, OldStoreError for an older one.
     """
     if not path.is_file():
-        raise StoreError(f"{path} does not exist: build it with `saeql index`")
+        raise StoreError(f"{path} does not exist: build it with `saeql index --rebuild`")
     config: dict[str, str | bool | int | float | list[str]] = {
         "enable_external_access": "false",
         "autoinstall_known_extensions": "false",
@@ -59,17 +59,19 @@ def _open_failure(message: str) -> str:
     if "different configuration" in message:
         return "this program has it open with other memory_limit or threads, close that one first"
     if "not a valid DuckDB" in message:
-        return "it is not a feature store, build one with `saeql index`"
-    return f"{message} (rebuild it from its evidence with `saeql index`)"
+        return "it is not a feature store, build one with `saeql index --rebuild`"
+    return f"{message} (rebuild it from its evidence with `saeql index --rebuild`)"
 
 
 def _check_schema(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
     have, known = migrations.applied_version(connection), migrations.schema_version()
     if have == 0:
-        raise StoreError(f"{path} is a DuckDB file but not a feature store: build one with `saeql index`")
+        raise StoreError(f"{path} is a DuckDB file but not a feature store: build one with `saeql index --rebuild`")
     migrations.check_not_newer(have, known, str(path))
     if have < known:
-        raise StoreError(f"{path} has schema version {have}, this saeql reads {known}: rebuild it with `saeql index`")
+        raise OldStoreError(
+            f"{path} has schema version {have}, this saeql reads {known}: rebuild it with `saeql index --rebuild`"
+        )
 
 
 def run_statement(
@@ -102,7 +104,7 @@ def run_statement(
         # nothing but the store's own file can be read, so a failed read is a damaged file
         if isinstance(error, (duckdb.IOException, duckdb.FatalException)) or "Corrupt database file" in message:
             raise StoreError(
-                f"{path} is damaged, rebuild it from its evidence with `saeql index`: {message}"
+                f"{path} is damaged, rebuild it from its evidence with `saeql index --rebuild`: {message}"
             ) from error
         raise SQLError(_refusal(message)) from error
     finally:

@@ -1,0 +1,34 @@
+"""The inverted word index of a dictionary's features: labels, the tokens they fire on, the tokens they promote."""
+
+import duckdb
+
+from .migrations import sql_text
+from .words import WORDS_OF, stem_table
+
+
+def index_words(connection: duckdb.DuckDBPyConnection, dictionary_id: int) -> None:
+    """Make a dictionary's part of the index anew."""
+    for table in ("search_postings", "search_features", "search_terms"):
+        connection.execute(f"DELETE FROM derived.{table} WHERE dictionary_id = {dictionary_id}")
+    connection.execute(f"CREATE OR REPLACE TEMP MACRO words_of(text) AS {WORDS_OF}")
+    connection.execute(sql_text("derive_search").replace("{dictionary_id}", str(dictionary_id)))
+    words = [row[0] for row in connection.execute("SELECT DISTINCT word FROM feature_words ORDER BY word").fetchall()]
+    connection.register("stems", stem_table(words))
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE stemmed AS SELECT * FROM feature_words JOIN stems USING (word);
+        INSERT INTO derived.search_terms BY NAME
+        SELECT {dictionary_id} AS dictionary_id, term, row_number() OVER (ORDER BY term) - 1 AS term_id, num_features
+        FROM (SELECT term, count(DISTINCT feature) AS num_features FROM stemmed GROUP BY term) ORDER BY term;
+        INSERT INTO derived.search_postings BY NAME
+        SELECT {dictionary_id} AS dictionary_id, t.term_id, s.feature, s.field, s.word, s.weight
+        FROM stemmed s JOIN (SELECT * FROM derived.search_terms WHERE dictionary_id = {dictionary_id}) t USING (term)
+        ORDER BY t.term_id, s.feature, s.field, s.word;
+        INSERT INTO derived.search_features BY NAME
+        SELECT {dictionary_id} AS dictionary_id, feature, sum(weight) AS length FROM stemmed GROUP BY feature
+        ORDER BY feature;
+        DROP TABLE stemmed;
+        DROP TABLE feature_words;
+        """
+    )
+    connection.unregister("stems")
