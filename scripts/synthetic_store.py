@@ -228,9 +228,28 @@ def _write_dictionary(evidence: Evidence, size: Size, name: str) -> None:
     )
 
 
-def write_labels(evidence: Evidence, size: Size, name: str) -> None:
+def write_embeddings(evidence: Evidence, size: Size, name: str) -> None:
+    """A random unit vector for every feature."""
+    random = np.random.default_rng([size.seed, 5])
+    vectors = random.standard_normal((size.features, size.embedding_width), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    evidence.write(
+        "embeddings",
+        pa.table(
+            {
+                "dictionary": _repeated(name, size.features),
+                "feature": np.arange(size.features, dtype=np.int32),
+                "source": _repeated("label", size.features),
+                "model": _repeated("synthetic", size.features),
+                "vector": pa.array([row.tobytes() for row in vectors.astype("<f2")], pa.binary()),
+            }
+        ),
+    )
+
+
+def write_labels(evidence: Evidence, size: Size, name: str, seed: int = 4) -> None:
     """A label of three to eight words for every feature, one in ten unexplained."""
-    random = np.random.default_rng([size.seed, 4])
+    random = np.random.default_rng([size.seed, seed])
     words = zipf_table(size.vocabulary, 1.0, 2**20)
     kinds = np.array(["lexical", "structural", "semantic"])[random.integers(0, 3, size.features)]
     labels = []

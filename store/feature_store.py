@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakSet
 
+import numpy as np
 import pyarrow as pa
 
 from .build import MEMORY_LIMIT, OnStep, build_store, sync_store, upgrade_store
+from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
 from .migrations import sql_text
-from .query import Params, connect_read_only, run_statement
+from .query import Params, connect_read_only, run_own, run_statement
+from .vectors import VectorTable, unit_rows
 from .words import WORDS_OF, stem
 
 
@@ -75,10 +78,16 @@ class FeatureStore:
             rows = self._rows(
                 "SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id"
             )
+            segments = self._rows(
+                "SELECT dictionary_id, segment_id, corpus, first_window, num_windows "
+                "FROM evidence.segments JOIN evidence.corpora USING (corpus_id) ORDER BY segment_id"
+            )
         except StoreError:
             self._connection.close()
             raise
         self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
+        self._segments = {i: [g for g in segments if g["dictionary_id"] == i] for i, _ in self._known.values()}
+        self._vectors: dict[str, VectorTable] = {}
         FeatureStore._readers.add(self)
 
     @classmethod
@@ -166,8 +175,54 @@ class FeatureStore:
         if where:
             allowed = f"h.feature IN (SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n))"
             params = {"dictionary": name}
-        found = self.sql(query.replace("{where}", allowed), {"limit": limit, **params}).to_pylist()
+        query = query.replace("{where}", allowed)
+        ask = self.sql if where else self._rows  # a condition from outside goes the guarded way
+        found = ask(query, {"limit": limit, **params})
+        found = found.to_pylist() if isinstance(found, pa.Table) else found
         return self._explain_hits(name, dictionary_id, numbers, found)
+
+    def has_embeddings(self) -> bool:
+        """Whether the store has sentence embeddings of labels."""
+        return bool(self._rows("SELECT count(*) > 0 AS found FROM evidence.embeddings")[0]["found"])
+
+    def embedding_width(self, dictionary: str | None = None) -> int:
+        """Length of the label embeddings. Raises StoreError where there are none."""
+        return self._embeddings(dictionary).vectors.shape[1]
+
+    def search_vector(
+        self, vector: np.ndarray, *, limit: int = 10, dictionary: str | None = None
+    ) -> list[tuple[float, dict[str, Any]]]:
+        """Features whose label's sentence embedding is nearest to an embedded text: (cosine, row of `features`).
+
+        Raises StoreError where the store has no embeddings.
+        """
+        name, _ = self._dictionary(dictionary)
+        found = self._embeddings(dictionary).nearest(vector, limit)
+        rows = self.features_of([feature for feature, _ in found], dictionary=name)
+        return [(cosine, rows[feature]) for feature, cosine in found if feature in rows]
+
+    def features_of(self, features: Sequence[int], *, dictionary: str | None = None) -> dict[int, dict[str, Any]]:
+        """Rows of the view `features` by feature."""
+        name, _ = self._dictionary(dictionary)
+        ids = ", ".join(str(int(f)) for f in features) or "NULL"
+        rows = self._rows(
+            f"SELECT * FROM features WHERE dictionary = $dictionary AND feature IN ({ids})", {"dictionary": name}
+        )
+        return {row["feature"]: row for row in rows}
+
+    def _embeddings(self, dictionary: str | None) -> VectorTable:
+        name, (dictionary_id, _) = self._dictionary(dictionary)
+        if name not in self._vectors:
+            query = (
+                "SELECT feature, vector FROM evidence.embeddings "
+                f"WHERE dictionary_id = {dictionary_id} AND source = 'label' ORDER BY feature"
+            )
+            table = run_statement(self._connection, self.path, query)
+            if table.num_rows == 0:
+                raise StoreError(f"{self.path} has no embeddings of the labels of {name}")
+            rows = np.frombuffer(b"".join(table["vector"].to_pylist()), "<f2").reshape(table.num_rows, -1)
+            self._vectors[name] = unit_rows(table["feature"].to_numpy(), rows)
+        return self._vectors[name]
 
     def feature(self, feature: int, dictionary: str | None = None) -> dict[str, Any]:
         """The feature's row of the view `features`. Raises FeatureNotFound."""
@@ -188,24 +243,78 @@ class FeatureStore:
         `corpus` is the dictionary's first unless named.
         """
         name, (dictionary_id, _) = self._known_feature(feature, dictionary)
-        if corpus is None:
-            segment = f"SELECT min(segment_id) FROM evidence.segments WHERE dictionary_id = {dictionary_id}"
-        else:
-            segment = (
-                "SELECT segment_id FROM evidence.segments JOIN evidence.corpora USING (corpus_id) "
-                f"WHERE dictionary_id = {dictionary_id} AND corpus = $corpus"
-            )
+        segment = self._segment(dictionary_id, corpus)
+        if segment is None:
+            return []
         rows = self._rows(
-            sql_text("examples").replace("{segment}", segment),
-            {"feature": int(feature), "split": split, "kind": kind, "limit": limit}
-            | ({"corpus": corpus} if corpus is not None else {}),
+            "SELECT decile, rank, window_id, position, activation, offsets, activations FROM derived.examples "
+            f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND split = $split "
+            "AND kind = $kind ORDER BY decile DESC, rank LIMIT $limit",
+            {"split": split, "kind": kind, "limit": limit},
         )
-        return [Example(dictionary=name, feature=int(feature), split=split, kind=kind, **row) for row in rows]
+        found = contexts(self._rows, rows)
+        return [
+            Example(dictionary=name, feature=int(feature), split=split, kind=kind, corpus=segment["corpus"], **row)
+            for row in found
+        ]
 
     def neighbours(self, feature: int, *, dictionary: str | None = None, limit: int = 10) -> list[dict[str, Any]]:
         """Rows of the view `neighbours`, nearest first. Raises FeatureNotFound."""
         query = "SELECT * FROM neighbours WHERE {this} ORDER BY rank LIMIT $limit"
         return self._of_feature(query, feature, dictionary, limit=limit)
+
+    def cofirings(self, feature: int, *, dictionary: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
+        """Features that are active on the same rows, on the dictionary's first corpus, the view `cofirings`.
+
+        Raises FeatureNotFound.
+        """
+        _, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        segment = self._segment(dictionary_id)
+        if segment is None:
+            return []
+        query = (
+            "SELECT f.rank, f.partner, f.count, f.num_sampled, f.pmi, "
+            "coalesce(l.label, 'unexplained') AS partner_label FROM derived.cofirings f "
+            f"LEFT JOIN evidence.labels l ON l.dictionary_id = {dictionary_id} AND l.feature = f.partner "
+            f"WHERE f.segment_id = {segment['segment_id']} AND f.feature = {int(feature)} "
+            "AND f.rank <= $limit ORDER BY f.rank"
+        )
+        return self._rows(query, {"limit": limit})
+
+    def document_features(
+        self, document_id: int, *, dictionary: str | None = None, limit: int = 50
+    ) -> list[dict[str, Any]]:
+        """Features that fire in a document: how often, how strongly, and that as a share of their largest on train.
+
+        Those nearest to their largest activation come first. Raises FeatureNotFound for a document that is not there.
+        """
+        _, (dictionary_id, _) = self._dictionary(dictionary)
+        windows = self._rows(
+            "SELECT window_id, min(position) AS first, max(position) AS last FROM evidence.tokens "
+            f"WHERE document_id = {int(document_id)} GROUP BY window_id ORDER BY window_id"
+        )
+        if not windows:
+            raise FeatureNotFound(
+                f"{self.path} has no document {document_id}: SELECT document_id, title FROM documents"
+            )
+        first = windows[0]["window_id"]
+        segment = next(
+            (
+                g
+                for g in self._segments[dictionary_id]
+                if g["first_window"] <= first < g["first_window"] + g["num_windows"]
+            ),
+            None,
+        )
+        if segment is None:
+            return []
+        places = " OR ".join(
+            f"(window_id = {w['window_id']} AND position BETWEEN {w['first']} AND {w['last']})" for w in windows
+        )
+        ids = ", ".join(str(w["window_id"]) for w in windows)
+        query = sql_text("document_features").replace("{segment_id}", str(segment["segment_id"]))
+        query = query.replace("{dictionary_id}", str(dictionary_id)).replace("{windows}", ids)
+        return self._rows(query.replace("{places}", places), {"limit": limit})
 
     def logit_effects(
         self, feature: int, *, dictionary: str | None = None, direction: str | None = None, limit: int = 10
@@ -232,10 +341,13 @@ class FeatureStore:
     def _explain_hits(self, name: str, dictionary_id: int, terms: str, found: list[dict]) -> list[SearchHit]:
         """What the found features are and which of their words matched."""
         ids = ", ".join(str(row["feature"]) for row in found) or "NULL"
+        segment = self._segment(dictionary_id)
         about = self._rows(
-            "SELECT feature, label, kind, auroc, density FROM features "
-            f"WHERE dictionary = $dictionary AND feature IN ({ids})",
-            {"dictionary": name},
+            "SELECT s.feature, coalesce(l.label, 'unexplained') AS label, coalesce(l.kind, 'none') AS kind, l.auroc, "
+            "s.density FROM derived.feature_stats s "
+            f"LEFT JOIN evidence.labels l ON l.dictionary_id = {dictionary_id} AND l.feature = s.feature "
+            f"WHERE s.segment_id = {segment['segment_id'] if segment else -1} AND s.split = 'train' "
+            f"AND s.feature IN ({ids})"
         )
         places = self._rows(
             f"SELECT feature, field, word FROM derived.search_postings WHERE dictionary_id = {dictionary_id} "
@@ -253,13 +365,17 @@ class FeatureStore:
         return hits
 
     def _rows(self, query: str, params: Params = None) -> list[dict[str, Any]]:
-        return run_statement(self._connection, self.path, query, params).to_pylist()
+        return run_own(self._connection, self.path, query, params)
 
     def _of_feature(self, query: str, feature: int, dictionary: str | None, **params: object) -> list[dict[str, Any]]:
         """Rows of `query`, in which `{this}` is the condition that names the feature."""
         name, _ = self._known_feature(feature, dictionary)
         this = "dictionary = $dictionary AND feature = $feature"
         return self._rows(query.format(this=this), {"dictionary": name, "feature": int(feature), **params})
+
+    def _segment(self, dictionary_id: int, corpus: str | None = None) -> dict[str, Any] | None:
+        """The dictionary's activations on a corpus, on its first one unless named; None where there are none."""
+        return next((g for g in self._segments[dictionary_id] if corpus in (None, g["corpus"])), None)
 
     def _known_feature(self, feature: int, dictionary: str | None) -> tuple[str, tuple[int, int]]:
         name, (dictionary_id, d_sae) = self._dictionary(dictionary)

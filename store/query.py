@@ -111,6 +111,26 @@ def run_statement(
         cursor.close()
 
 
+def run_own(
+    connection: duckdb.DuckDBPyConnection, path: Path, query: str, params: Params = None
+) -> list[dict[str, Any]]:
+    """Rows of a query of saeql's own, without checks and without Arrow: less than half the time for a few rows.
+
+    Raises StoreError for a damaged or closed file.
+    """
+    try:
+        with connection.cursor() as cursor:
+            found = cursor.execute(query, params) if params else cursor.execute(query)
+            names = [column[0] for column in found.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+    except duckdb.ConnectionException as error:
+        raise StoreError(f"{path} has been closed: open it again") from error
+    except duckdb.Error as error:
+        raise StoreError(
+            f"{path} is damaged, rebuild it from its evidence with `saeql index --rebuild`: {one_line(error)}"
+        ) from error
+
+
 def _only_statement(cursor: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
     statements = cursor.extract_statements(query)
     if len(statements) != 1:
