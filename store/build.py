@@ -107,7 +107,7 @@ def upgrade_store(path: str | Path, *, threads: int | None = None, memory_limit:
         ):
             applied = migrations.apply(connection)
             if applied:
-                _Writer(connection, Path(f"{temporary}.spill")).derive_cofirings()
+                _Writer(connection, Path(f"{temporary}.spill")).derive_new()
             return [step.name for step in applied]
     except duckdb.Error as error:
         raise StoreError(
@@ -282,8 +282,10 @@ class _Writer:
             f"WHERE segment_id = {segment_id}"
         )
 
-    def derive_cofirings(self) -> None:
-        """Co-activation of an upgraded store's segments."""
+    def derive_new(self) -> None:
+        """What an upgraded store does not have: co-activation and the word index of this schema."""
+        for (dictionary_id,) in self.connection.execute("SELECT dictionary_id FROM evidence.dictionaries").fetchall():
+            index_words(self.connection, dictionary_id)
         for (segment_id,) in self.connection.execute("SELECT segment_id FROM evidence.segments").fetchall():
             try:
                 derive_segment(self.connection, segment_id, self.spool / "cofirings", only_cofirings=True)

@@ -1,44 +1,35 @@
 """What surrounds an example: its tokens, the activations on them, its document."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from .text_rows import AFTER, BEFORE
+from .text_rows import AFTER, BEFORE, TextRows
 
 Rows = list[dict[str, Any]]
 
 
-def contexts(ask: Callable[[str], Rows], places: Rows) -> Rows:
+def contexts(text: TextRows, titles: Callable[[Sequence[int]], dict[int, str | None]], places: Rows) -> Rows:
     """`places` (window_id, position, offsets and activations of what is active nearby) with what is visible there.
 
-    Their windows are named as constants, so that DuckDB reads no others. Adds tokens, activations (one a token), focus
-    (index of the place in tokens, from 1), document_id and title.
+    Adds tokens, activations (one a token), focus (index of the place in tokens, from 1), document_id and title.
     """
-    if not places:
-        return []
-    ids = ", ".join(str(i) for i in sorted({p["window_id"] for p in places}))
-    windows = {
-        row["window_id"]: row
-        for row in ask(f"SELECT window_id, tokens, document_ids FROM evidence.windows WHERE window_id IN ({ids})")
-    }
     made = []
     for place in places:
-        window, position = windows[place["window_id"]], place["position"]
-        first = max(position - BEFORE, 0)
-        tokens = window["tokens"][first : position + AFTER + 1]
-        activations = [0.0] * len(tokens)
+        window, position = place["window_id"] - text.first_window, place["position"]
+        row = int(text.starts[window]) + position
+        first = max(row - BEFORE, int(text.starts[window]))
+        last = min(row + AFTER + 1, int(text.starts[window + 1]))
+        activations = [0.0] * (last - first)
         for offset, activation in zip(place["offsets"], place["activations"], strict=True):
-            activations[position + offset - first] = activation
+            activations[row + offset - first] = activation
         made.append(
             {k: v for k, v in place.items() if k != "offsets"}
             | {
-                "document_id": window["document_ids"][position],
-                "tokens": tokens,
+                "document_id": int(text.document_ids[row]),
+                "tokens": text.vocabulary[text.token_ids[first:last]].tolist(),
                 "activations": activations,
-                "focus": position - first + 1,
+                "focus": row - first + 1,
             }
         )
-    ids = ", ".join(str(i) for i in sorted({row["document_id"] for row in made}))
-    found = ask(f"SELECT document_id, title FROM evidence.documents WHERE document_id IN ({ids})")
-    titles = {row["document_id"]: row["title"] for row in found}
-    return [row | {"title": titles.get(row["document_id"])} for row in made]
+    found = titles(sorted({row["document_id"] for row in made})) if made else {}
+    return [row | {"title": found.get(row["document_id"])} for row in made]

@@ -19,6 +19,7 @@ from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
 from .migrations import sql_text
 from .query import Params, connect_read_only, run_own, run_statement
+from .text_rows import TextRows, read_text_rows
 from .vectors import VectorTable, unit_rows
 from .words import WORDS_OF, stem
 
@@ -79,7 +80,7 @@ class FeatureStore:
                 "SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id"
             )
             segments = self._rows(
-                "SELECT dictionary_id, segment_id, corpus, first_window, num_windows "
+                "SELECT dictionary_id, segment_id, corpus_id, corpus, first_window, num_windows "
                 "FROM evidence.segments JOIN evidence.corpora USING (corpus_id) ORDER BY segment_id"
             )
         except StoreError:
@@ -88,6 +89,7 @@ class FeatureStore:
         self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
         self._segments = {i: [g for g in segments if g["dictionary_id"] == i] for i, _ in self._known.values()}
         self._vectors: dict[str, VectorTable] = {}
+        self._texts: dict[int, TextRows] = {}
         FeatureStore._readers.add(self)
 
     @classmethod
@@ -252,7 +254,7 @@ class FeatureStore:
             "AND kind = $kind ORDER BY decile DESC, rank LIMIT $limit",
             {"split": split, "kind": kind, "limit": limit},
         )
-        found = contexts(self._rows, rows)
+        found = contexts(self._text(segment["corpus_id"]), self._titles, rows)
         return [
             Example(dictionary=name, feature=int(feature), split=split, kind=kind, corpus=segment["corpus"], **row)
             for row in found
@@ -351,7 +353,7 @@ class FeatureStore:
         )
         places = self._rows(
             f"SELECT feature, field, word FROM derived.search_postings WHERE dictionary_id = {dictionary_id} "
-            f"AND term_id IN ({terms}) AND feature IN ({ids}) ORDER BY term_id, weight DESC, word"
+            f"AND term_id IN ({terms}) AND feature IN ({ids}) ORDER BY term_id, score DESC, word"
         )
         by_feature = {row.pop("feature"): row for row in about}
         hits = []
@@ -372,6 +374,18 @@ class FeatureStore:
         name, _ = self._known_feature(feature, dictionary)
         this = "dictionary = $dictionary AND feature = $feature"
         return self._rows(query.format(this=this), {"dictionary": name, "feature": int(feature), **params})
+
+    def _text(self, corpus_id: int) -> TextRows:
+        """A corpus in memory, 20 bytes a token: DuckDB would read lists of all windows to show twenty of them."""
+        if corpus_id not in self._texts:
+            with self._connection.cursor() as cursor:
+                self._texts[corpus_id] = read_text_rows(cursor, corpus_id)
+        return self._texts[corpus_id]
+
+    def _titles(self, document_ids: Sequence[int]) -> dict[int, str | None]:
+        ids = ", ".join(str(i) for i in document_ids)
+        rows = self._rows(f"SELECT document_id, title FROM evidence.documents WHERE document_id IN ({ids})")
+        return {row["document_id"]: row["title"] for row in rows}
 
     def _segment(self, dictionary_id: int, corpus: str | None = None) -> dict[str, Any] | None:
         """The dictionary's activations on a corpus, on its first one unless named; None where there are none."""

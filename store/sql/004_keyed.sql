@@ -105,22 +105,15 @@ CREATE TABLE derived.cofirings (
 DROP TABLE derived.row_groups;
 DROP TABLE evidence.activations;
 
--- The word index by number of term, one dictionary after the other.
-CREATE TABLE derived.keyed_terms (dictionary_id USMALLINT, term VARCHAR, term_id INTEGER, num_features INTEGER);
-INSERT INTO derived.keyed_terms
-SELECT dictionary_id, term, row_number() OVER (PARTITION BY dictionary_id ORDER BY term) - 1, num_features
-FROM derived.search_terms ORDER BY ALL;
-CREATE TABLE derived.keyed_postings (
-    dictionary_id USMALLINT, term_id INTEGER, feature INTEGER, field VARCHAR, word VARCHAR, weight FLOAT
-);
-INSERT INTO derived.keyed_postings
-SELECT p.dictionary_id, t.term_id, p.feature, p.field, p.word, p.weight
-FROM derived.search_postings p JOIN derived.keyed_terms t USING (dictionary_id, term)
-ORDER BY p.dictionary_id, t.term_id, p.feature, p.field, p.word;
+-- The word index, one dictionary after the other: upgrading makes it anew. score is what a word of a feature adds to
+-- the BM25 score of the feature.
 DROP TABLE derived.search_postings;
-ALTER TABLE derived.keyed_postings RENAME TO search_postings;
+DROP TABLE derived.search_features;
 DROP TABLE derived.search_terms;
-ALTER TABLE derived.keyed_terms RENAME TO search_terms;
+CREATE TABLE derived.search_terms (dictionary_id USMALLINT, term VARCHAR, term_id INTEGER, num_features INTEGER);
+CREATE TABLE derived.search_postings (
+    dictionary_id USMALLINT, term_id INTEGER, feature INTEGER, field VARCHAR, word VARCHAR, score FLOAT
+);
 
 ALTER TABLE evidence.documents ADD COLUMN corpus_id USMALLINT;
 UPDATE evidence.documents SET corpus_id = 0;

@@ -89,14 +89,6 @@ def make_old(path: Path, evidence: Evidence) -> None:
             FROM new.main.examples v JOIN new.evidence.dictionaries g USING (dictionary)
             """
         )
-        connection.execute(
-            "INSERT INTO derived.search_postings SELECT term, dictionary_id, feature, field, word, weight "
-            "FROM new.derived.search_postings JOIN new.derived.search_terms USING (dictionary_id, term_id)"
-        )
-        connection.execute("INSERT INTO derived.search_features FROM new.derived.search_features")
-        connection.execute(
-            "INSERT INTO derived.search_terms SELECT term, dictionary_id, num_features FROM new.derived.search_terms"
-        )
     source.unlink()
     hash_path(path).unlink(missing_ok=True)
 
