@@ -160,8 +160,14 @@ class Run:
         return load_dictionary(self.dictionary_path)
 
     def store(self) -> FeatureStore:
-        """The feature store, opened read-only. Raises StoreError before it is built."""
-        return FeatureStore.open(self.path / "features.duckdb")
+        """The feature store, opened read-only; `features.parquet/` where there is no file.
+
+        Raises StoreError before it is built.
+        """
+        path = self.path / "features.duckdb"
+        if not path.exists() and (self.path / "features.parquet").is_dir():
+            path = self.path / "features.parquet"
+        return FeatureStore.open(path)
 
     def steerer(self, *, allow_mismatch: bool = False) -> Steerer:
         """A steerer over this run's model and dictionary. Raises ModelMismatch where they do not belong together."""

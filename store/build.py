@@ -26,6 +26,7 @@ from .load import (
     next_id,
 )
 from .publish import find_store_damage, writing
+from .query import read_beside
 from .search_index import index_words
 from .segment import derive_segment, load_by_document
 
@@ -140,7 +141,7 @@ def _why_anew(path: Path, folders: Sequence[Evidence]) -> str | None:
     if damage:
         return damage
     try:
-        with _reader(path) as connection:
+        with read_beside(path) as connection:
             have = migrations.applied_version(connection)
             migrations.check_not_newer(have, migrations.schema_version(), str(path))
             if have < migrations.schema_version():
@@ -151,21 +152,9 @@ def _why_anew(path: Path, folders: Sequence[Evidence]) -> str | None:
 
 
 def _pending(path: Path, folders: Sequence[Evidence]) -> bool:
-    with _reader(path) as connection:
+    with read_beside(path) as connection:
         plans = [sources.missing(connection, folder) for folder in folders]
     return any(plan.text or plan.dictionaries or plan.tables for plan in plans)
-
-
-@contextmanager
-def _reader(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection of its own to the file, whatever else of this program reads it."""
-    connection = duckdb.connect()
-    try:
-        quoted = str(path).replace("'", "''")
-        connection.execute(f"ATTACH '{quoted}' AS store (READ_ONLY); USE store")
-        yield connection
-    finally:
-        connection.close()
 
 
 @contextmanager

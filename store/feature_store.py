@@ -18,6 +18,7 @@ from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
 from .migrations import sql_text
+from .parquet_store import connect_parquet, is_parquet_store
 from .query import Params, connect_read_only, run_own, run_statement
 from .text_rows import TextRows, read_text_rows
 from .vectors import VectorTable, unit_rows
@@ -74,7 +75,8 @@ class FeatureStore:
         for other in list(FeatureStore._readers):
             if other._file[0] == self._file[0] and other._file != self._file:
                 raise StoreError(f"{path} was rebuilt while this program had it open: close the old reader first")
-        self._connection = connect_read_only(path, memory_limit=memory_limit, threads=threads)
+        connect = connect_parquet if is_parquet_store(path) else connect_read_only
+        self._connection = connect(path, memory_limit=memory_limit, threads=threads)
         try:
             rows = self._rows(
                 "SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id"
@@ -122,11 +124,14 @@ class FeatureStore:
     def open(cls, path: str | Path, *, memory_limit: str = "2GB", threads: int | None = None) -> "FeatureStore":
         """Open a store read-only; one of an older saeql is brought to this one's schema first, on a copy.
 
+        `path` may also be a folder of `write_parquet`: the same SQL, but then `sql` is for trusted statements only.
         Raises StoreError for a file that is missing, damaged, no store, or newer.
         """
         try:
             return cls(Path(path), memory_limit, threads)
         except OldStoreError:
+            if is_parquet_store(Path(path)):
+                raise
             upgrade_store(path, threads=threads, memory_limit=memory_limit)
             return cls(Path(path), memory_limit, threads)
 

@@ -1,7 +1,8 @@
 """Read-only DuckDB: a locked-down connection, and one statement on it with a deadline and a row cap."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,19 @@ def run_statement(
         raise SQLError(_refusal(message)) from error
     finally:
         cursor.close()
+
+
+@contextmanager
+def read_beside(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection for saeql's own reading, whatever else of this program has the file open in which way."""
+    connection = duckdb.connect()
+    try:
+        quoted = str(path).replace("'", "''")
+        connection.execute("SET enable_progress_bar = false")
+        connection.execute(f"ATTACH '{quoted}' AS store (READ_ONLY); USE store")
+        yield connection
+    finally:
+        connection.close()
 
 
 def run_own(

@@ -123,6 +123,10 @@ def store(
         list[Path] | None,
         Parameter(help="Runs or evidence folders whose dictionaries and texts go into this store too.", negative=""),
     ] = None,
+    parquet: Annotated[
+        Path | None,
+        Parameter(help="Also write the store to this folder as Parquet, to share or to keep on a bucket.", negative=""),
+    ] = None,
 ) -> None:
     """Bring features.duckdb up to date with the Parquet evidence: what is new is added, what changed is built anew.
 
@@ -132,6 +136,10 @@ def store(
 
     add_evidence(run, add or [])
     run_stage("store", run)
+    if parquet is not None:
+        from saeql.store.parquet_store import write_parquet
+
+        write_parquet(run / "features.duckdb", parquet)
 
 
 def report(run: RunPath) -> None:
