@@ -31,6 +31,7 @@ from synthetic_store import Size, write_embeddings, write_evidence, write_labels
 
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
+from saeql.store.parquet_store import write_parquet
 
 NAME = "synthetic"
 #: (question, median and 95th percentile wanted, ms).
@@ -166,6 +167,14 @@ def run(folder: Path, size: Size, repeats: int, threads: int) -> dict[str, Any]:
     }
     made["questions"] = ask(path, repeats, threads)
     print(json.dumps(made["questions"], indent=1), file=sys.stderr)
+    began = time.perf_counter()
+    shared = write_parquet(path, folder / "parquet")
+    made["the same on Parquet"] = {
+        "seconds": round(time.perf_counter() - began, 1),
+        "bytes": sum(file.stat().st_size for file in shared.iterdir()),
+        "questions": ask(shared, max(repeats // 4, 1), threads),
+    }
+    shutil.rmtree(shared)
     write_labels(Evidence(folder / "evidence"), size, NAME, seed=9)
     made["new labels for all features"] = measured_build(folder, threads)
     small = Size(features=4096, activations=size.activations // 50, seed=1)
@@ -189,9 +198,14 @@ def machine() -> dict[str, Any]:
 
 def report(result: dict[str, Any]) -> None:
     """Questions beside their targets."""
-    for where in ("synthetic", "demo"):
-        for name, found in result.get(where, {}).get("questions", {}).items():
-            wanted = TARGETS.get(name)
+    places = {
+        "file": result["synthetic"],
+        "Parquet": result["synthetic"]["the same on Parquet"],
+        "demo": result.get("demo", {}),
+    }
+    for where, measured in places.items():
+        for name, found in measured.get("questions", {}).items():
+            wanted = TARGETS.get(name) if where != "Parquet" else None
             target = f"<= {wanted[0]} / {wanted[1]} ms" if wanted else ""
             print(f"{where:<10} {name:<58} {found['median_ms']:8.2f} / {found['p95_ms']:8.2f} ms   {target}")
 

@@ -193,11 +193,14 @@ class _Writer:
     def update(self, folders: Sequence[Evidence], on_step: OnStep) -> list[str]:
         """What the file does not have of `folders`; returns what was done."""
         done: list[str] = []
-        steps, texts = [], set()
+        steps: list[Step] = []
+        planned: dict[frozenset, set[str]] = {}  # by text: dictionaries that a folder before brings in
         for folder in folders:
-            plan = sources.missing(self.connection, folder)
-            plan.text = plan.text and sources.text_key(folder) not in texts
-            texts.add(sources.text_key(folder))
+            plan, text = sources.missing(self.connection, folder), sources.text_key(folder)
+            plan.text = plan.text and text not in planned
+            before = planned.setdefault(text, set())
+            plan.dictionaries = [name for name in plan.dictionaries if name not in before]
+            before.update(plan.dictionaries)
             steps += self.steps(folder, plan)
             done += [*(["text"] if plan.text else []), *plan.dictionaries, *([] if plan.dictionaries else plan.tables)]
         steps.append(("sources", lambda: self.note_sources(folders)))

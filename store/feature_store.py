@@ -20,23 +20,9 @@ from .evidence import Evidence
 from .migrations import sql_text
 from .parquet_store import connect_parquet, is_parquet_store
 from .query import Params, connect_read_only, run_own, run_statement
+from .search import METHODS, Scope, Scored, SearchHit, by_words, describe
 from .text_rows import TextRows, read_text_rows
 from .vectors import VectorTable, unit_rows
-from .words import WORDS_OF, stem
-
-
-@dataclass(frozen=True)
-class SearchHit:
-    """A feature that a search found; `score` is BM25, larger is better, comparable within one search only."""
-
-    dictionary: str
-    feature: int
-    score: float
-    label: str
-    kind: str
-    auroc: float | None
-    density: float
-    matched: dict[str, list[str]]  # field ('label', 'activates', 'promotes') -> words found in it
 
 
 @dataclass(frozen=True)
@@ -160,33 +146,44 @@ class FeatureStore:
         )
 
     def search(
-        self, text: str, *, limit: int = 10, where: str | None = None, dictionary: str | None = None
+        self,
+        text: str,
+        *,
+        by: str = "words",
+        limit: int = 10,
+        where: str | None = None,
+        dictionary: str | None = None,
     ) -> list[SearchHit]:
-        """Features whose label or tokens have the words of `text`, best first.
+        """Features that belong to `text`, best first, with what matched.
 
-        `where` is a SQL condition over the columns of the view `features`. Raises SQLError for one that does not hold
-        together and StoreError for a text without words.
+        `by` is "words" (in labels, in the tokens they fire on and promote; BM25), "token" (those that fire on this
+        token) or "effect" (those that promote it). `where` is a SQL condition over the columns of the view `features`.
+        Raises SQLError for one that does not hold together and StoreError for a text that cannot be searched for.
         """
-        name, (dictionary_id, _) = self._dictionary(dictionary)
-        words = self._rows(f"SELECT {WORDS_OF} AS words FROM (SELECT $text AS text)", {"text": text})[0]["words"]
-        if not words:
-            raise StoreError(f"nothing to search for in {text!r}: give at least one word")
-        terms = self._rows(
-            f"SELECT term_id FROM derived.search_terms WHERE dictionary_id = {dictionary_id} "
-            "AND list_contains($terms, term)",
-            {"terms": sorted(set(stem(words)))},
-        )
-        numbers = ", ".join(str(row["term_id"]) for row in terms) or "NULL"
-        query = sql_text("search").replace("{dictionary_id}", str(dictionary_id)).replace("{terms}", numbers)
-        allowed, params = "true", {}
+        scope = self._scope(dictionary)
+        if by == "words":
+            found = by_words(self._rows, scope, text, None if where else limit)
+        elif by in METHODS:
+            found = METHODS[by](self._rows, scope, text)
+        else:
+            raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
+        return self.hits(found, limit=limit, where=where, dictionary=dictionary)
+
+    def hits(
+        self, found: Sequence[Scored], *, limit: int = 10, where: str | None = None, dictionary: str | None = None
+    ) -> list[SearchHit]:
+        """The first `limit` of scored features that meet `where`, with their labels. Raises SQLError."""
+        scope = self._scope(dictionary)
         if where:
-            allowed = f"h.feature IN (SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n))"
-            params = {"dictionary": name}
-        query = query.replace("{where}", allowed)
-        ask = self.sql if where else self._rows  # a condition from outside goes the guarded way
-        found = ask(query, {"limit": limit, **params})
-        found = found.to_pylist() if isinstance(found, pa.Table) else found
-        return self._explain_hits(name, dictionary_id, numbers, found)
+            query = f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n)"
+            allowed = set(self.sql(query, {"dictionary": scope.dictionary})["feature"].to_pylist())
+            found = [f for f in found if f.feature in allowed]
+        return describe(self._rows, scope, found[:limit])
+
+    def _scope(self, dictionary: str | None) -> Scope:
+        name, (dictionary_id, _) = self._dictionary(dictionary)
+        segment = self._segment(dictionary_id)
+        return Scope(name, dictionary_id, segment["segment_id"] if segment else -1)
 
     def has_embeddings(self) -> bool:
         """Whether the store has sentence embeddings of labels."""
@@ -197,25 +194,16 @@ class FeatureStore:
         return self._embeddings(dictionary).vectors.shape[1]
 
     def search_vector(
-        self, vector: np.ndarray, *, limit: int = 10, dictionary: str | None = None
-    ) -> list[tuple[float, dict[str, Any]]]:
-        """Features whose label's sentence embedding is nearest to an embedded text: (cosine, row of `features`).
+        self, vector: np.ndarray, *, limit: int = 10, where: str | None = None, dictionary: str | None = None
+    ) -> list[SearchHit]:
+        """Features whose label's sentence embedding is nearest to an embedded text, by cosine.
 
         Raises StoreError where the store has no embeddings.
         """
-        name, _ = self._dictionary(dictionary)
-        found = self._embeddings(dictionary).nearest(vector, limit)
-        rows = self.features_of([feature for feature, _ in found], dictionary=name)
-        return [(cosine, rows[feature]) for feature, cosine in found if feature in rows]
-
-    def features_of(self, features: Sequence[int], *, dictionary: str | None = None) -> dict[int, dict[str, Any]]:
-        """Rows of the view `features` by feature."""
-        name, _ = self._dictionary(dictionary)
-        ids = ", ".join(str(int(f)) for f in features) or "NULL"
-        rows = self._rows(
-            f"SELECT * FROM features WHERE dictionary = $dictionary AND feature IN ({ids})", {"dictionary": name}
-        )
-        return {row["feature"]: row for row in rows}
+        table = self._embeddings(dictionary)
+        found = table.nearest(vector, len(table.features) if where else limit)
+        scored = [Scored(feature, cosine, {"cosine": [f"{cosine:.3f}"]}) for feature, cosine in found]
+        return self.hits(scored, limit=limit, where=where, dictionary=dictionary)
 
     def _embeddings(self, dictionary: str | None) -> VectorTable:
         name, (dictionary_id, _) = self._dictionary(dictionary)
@@ -344,32 +332,6 @@ class FeatureStore:
             "SELECT * FROM metrics WHERE dictionary = coalesce($name, dictionary) ORDER BY dictionary, split, metric"
         )
         return self._rows(query, {"name": name})
-
-    def _explain_hits(self, name: str, dictionary_id: int, terms: str, found: list[dict]) -> list[SearchHit]:
-        """What the found features are and which of their words matched."""
-        ids = ", ".join(str(row["feature"]) for row in found) or "NULL"
-        segment = self._segment(dictionary_id)
-        about = self._rows(
-            "SELECT s.feature, coalesce(l.label, 'unexplained') AS label, coalesce(l.kind, 'none') AS kind, l.auroc, "
-            "s.density FROM derived.feature_stats s "
-            f"LEFT JOIN evidence.labels l ON l.dictionary_id = {dictionary_id} AND l.feature = s.feature "
-            f"WHERE s.segment_id = {segment['segment_id'] if segment else -1} AND s.split = 'train' "
-            f"AND s.feature IN ({ids})"
-        )
-        places = self._rows(
-            f"SELECT feature, field, word FROM derived.search_postings WHERE dictionary_id = {dictionary_id} "
-            f"AND term_id IN ({terms}) AND feature IN ({ids}) ORDER BY term_id, score DESC, word"
-        )
-        by_feature = {row.pop("feature"): row for row in about}
-        hits = []
-        for row in found:
-            matched: dict[str, list[str]] = {}
-            for place in places:
-                if place["feature"] == row["feature"] and place["word"] not in matched.setdefault(place["field"], []):
-                    matched[place["field"]].append(place["word"])
-            matched = {field: words for field, words in matched.items() if words}
-            hits.append(SearchHit(dictionary=name, **row, **by_feature[row["feature"]], matched=matched))
-        return hits
 
     def _rows(self, query: str, params: Params = None) -> list[dict[str, Any]]:
         return run_own(self._connection, self.path, query, params)

@@ -117,9 +117,11 @@ def missing(connection: duckdb.DuckDBPyConnection, evidence: Evidence) -> Missin
 
 def contradiction(connection: duckdb.DuckDBPyConnection, folders: Sequence[Evidence]) -> str | None:
     """Why the store cannot be added to: it holds what `folders` do not have any more. None where it can."""
-    by_corpus: dict[int | None, list[Evidence]] = {}
+    by_corpus: dict[int, list[Evidence]] = {}
     for folder in folders:
-        by_corpus.setdefault(corpus_of(connection, folder), []).append(folder)
+        corpus_id = corpus_of(connection, folder)
+        if corpus_id is not None:
+            by_corpus.setdefault(corpus_id, []).append(folder)
     for (corpus_id,) in connection.execute("SELECT corpus_id FROM evidence.corpora ORDER BY corpus_id").fetchall():
         if corpus_id not in by_corpus:
             return "a text changed"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import StoreError
+
 
 @dataclass(frozen=True)
 class VectorTable:
@@ -18,12 +20,12 @@ class VectorTable:
     def nearest(self, vector: np.ndarray, limit: int) -> list[tuple[int, float]]:
         """(feature, cosine) of the vectors nearest to `vector` [d], nearest first.
 
-        Raises ValueError where it has another length or none.
+        Raises StoreError where it has another length or none.
         """
         vector = np.asarray(vector, np.float32).ravel()
         norm = float(np.linalg.norm(vector))
         if len(vector) != self.vectors.shape[1] or not norm > 0:
-            raise ValueError(f"a direction needs {self.vectors.shape[1]} numbers, not all zero; it has {len(vector)}")
+            raise StoreError(f"a direction needs {self.vectors.shape[1]} numbers, not all zero; it has {len(vector)}")
         cosines = self.vectors @ (vector / norm)
         limit = min(limit, len(cosines))
         found = np.argpartition(-cosines, limit - 1)[:limit] if limit else np.zeros(0, np.int64)

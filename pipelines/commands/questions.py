@@ -9,26 +9,33 @@ from .common import RunPath
 
 def search(
     run: RunPath,
-    text: Annotated[str, Parameter(help="Words to look for in labels and in promoted and activating tokens.")],
+    text: Annotated[
+        str | None, Parameter(help="Words to look for in labels and in promoted and activating tokens.")
+    ] = None,
     *,
+    token: Annotated[str | None, Parameter(help='Features that fire on this token, such as " bank".')] = None,
+    effect: Annotated[str | None, Parameter(help="Features that raise the logit of this token.")] = None,
+    prompt: Annotated[str | None, Parameter(help="Features that fire on this text; loads the model.")] = None,
+    like: Annotated[int | None, Parameter(help="Features whose decoder row is nearest to that of this one.")] = None,
+    among: Annotated[
+        str | None, Parameter(help="With --like: another dictionary to look in, a name in the run or a folder or file.")
+    ] = None,
     limit: Annotated[int, Parameter(help="Number of features.")] = 10,
     where: Annotated[str | None, Parameter(help="SQL condition on the view features.")] = None,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
 ) -> None:
-    """Find features by words, best first, with what matched.
+    """Find features by words, token, effect, text or direction, best first, with what matched.
 
     Example: saeql search runs/demo "music" --where "density < 0.01"
     """
-    from ..output import print_records
+    from ..output import print_hits
     from ..run import Run
+    from ..search import find
 
-    with Run.open(run).store() as opened:
-        hits = opened.search(text, limit=limit, where=where)
-    print_records(
-        ["feature", "score", "label", "kind", "auroc", "density", "matched"],
-        [[h.feature, h.score, h.label, h.kind, h.auroc, h.density, h.matched] for h in hits],
-        "json" if json else "table",
-    )
+    opened = Run.open(run)
+    with opened.store() as store:
+        asked = {"words": text, "token": token, "effect": effect, "prompt": prompt, "like": like}
+        print_hits(*find(opened, store, asked, among=among, limit=limit, where=where), as_json=json)
 
 
 def show(

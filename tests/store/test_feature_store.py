@@ -4,6 +4,8 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from saeql.store.errors import FeatureNotFound, SQLError, StoreError
@@ -124,6 +126,45 @@ def test_search_filters_and_limits(store: FeatureStore) -> None:
     assert {h.kind for h in store.search("token running", where="kind = 'lexical' -- only", limit=50)} == {"lexical"}
     assert {h.dictionary for h in store.search("river", dictionary="other")} == {"other"}
     assert store.search("nosuchwordatall") == []
+
+
+def test_search_by_token(store: FeatureStore) -> None:
+    for text in (" river", "river"):
+        hit = store.search(text, by="token")[0]
+        assert (hit.feature, hit.label) == (3, "rivers and streams") and hit.score > 0.9
+        assert "100% of its own" in hit.matched["fires on [ river]"]
+    assert {h.feature for h in store.search("river", by="token", where="kind = 'none'")}.isdisjoint({3})
+    with pytest.raises(StoreError, match="as one token"):
+        store.search("rivers and streams", by="token")
+
+
+def test_search_by_effect(store: FeatureStore) -> None:
+    hits = store.search("river", by="effect")
+    assert 3 in [h.feature for h in hits] and all("promotes [ river]" in h.matched for h in hits)
+    assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
+    with pytest.raises(StoreError, match="there is words, token, effect"):
+        store.search("river", by="magic")
+
+
+def test_search_by_vector(evidence: Evidence, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((40, 8)).astype("<f2")
+    folder = Evidence(tmp_path / "evidence")
+    for table in ("documents", "windows", "vocabulary", "split_rows", "dictionaries", "activations", "logit_effects"):
+        folder.write(table, evidence.read(table))
+    folder.write("neighbours", evidence.read("neighbours"))
+    rows = [{"dictionary": "topk", "feature": i, "source": "label", "model": "m", "vector": v.tobytes()}
+            for i, v in enumerate(vectors)]  # fmt: skip
+    folder.write("embeddings", pa.Table.from_pylist(rows))
+    with FeatureStore.open(FeatureStore.build(tmp_path / "s.duckdb", folder)) as store:
+        full = vectors.astype(np.float64)
+        full /= np.linalg.norm(full, axis=1, keepdims=True)
+        wanted = np.argsort(-(full @ full[5]))[:4]
+        hits = store.search_vector(vectors[5], limit=4)
+        assert [h.feature for h in hits] == wanted.tolist() and hits[0].score == pytest.approx(1, abs=1e-3)
+        with pytest.raises(StoreError, match="no embeddings of the labels of other"):
+            store.search_vector(vectors[5], dictionary="other")
+        with pytest.raises(StoreError, match="needs 8 numbers"):
+            store.search_vector(vectors[5][:3])
 
 
 def test_search_refuses_nonsense_in_one_line(store: FeatureStore) -> None:
