@@ -18,6 +18,9 @@ from pathlib import Path
 from .errors import StoreError
 from .integrity import FileHash, find_damage, hash_file
 
+#: Ending of the file with the hashes of a store, after the store's name.
+HASHES_ENDING = ".hash.json"
+
 
 @contextmanager
 def writing(path: Path, *, from_previous: bool = False) -> Iterator[Path]:
@@ -47,7 +50,7 @@ def find_store_damage(path: Path) -> str | None:
 
 def hash_path(path: Path) -> Path:
     """Where the hashes of a store are."""
-    return path.with_name(f"{path.name}.hash.json")
+    return path.with_name(f"{path.name}{HASHES_ENDING}")
 
 
 def _recorded(path: Path) -> list[FileHash]:
