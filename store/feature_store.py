@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from .build import MEMORY_LIMIT, OnStep, build_store, sync_store, upgrade_store
+from .cards import Cards
 from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
@@ -78,6 +79,7 @@ class FeatureStore:
         self._segments = {i: [g for g in segments if g["dictionary_id"] == i] for i, _ in self._known.values()}
         self._vectors: dict[str, VectorTable] = {}
         self._texts: dict[int, TextRows] = {}
+        self._cards: dict[int, Cards] = {}
         FeatureStore._readers.add(self)
 
     @classmethod
@@ -178,7 +180,7 @@ class FeatureStore:
             query = f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n)"
             allowed = set(self.sql(query, {"dictionary": scope.dictionary})["feature"].to_pylist())
             found = [f for f in found if f.feature in allowed]
-        return describe(self._rows, scope, found[:limit])
+        return describe(self._cards_of(scope.dictionary_id), scope, found[:limit])
 
     def _scope(self, dictionary: str | None) -> Scope:
         name, (dictionary_id, _) = self._dictionary(dictionary)
@@ -267,14 +269,13 @@ class FeatureStore:
         segment = self._segment(dictionary_id)
         if segment is None:
             return []
-        query = (
-            "SELECT f.rank, f.partner, f.count, f.num_sampled, f.pmi, "
-            "coalesce(l.label, 'unexplained') AS partner_label FROM derived.cofirings f "
-            f"LEFT JOIN evidence.labels l ON l.dictionary_id = {dictionary_id} AND l.feature = f.partner "
-            f"WHERE f.segment_id = {segment['segment_id']} AND f.feature = {int(feature)} "
-            "AND f.rank <= $limit ORDER BY f.rank"
+        cards = self._cards_of(dictionary_id)
+        rows = self._rows(
+            "SELECT rank, partner, count, num_sampled, pmi FROM derived.cofirings "
+            f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND rank <= $limit ORDER BY rank",
+            {"limit": limit},
         )
-        return self._rows(query, {"limit": limit})
+        return [row | {"partner_label": cards.label(row["partner"])} for row in rows]
 
     def document_features(
         self, document_id: int, *, dictionary: str | None = None, limit: int = 50
@@ -284,32 +285,33 @@ class FeatureStore:
         Those nearest to their largest activation come first. Raises FeatureNotFound for a document that is not there.
         """
         _, (dictionary_id, _) = self._dictionary(dictionary)
-        windows = self._rows(
-            "SELECT window_id, min(position) AS first, max(position) AS last FROM evidence.tokens "
-            f"WHERE document_id = {int(document_id)} GROUP BY window_id ORDER BY window_id"
+        rows = self._rows(
+            "SELECT corpus_id FROM evidence.corpora "
+            f"WHERE {int(document_id)} BETWEEN first_document AND first_document + num_documents - 1"
         )
-        if not windows:
-            raise FeatureNotFound(
-                f"{self.path} has no document {document_id}: SELECT document_id, title FROM documents"
-            )
-        first = windows[0]["window_id"]
-        segment = next(
-            (
-                g
-                for g in self._segments[dictionary_id]
-                if g["first_window"] <= first < g["first_window"] + g["num_windows"]
-            ),
-            None,
-        )
+        text = self._text(rows[0]["corpus_id"]) if rows else None
+        inside = np.flatnonzero(text.document_ids == document_id) if text is not None else np.zeros(0, np.int64)
+        if text is None or len(inside) == 0:
+            raise FeatureNotFound(f"{self.path} has no document {document_id}: the view documents lists them")
+        segment = next((g for g in self._segments[dictionary_id] if g["corpus_id"] == rows[0]["corpus_id"]), None)
         if segment is None:
             return []
+        windows, first = np.unique(text.window_ids[inside], return_index=True)
+        last = np.append(first[1:], len(inside)) - 1
         places = " OR ".join(
-            f"(window_id = {w['window_id']} AND position BETWEEN {w['first']} AND {w['last']})" for w in windows
+            f"(window_id = {w} AND position BETWEEN {a} AND {b})"
+            for w, a, b in zip(windows, text.positions[inside[first]], text.positions[inside[last]], strict=True)
         )
-        ids = ", ".join(str(w["window_id"]) for w in windows)
         query = sql_text("document_features").replace("{segment_id}", str(segment["segment_id"]))
-        query = query.replace("{dictionary_id}", str(dictionary_id)).replace("{windows}", ids)
-        return self._rows(query.replace("{places}", places), {"limit": limit})
+        hits = self._rows(query.replace("{windows}", ", ".join(map(str, windows))).replace("{places}", places))
+        cards = self._cards_of(dictionary_id)
+        rows = cards.rows([hit["feature"] for hit in hits])
+        for hit, row in zip(hits, rows.tolist(), strict=True):
+            largest = float(cards.max_activation[row]) if row >= 0 else 0.0
+            hit["share_of_largest"] = hit["max_activation"] / largest if largest > 0 else None
+        hits.sort(key=lambda hit: (-(hit["share_of_largest"] or 0), hit["feature"]))
+        about = [cards.of(hit["feature"]) or {"label": "unexplained", "kind": "none"} for hit in hits[:limit]]
+        return [hit | {k: card[k] for k in ("label", "kind")} for hit, card in zip(hits, about, strict=False)]
 
     def logit_effects(
         self, feature: int, *, dictionary: str | None = None, direction: str | None = None, limit: int = 10
@@ -341,6 +343,16 @@ class FeatureStore:
         name, _ = self._known_feature(feature, dictionary)
         this = "dictionary = $dictionary AND feature = $feature"
         return self._rows(query.format(this=this), {"dictionary": name, "feature": int(feature), **params})
+
+    def _cards_of(self, dictionary_id: int) -> Cards:
+        if dictionary_id not in self._cards:
+            segment = self._segment(dictionary_id)
+            self._cards[dictionary_id] = Cards.read(
+                lambda query: run_statement(self._connection, self.path, query),
+                dictionary_id,
+                segment["segment_id"] if segment else -1,
+            )
+        return self._cards[dictionary_id]
 
     def _text(self, corpus_id: int) -> TextRows:
         """A corpus in memory, 20 bytes a token: DuckDB would read lists of all windows to show twenty of them."""

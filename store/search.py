@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .cards import Cards
 from .errors import StoreError
 from .migrations import sql_text
 from .words import WORDS_OF, stem
@@ -115,20 +116,13 @@ METHODS: dict[str, Callable[[Ask, Scope, str], list[Scored]]] = {
 }
 
 
-def describe(ask: Ask, scope: Scope, found: Sequence[Scored]) -> list[SearchHit]:
+def describe(cards: Cards, scope: Scope, found: Sequence[Scored]) -> list[SearchHit]:
     """Scored features with their labels and densities, in the order given."""
-    rows = ask(
-        "SELECT s.feature, coalesce(l.label, 'unexplained') AS label, coalesce(l.kind, 'none') AS kind, l.auroc, "
-        "s.density FROM derived.feature_stats s "
-        f"LEFT JOIN evidence.labels l ON l.dictionary_id = {scope.dictionary_id} AND l.feature = s.feature "
-        f"WHERE s.segment_id = {scope.segment_id} AND s.split = 'train' "
-        f"AND s.feature IN ({_list(f.feature for f in found)})"
-    )
-    about = {row.pop("feature"): row for row in rows}
+    about = [(f, cards.of(f.feature)) for f in found]
     return [
-        SearchHit(scope.dictionary, f.feature, float(f.score), matched=f.matched, **about[f.feature])
-        for f in found
-        if f.feature in about
+        SearchHit(scope.dictionary, f.feature, float(f.score), matched=f.matched, **card)
+        for f, card in about
+        if card is not None
     ]
 
 

@@ -68,7 +68,7 @@ FROM evidence.activations_by_feature ORDER BY segment_id, window_id, position, f
 
 CREATE TABLE derived.keyed_stats (
     segment_id USMALLINT, feature INTEGER, split split_name, num_activations BIGINT, density DOUBLE,
-    mean_activation DOUBLE, max_activation FLOAT, p50 FLOAT, p90 FLOAT, p99 FLOAT, token_entropy DOUBLE,
+    mean_activation FLOAT, max_activation FLOAT, p50 FLOAT, p90 FLOAT, p99 FLOAT, token_entropy FLOAT,
     num_distinct_tokens BIGINT, num_documents BIGINT
 );
 INSERT INTO derived.keyed_stats

@@ -38,7 +38,7 @@ def test_statistics_equal_numpy(store: FeatureStore, evidence: Evidence, rows: d
         assert got["max_activation"] == pytest.approx(values.max())
         assert [got["p50"], got["p90"], got["p99"]] == pytest.approx(np.quantile(values, [0.5, 0.9, 0.99]), rel=1e-5)
         share = np.unique(tokens, return_counts=True)[1] / len(tokens)
-        assert got["token_entropy"] == pytest.approx(-(share * np.log2(share)).sum(), abs=1e-9)
+        assert got["token_entropy"] == pytest.approx(-(share * np.log2(share)).sum(), abs=1e-5)
         assert got["num_distinct_tokens"] == len(share)
         assert got["num_documents"] == len(np.unique(rows["document_id"][mine]))
 
