@@ -8,7 +8,6 @@ tokens that come again and again, and each is split once.
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from .migrations import sql_text
 from .text_rows import ranges, run_starts
@@ -67,21 +66,23 @@ def _words(
     connection: duckdb.DuckDBPyConnection, texts: pa.Table
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """(feature, field, word) of every word of every text, and the words in order."""
-    encoded = pc.dictionary_encode(texts["text"]).combine_chunks()
+    encoded = texts["text"].combine_chunks().dictionary_encode()
     connection.register("distinct_texts", pa.table({"text": encoded.dictionary}))
     split = connection.sql(
         f"SELECT {WORDS_OF} AS words FROM distinct_texts"
     ).to_arrow_table()["words"].combine_chunks()  # fmt: skip
     connection.unregister("distinct_texts")
-    flat = split.flatten()
-    words = sorted(set(flat.to_pylist()))
-    number = pc.index_in(flat, pa.array(words, pa.string())).to_numpy()
-    lengths = pc.list_value_length(split).to_numpy()
+    flat = split.flatten().dictionary_encode()
+    words = flat.dictionary.to_pylist()
+    order = np.argsort(np.array(words, object)) if words else np.zeros(0, np.int64)
+    rank = np.empty(len(words), np.int64)
+    rank[order] = np.arange(len(words))
+    number, lengths = rank[flat.indices.to_numpy()], split.value_lengths().to_numpy()
     starts = np.cumsum(lengths) - lengths
     text = encoded.indices.to_numpy()
     place = ranges(starts[text], lengths[text])
     owner = np.repeat(np.arange(len(text)), lengths[text])
-    return texts["feature"].to_numpy()[owner], texts["field"].to_numpy()[owner], number[place], words
+    return texts["feature"].to_numpy()[owner], texts["field"].to_numpy()[owner], number[place], sorted(words)
 
 
 def _summed(

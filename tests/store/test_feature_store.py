@@ -1,6 +1,9 @@
 """Reading a store: views, search, features, and SQL that must not get through."""
 
 import hashlib
+import math
+import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 from saeql.store.errors import FeatureNotFound, SQLError, StoreError
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
+from saeql.store.words import stem
 
 VIEWS = {
     "dictionaries": "dictionary fvu l0 dead_share ce_increase ce_recovered config d_in d_sae k hook_point",
@@ -126,6 +130,28 @@ def test_search_filters_and_limits(store: FeatureStore) -> None:
     assert {h.kind for h in store.search("token running", where="kind = 'lexical' -- only", limit=50)} == {"lexical"}
     assert {h.dictionary for h in store.search("river", dictionary="other")} == {"other"}
     assert store.search("nosuchwordatall") == []
+
+
+def test_search_scores_are_bm25(store: FeatureStore) -> None:
+    texts: dict[int, Counter] = {}
+    for row in store.sql("SELECT * FROM features WHERE dictionary = 'topk'").to_pylist():
+        counts: Counter = texts.setdefault(row["feature"], Counter())
+        fields = ((4, [row["label"]] if row["kind"] != "none" else []), (2, row["top_tokens"]), (1, row["promotes"]))
+        for weight, parts in fields:
+            for word in re.findall(r"\w+", " ".join(parts).lower()):
+                counts[stem([word])[0]] += weight
+    texts = {f: c for f, c in texts.items() if c}
+    lengths = {f: c.total() for f, c in texts.items()}
+    mean = sum(lengths.values()) / len(lengths)
+    wanted: dict[int, float] = {}
+    for term in stem(["rivers", "token"]):
+        having = [f for f, c in texts.items() if term in c]
+        rarity = math.log(1 + (len(texts) - len(having) + 0.5) / (len(having) + 0.5))
+        for f in having:
+            n = texts[f][term]
+            wanted[f] = wanted.get(f, 0) + rarity * n * 2.2 / (n + 1.2 * (0.25 + 0.75 * lengths[f] / mean))
+    hits = store.search("Rivers token", limit=100)
+    assert {h.feature: h.score for h in hits} == pytest.approx(wanted, abs=0.005)
 
 
 def test_search_by_token(store: FeatureStore) -> None:
