@@ -222,16 +222,16 @@ def _top_windows(chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         rank = ranges(np.zeros(len(pending), np.int64), taken).astype(np.uint64)
         rows = chunk.rows[chunk.by_size[ranges(chunk.starts[pending], taken)]]
         window = (chunk.text.window_ids[rows] - chunk.text.first_window).astype(np.uint64)
-        assert looked_at <= 2**20 and len(chunk.text.starts) <= 2**28
-        keys = np.sort((owner << np.uint64(48)) | (window << np.uint64(20)) | rank)
-        keys = keys[run_starts(keys >> np.uint64(20))]  # the strongest row of each window
-        best = np.sort(((keys >> np.uint64(48)) << np.uint64(20)) | (keys & np.uint64(2**20 - 1)))
-        owner = (best >> np.uint64(20)).astype(np.int64)
+        assert looked_at <= 2**24 and len(chunk.text.starts) <= 2**24
+        keys = np.sort((owner << np.uint64(48)) | (window << np.uint64(24)) | rank)
+        keys = keys[run_starts(keys >> np.uint64(24))]  # the strongest row of each window
+        best = np.sort(((keys >> np.uint64(48)) << np.uint64(24)) | (keys & np.uint64(2**24 - 1)))
+        owner = (best >> np.uint64(24)).astype(np.int64)
         num = np.bincount(owner, minlength=len(pending))
         place = np.arange(len(best)) - np.repeat(np.cumsum(num) - num, num)
         done = (num >= limits[pending]) | (taken == chunk.counts[pending])
         kept = done[owner] & (place < limits[pending][owner])
-        rank = (best[kept] & np.uint64(2**20 - 1)).astype(np.int64)
+        rank = (best[kept] & np.uint64(2**24 - 1)).astype(np.int64)
         found.append((chunk.starts[pending][owner[kept]] + rank, place[kept] + 1))
         pending, looked_at = pending[~done], looked_at * 4
     if not found:

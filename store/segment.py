@@ -120,6 +120,7 @@ def _spool(
     connection: duckdb.DuckDBPyConnection, segment_id: int, name: str, d_sae: int, text: TextRows, folder: Path
 ) -> _Spooled:
     folder.mkdir(parents=True, exist_ok=True)
+    assert text.num_rows < 2**32, "a row is 32 bits of a record"
     counts = _counts(connection, segment_id, name, d_sae)
     total = int(counts.sum())
     bounds = chunk_bounds(counts)

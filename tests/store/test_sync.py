@@ -105,6 +105,15 @@ def test_what_changed_is_built_anew(bare_evidence: Evidence, tmp_path: Path, cha
     assert everything(path) == everything(FeatureStore.build(tmp_path / "again.duckdb", bare_evidence))
 
 
+def test_a_dictionary_that_never_fires(bare_evidence: Evidence, tmp_path: Path) -> None:
+    rows = bare_evidence.read("dictionaries").to_pylist()
+    bare_evidence.write("dictionaries", pa.Table.from_pylist([*rows, rows[0] | {"dictionary": "dead"}]))
+    with FeatureStore.open(FeatureStore.build(tmp_path / "s.duckdb", bare_evidence)) as store:
+        assert store.feature(3, "dead")["density"] == 0 and store.examples(3, dictionary="dead") == []
+        assert store.cofirings(3, dictionary="dead") == [] and store.document_features(0, dictionary="dead") == []
+        assert store.search("river", dictionary="dead") == [] and store.search("river")[0].feature == 3
+
+
 def test_another_dictionary_of_the_same_name_is_refused(evidence: Evidence, tmp_path: Path, synthetic) -> None:
     path = FeatureStore.build(tmp_path / "s.duckdb", evidence)
     wider = synthetic.write(tmp_path / "wider", synthetic.Size(features=50, windows=30), seed=5)
