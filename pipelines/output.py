@@ -15,7 +15,9 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # a table of rows needs neither the store's engine nor torch
     from saeql.store.feature_store import Example, FeatureStore
+    from saeql.store.search import SearchHit
 
+    from .search import PromptHits
     from .steer import Edit
 
 _VISIBLE = {"\n": "↵", "\t": "→", "\r": "␍"}
@@ -122,6 +124,28 @@ def marked(example: "Example") -> str:
     return "".join(
         f"<<{visible(token)}>>" if n == example.focus else visible(token) for n, token in enumerate(example.tokens, 1)
     )
+
+
+def print_hits(hits: "list[SearchHit]", prompt: "PromptHits | None", *, as_json: bool) -> None:
+    """Print what a search found, and for a text what fires on each token."""
+    if as_json and prompt is not None:
+        tokens = [
+            {"token": token, "features": [asdict(h) for h in own]}
+            for token, own in zip(prompt.tokens, prompt.by_token, strict=True)
+        ]
+        print(json.dumps({"features": [asdict(h) for h in hits], "tokens": tokens}, ensure_ascii=False, default=str))
+        return
+    print_records(
+        ["feature", "score", "label", "kind", "auroc", "density", "matched"],
+        [[h.feature, h.score, h.label, h.kind, h.auroc, h.density, h.matched] for h in hits],
+        "json" if as_json else "table",
+    )
+    if prompt is not None:
+        rows = [
+            [token, "; ".join(f"{h.feature} {h.label} ({h.score:.2f})" for h in own)]
+            for token, own in zip(prompt.tokens, prompt.by_token, strict=True)
+        ]
+        print_records(["token", "features (share of their largest activation)"], rows, "table")
 
 
 def print_feature(

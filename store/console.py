@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from .console_frames import ERROR, HEADER, READY, REQUEST, ROWS, START, TABLE, write_frame
-from .errors import SQLError, StoreError
+from .errors import OldStoreError, SQLError, StoreError
 
 DEFAULT_SECONDS = 30.0
 DEFAULT_BYTES = 256 << 20
@@ -46,23 +46,28 @@ def memory_bytes(text: str) -> int:
 
 
 class Console:
-    """Runs statements of strangers on the store file at `path`. Safe to share between threads, which then take turns.
+    """Runs statements of strangers on the store at `path`, a file or a folder of Parquet.
 
-    It reads the file that was at `path` when it was made: after a rebuild by rename, make a new one. Raises StoreError
-    where there is no file. Nothing is started before the first statement.
+    Safe to share between threads, which then take turns. It reads what was at `path` when it was made: after a rebuild
+    by rename, make a new one. Raises StoreError where there is nothing. No process is started before it is needed.
     """
 
     def __init__(self, path: str | Path, *, memory_limit: str = "2GB", threads: int | None = None):
         self.path = Path(path)
         self.memory_bytes = memory_bytes(memory_limit)
         self._memory_limit, self._threads = memory_limit, threads
-        if not self.path.is_file():
-            raise StoreError(f"{path} does not exist: build it with `saeql index`")
+        if not self.path.exists():
+            raise StoreError(f"{path} does not exist: build it with `saeql index --rebuild`")
         found = self.path.stat()
         self._identity = (found.st_dev, found.st_ino)
         self._turn = threading.Lock()
         self._process: _Process | None = None
         self._closed = False
+
+    def start(self) -> None:
+        """Start the process now, so that the first statement need not. Raises StoreError, OldStoreError."""
+        with self._turn:
+            self._ready()
 
     def sql(
         self,
@@ -205,7 +210,8 @@ class _Process:
         except TimeoutError:
             raise _Broken(StoreError(f"the SQL process did not open the store within {_START_SECONDS:g} s")) from None
         if kind != READY:
-            raise _Broken(StoreError(json.loads(content)["message"]))
+            told = json.loads(content)
+            raise _Broken((OldStoreError if told["kind"] == "old" else StoreError)(told["message"]))
 
     def ask(self, request: bytes, seconds: float, max_bytes: int) -> pa.Table:
         deadline = time.monotonic() + seconds

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from .console_frames import ERROR, READY, ROWS, TABLE, read_frame, write_frame
 from .console_gate import Catalogue, check_condition, check_statement
-from .errors import SQLError, StoreError, one_line
+from .errors import OldStoreError, SQLError, StoreError, one_line
 from .query import arrow_reader, connect_read_only, refusal
 
 #: Address space beyond memory_limit: strings and hash tables that DuckDB does not count, results on their way out.
@@ -56,7 +56,7 @@ def _serve() -> None:
     try:
         worker = _Worker(json.loads(start), answers)
     except StoreError as error:
-        write_frame(answers, ERROR, _told("store", str(error)))
+        write_frame(answers, ERROR, _told("old" if isinstance(error, OldStoreError) else "store", str(error)))
         return
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests, inbox), daemon=True).start()
@@ -80,9 +80,15 @@ class _Worker:
         self.memory_bytes: int = start["memory_bytes"]
         self.name: str = start["name"]
         self.folder = f"{Path.cwd()}/"
-        self.connection = connect_read_only(
-            Path(self.name), memory_limit=start["memory_limit"], threads=start["threads"]
-        )
+        limits = {"memory_limit": start["memory_limit"], "threads": start["threads"]}
+        if Path(self.name).is_dir():
+            from .console_parquet import ParquetRelations
+
+            relations = ParquetRelations(Path(self.name), **limits)
+            self.connection, self._cursor = relations.connection, relations.cursor
+        else:
+            self.connection = connect_read_only(Path(self.name), **limits)
+            self._cursor = self.connection.cursor
         found = Path(self.name).stat()
         if [found.st_dev, found.st_ino] != start["identity"]:
             raise StoreError(f"{self.name} was rebuilt while it was open: open the store again")
@@ -108,7 +114,7 @@ class _Worker:
     def answer(self, request: dict[str, Any]) -> None:
         """Send the rows of one statement, or one error."""
         self._allow_seconds(request["seconds"])
-        cursor = self.connection.cursor()
+        cursor = self._cursor()
         try:
             for condition in request.get("conditions", ()):
                 check_condition(cursor, condition)
@@ -131,7 +137,8 @@ class _Worker:
                 self._refuse("sql", f"a statement cannot open files: {message}")
             elif isinstance(error, (duckdb.IOException, duckdb.FatalException)) or "Corrupt database file" in message:
                 self._refuse(
-                    "store", f"{self.name} is damaged, rebuild it from its evidence with `saeql index`: {message}"
+                    "store",
+                    f"{self.name} is damaged, rebuild it from its evidence with `saeql index --rebuild`: {message}",
                 )
             else:
                 self._refuse("sql", refusal(message))

@@ -1,35 +1,45 @@
 """Commands that ask a finished run: search, show, sql, steer."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from .common import RunPath
 
+if TYPE_CHECKING:
+    from saeql.store.console import Console
+
 
 def search(
     run: RunPath,
-    text: Annotated[str, Parameter(help="Words to look for in labels and in promoted and activating tokens.")],
+    text: Annotated[
+        str | None, Parameter(help="Words to look for in labels and in promoted and activating tokens.")
+    ] = None,
     *,
+    token: Annotated[str | None, Parameter(help='Features that fire on this token, such as " bank".')] = None,
+    effect: Annotated[str | None, Parameter(help="Features that raise the logit of this token.")] = None,
+    prompt: Annotated[str | None, Parameter(help="Features that fire on this text; loads the model.")] = None,
+    like: Annotated[int | None, Parameter(help="Features whose decoder row is nearest to that of this one.")] = None,
+    among: Annotated[
+        str | None, Parameter(help="With --like: another dictionary to look in, a name in the run or a folder or file.")
+    ] = None,
     limit: Annotated[int, Parameter(help="Number of features.")] = 10,
     where: Annotated[str | None, Parameter(help="SQL condition on the view features.")] = None,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
 ) -> None:
-    """Find features by words, best first, with what matched.
+    """Find features by words, token, effect, text or direction, best first, with what matched.
 
     Example: saeql search runs/demo "music" --where "density < 0.01"
     """
-    from ..output import print_records
+    from ..output import print_hits
     from ..run import Run
+    from ..search import find
 
-    with Run.open(run).store() as opened:
-        hits = opened.search(text, limit=limit, where=where)
-    print_records(
-        ["feature", "score", "label", "kind", "auroc", "density", "matched"],
-        [[h.feature, h.score, h.label, h.kind, h.auroc, h.density, h.matched] for h in hits],
-        "json" if json else "table",
-    )
+    opened = Run.open(run)
+    with opened.store() as store:
+        asked = {"words": text, "token": token, "effect": effect, "prompt": prompt, "like": like}
+        print_hits(*find(opened, store, asked, among=among, limit=limit, where=where), as_json=json)
 
 
 def show(
@@ -80,7 +90,6 @@ def sql(
     """  # fmt: skip
     import sys
 
-    from saeql.store.console import Console
     from saeql.store.errors import StoreError
 
     from ..results import BINARY, chosen_format
@@ -93,7 +102,7 @@ def sql(
     style = chosen_format("json" if json else "csv" if csv else format, out)
     if max_rows is None and out is None and style not in BINARY:
         max_rows = 1000
-    with Console(_store_of(run), memory_limit=memory) as console:
+    with _console(_store_of(run), memory) as console:
         asker = Asker(console, style, out, max_rows=max_rows, seconds=timeout)
         if query is not None:
             asker.ask(query)
@@ -106,13 +115,37 @@ def sql(
 
 
 def _store_of(run: Path) -> Path:
-    """The run's store file; a run without one is told what is missing by the run itself, which is slow to import."""
-    store = run / "features.duckdb"
-    if not store.is_file():
-        from ..run import Run
+    """The run's store file, or a folder that is a store in Parquet.
 
-        Run.open(run)
+    A run without one is told what is missing by the run itself, which is slow to import.
+    """
+    store = run / "features.duckdb"
+    if store.is_file():
+        return store
+    from saeql.store.parquet_store import is_parquet_store
+
+    if is_parquet_store(run):
+        return run
+    from ..run import Run
+
+    Run.open(run)
     return store
+
+
+def _console(store: Path, memory: str) -> "Console":
+    """A started console; a store of an older saeql is brought to this one's schema first, as everywhere."""
+    from saeql.store.console import Console
+    from saeql.store.errors import OldStoreError
+
+    console = Console(store, memory_limit=memory)
+    try:
+        console.start()
+    except OldStoreError:
+        from saeql.store.feature_store import FeatureStore
+
+        FeatureStore.open(store).close()
+        console = Console(store, memory_limit=memory)
+    return console
 
 
 def _text_of(file: Path) -> str:

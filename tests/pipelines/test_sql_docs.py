@@ -34,9 +34,17 @@ def test_recipe(store: FeatureStore, question: str, query: str) -> None:
 
 
 def test_views_and_their_comments_are_there(store: FeatureStore) -> None:
-    named = {name for row in re.findall(r"^\| (`[^|]*`) \|", BEFORE, flags=re.MULTILINE) for name in row.split(", ")}
-    named = {n.strip("`") for n in named if not n.startswith("`--")}
-    views = set(store.sql("SELECT view_name FROM duckdb_views() WHERE NOT internal")["view_name"].to_pylist())
+    rows = re.findall(r"^\| (`[^|]*`) \|", BEFORE, flags=re.MULTILINE)
+    named = {name.strip("`") for row in rows for name in row.split(", `") if "--" not in name}
+    macros = {name.split("(")[0] for name in named if "(" in name}
+    named -= {name for name in named if "(" in name}
+    functions = "SELECT function_name FROM duckdb_functions() WHERE NOT internal AND function_type = 'table_macro'"
+    assert macros == set(store.sql(functions)["function_name"].to_pylist())
+    views = set(
+        store.sql("SELECT view_name FROM duckdb_views() WHERE NOT internal AND schema_name = 'main'")[
+            "view_name"
+        ].to_pylist()
+    )
     assert named == views
     for query in re.findall(r"```sql\n(.*?)```", BEFORE, flags=re.DOTALL):
         assert store.sql(query).num_rows > 10

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import pyarrow as pa
 import pytest
 
 from saeql.store.console import Console, memory_bytes
-from saeql.store.errors import SQLError, StoreError
+from saeql.store.errors import OldStoreError, SQLError, StoreError
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
+from saeql.store.parquet_store import STORE_FILE, write_parquet
 
 HOSTILE = tomllib.loads(Path(__file__).with_name("hostile.toml").read_text())["statement"]
 LIMIT_SECONDS = 0.5
@@ -37,6 +39,17 @@ def console(store_path: Path) -> Iterator[Console]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def parquet_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parquet(store_path, tmp_path_factory.mktemp("store") / "features.parquet")
+
+
+@pytest.fixture(scope="module")
+def parquet_console(parquet_path: Path) -> Iterator[Console]:
+    with Console(parquet_path, memory_limit="400MB") as opened:
+        yield opened
+
+
 def test_there_are_at_least_sixty() -> None:
     assert len({s["sql"] for s in HOSTILE}) == len(HOSTILE) >= 60
     assert {s["ends"] for s in HOSTILE} == {"refused", "stopped"}
@@ -44,6 +57,21 @@ def test_there_are_at_least_sixty() -> None:
 
 @pytest.mark.parametrize("statement", HOSTILE, ids=lambda s: s["sql"][:60])
 def test_hostile(console: Console, store_path: Path, evidence: Evidence, statement: dict[str, str]) -> None:
+    get_through(console, store_path, evidence, statement)
+
+
+@pytest.mark.parametrize("statement", [s for s in HOSTILE if s["ends"] == "refused"], ids=lambda s: s["sql"][:60])
+def test_hostile_to_parquet(
+    parquet_console: Console, parquet_path: Path, evidence: Evidence, statement: dict[str, str]
+) -> None:
+    files = {"{store}": "{store}/evidence.windows.parquet", "{folder}": "{store}", "{evidence}": "{store}"}
+    for name, place in files.items():
+        statement = {**statement, "sql": statement["sql"].replace(name, place)}
+    get_through(parquet_console, parquet_path, evidence, statement)
+
+
+def get_through(console: Console, store_path: Path, evidence: Evidence, statement: dict[str, str]) -> None:
+    """Try to: the statement must fail in time, leave everything as it is, and tell nothing of where it is."""
     secret_python_variable = pa.table({"password": [42]})
     places = {"store": str(store_path), "folder": str(store_path.parent), "evidence": str(evidence.folder)}
     query = statement["sql"]
@@ -114,6 +142,35 @@ def test_results_are_those_of_the_trusted_connection(store: FeatureStore) -> Non
         assert store.sql(query).equals(store.trusted_sql(query)), view
     types = "SELECT 1::HUGEINT AS h, 1.5::DECIMAL(9, 2) AS d, DATE '2026-01-02' AS t, 'a'::BLOB AS b, {'x': [1]} AS s"
     assert store.sql(types).to_pylist() == store.trusted_sql(types).to_pylist()
+
+
+def test_a_parquet_store_gives_the_same_rows_and_no_path(
+    console: Console, parquet_console: Console, parquet_path: Path
+) -> None:
+    views = console.sql("SELECT view_name FROM duckdb_views() WHERE NOT internal AND schema_name = 'main'")
+    for view in views["view_name"].to_pylist():
+        query = f"SELECT * FROM {view} ORDER BY ALL"
+        assert parquet_console.sql(query).to_pylist() == console.sql(query).to_pylist(), view
+    query = "FROM fires_on(' river') ORDER BY ALL"
+    assert parquet_console.sql(query).to_pylist() == console.sql(query).to_pylist()
+    for listing in ("duckdb_views()", "duckdb_functions()", "duckdb_columns()"):
+        told = parquet_console.sql(f"SELECT x::VARCHAR AS x FROM {listing} x")["x"].to_pylist()
+        assert not any(str(parquet_path.parent) in text for text in told)
+
+
+def test_an_old_store_is_called_old(tmp_path: Path, store_path: Path, parquet_path: Path) -> None:
+    import duckdb
+
+    old = tmp_path / "features.duckdb"
+    old.write_bytes(store_path.read_bytes())
+    with duckdb.connect(str(old)) as connection:
+        connection.execute("UPDATE meta SET schema_version = 1")
+    folder = tmp_path / "features.parquet"
+    shutil.copytree(parquet_path, folder)
+    (folder / STORE_FILE).write_text('{"schema_version": 1}')
+    for path in (old, folder):
+        with Console(path) as console, pytest.raises(OldStoreError, match="has schema version 1"):
+            console.start()
 
 
 def test_rows_are_cut_and_said_to_be(console: Console) -> None:
