@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,7 @@ from .harvest import HarvestInfo
 
 #: Folders besides the run's own, relative to it.
 STORE_FILE = "store.json"
+_FOLDERS = re.compile(r"(?<![\w./:])/(?:[^/\s\"]+/)+")
 
 
 def provenance(run: str, dictionary: str, config: RunConfig, info: HarvestInfo, evidence: Evidence) -> pa.Table:
@@ -29,18 +31,23 @@ def provenance(run: str, dictionary: str, config: RunConfig, info: HarvestInfo, 
             {
                 "dictionary": dictionary,
                 "run": run,
-                "corpus": config.corpus.title,
-                "model_name": info.identity.model_name,
+                "corpus": _without_folders(config.corpus.title),
+                "model_name": _without_folders(info.identity.model_name),
                 "model_revision": config.model.revision,
                 "model_sha256": info.identity.model_sha256,
                 "tokenizer_sha256": info.identity.tokenizer_sha256,
                 "dataset_fingerprint": fingerprint,
                 "code_version": _code_version(),
-                "config": json.dumps(to_dict(config), default=str),
+                "config": _without_folders(json.dumps(to_dict(config), default=str)),
                 "indexed": datetime.now(UTC).replace(tzinfo=None, microsecond=0),
             }
         ]
     )
+
+
+def _without_folders(text: str) -> str:
+    """Absolute paths as their last part: a store is asked by others, whom folders of this machine do not concern."""
+    return _FOLDERS.sub("", text)
 
 
 def _code_version() -> str:

@@ -247,6 +247,7 @@ def main() -> None:
     try:
         size = Size(features=arguments.features, activations=arguments.activations)
         result["synthetic"] = run(folder, size, arguments.repeats, arguments.threads)
+        _save(arguments.json, result)
         if arguments.demo:
             result["demo"] = {
                 "questions": ask(arguments.demo / "features.duckdb", arguments.repeats, arguments.threads)
@@ -255,8 +256,12 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     result["machine"]["load_at_end"] = os.getloadavg()[0]
     report(result)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _save(arguments.json, result)
+
+
+def _save(file: Path | None, result: dict[str, Any]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

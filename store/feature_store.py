@@ -20,9 +20,8 @@ from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
 from .frames import as_frame
-from .migrations import sql_text
 from .parquet_store import connect_parquet, is_parquet_store
-from .query import Params, connect_read_only, run_own, run_statement
+from .query import Params, connect_read_only, own_columns, run_own, run_statement
 from .search import METHODS, Scope, Scored, SearchHit, by_words, describe
 from .text_rows import TextRows, read_text_rows
 from .vectors import VectorTable, unit_rows
@@ -310,33 +309,23 @@ class FeatureStore:
         Those nearest to their largest activation come first. Raises FeatureNotFound for a document that is not there.
         """
         _, (dictionary_id, _) = self._dictionary(dictionary)
-        rows = self._rows(
-            "SELECT corpus_id FROM evidence.corpora "
-            f"WHERE {int(document_id)} BETWEEN first_document AND first_document + num_documents - 1"
-        )
-        text = self._text(rows[0]["corpus_id"]) if rows else None
-        inside = np.flatnonzero(text.document_ids == document_id) if text is not None else np.zeros(0, np.int64)
-        if text is None or len(inside) == 0:
+        rows = self._rows(f"SELECT corpus_id FROM evidence.documents WHERE document_id = {int(document_id)}")
+        if not rows:
             raise FeatureNotFound(f"{self.path} has no document {document_id}: the view documents lists them")
         segment = next((g for g in self._segments[dictionary_id] if g["corpus_id"] == rows[0]["corpus_id"]), None)
-        if segment is None:
+        text = self._text(rows[0]["corpus_id"])
+        inside = np.flatnonzero(text.document_ids == document_id)
+        if segment is None or len(inside) == 0:  # none: all of it fell to an incomplete last window
             return []
-        windows, first = np.unique(text.window_ids[inside], return_index=True)
-        last = np.append(first[1:], len(inside)) - 1
-        places = " OR ".join(
-            f"(window_id = {w} AND position BETWEEN {a} AND {b})"
-            for w, a, b in zip(windows, text.positions[inside[first]], text.positions[inside[last]], strict=True)
+        windows = ", ".join(str(w) for w in np.unique(text.window_ids[inside]))
+        found = own_columns(
+            self._connection,
+            self.path,
+            "SELECT feature, window_id, position, activation FROM evidence.activations_by_document "
+            f"WHERE segment_id = {segment['segment_id']} AND window_id IN ({windows})",
         )
-        query = sql_text("document_features").replace("{segment_id}", str(segment["segment_id"]))
-        hits = self._rows(query.replace("{windows}", ", ".join(map(str, windows))).replace("{places}", places))
-        cards = self._cards_of(dictionary_id)
-        rows = cards.rows([hit["feature"] for hit in hits])
-        for hit, row in zip(hits, rows.tolist(), strict=True):
-            largest = float(cards.max_activation[row]) if row >= 0 else 0.0
-            hit["share_of_largest"] = hit["max_activation"] / largest if largest > 0 else None
-        hits.sort(key=lambda hit: (-(hit["share_of_largest"] or 0), hit["feature"]))
-        about = [cards.of(hit["feature"]) or {"label": "unexplained", "kind": "none"} for hit in hits[:limit]]
-        return [hit | {k: card[k] for k in ("label", "kind")} for hit, card in zip(hits, about, strict=False)]
+        mine = text.document_ids[text.rows(found["window_id"], found["position"])] == document_id
+        return _strongest(self._cards_of(dictionary_id), found["feature"][mine], found["activation"][mine], limit)
 
     def logit_effects(
         self, feature: int, *, dictionary: str | None = None, direction: str | None = None, limit: int = 10
@@ -417,3 +406,27 @@ def _identity(path: Path) -> tuple[Path, int, int] | tuple[Path]:
         return (where,)
     found = where.stat()
     return where, found.st_dev, found.st_ino
+
+
+def _strongest(cards: Cards, features: np.ndarray, activations: np.ndarray, limit: int) -> list[dict[str, Any]]:
+    """Features by their largest of `activations` as a share of their largest on train."""
+    known, place, count = np.unique(features, return_inverse=True, return_counts=True)
+    largest = np.zeros(len(known), np.float32)
+    np.maximum.at(largest, place, activations)
+    rows = cards.rows(known)
+    scale = np.where(rows >= 0, cards.max_activation[rows] if len(cards.max_activation) else 0, 0)
+    share = np.divide(largest, scale, out=np.full(len(known), -1.0), where=scale > 0)
+    found = []
+    for i in np.lexsort((known, -share))[:limit]:
+        card = cards.of(int(known[i])) or {"label": "unexplained", "kind": "none"}
+        found.append(
+            {
+                "feature": int(known[i]),
+                "count": int(count[i]),
+                "max_activation": float(largest[i]),
+                "share_of_largest": float(share[i]) if share[i] >= 0 else None,
+                "label": card["label"],
+                "kind": card["kind"],
+            }
+        )
+    return found

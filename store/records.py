@@ -177,7 +177,7 @@ RUNS = pa.schema(
         ("dataset_fingerprint", pa.string()),  # SHA-256 over the documents' hashes, in order of document_id
         ("code_version", pa.string()),
         ("config", pa.string()),
-        ("indexed", pa.timestamp("ms")),  # Parquet has no coarser one
+        ("indexed", pa.timestamp("ms")),  # Parquet has no seconds
     ]
 )
 
