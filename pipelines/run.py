@@ -47,6 +47,7 @@ from .index import index_dictionary
 from .label import label_dictionary
 from .models import LanguageModel, ModelIdentity, load_model, load_skeleton, pick_device
 from .progress import progress
+from .provenance import more_evidence, provenance
 from .steer import Steerer
 from .tracking import MetricsLog
 from .training_stream import belongs_to, training_stream
@@ -160,8 +161,14 @@ class Run:
         return load_dictionary(self.dictionary_path)
 
     def store(self) -> FeatureStore:
-        """The feature store, opened read-only. Raises StoreError before it is built."""
-        return FeatureStore.open(self.path / "features.duckdb")
+        """The feature store, opened read-only; `features.parquet/` where there is no file.
+
+        Raises StoreError before it is built.
+        """
+        path = self.path / "features.duckdb"
+        if not path.exists() and (self.path / "features.parquet").is_dir():
+            path = self.path / "features.parquet"
+        return FeatureStore.open(path)
 
     def steerer(self, *, allow_mismatch: bool = False) -> Steerer:
         """A steerer over this run's model and dictionary. Raises ModelMismatch where they do not belong together."""
@@ -179,7 +186,7 @@ class Run:
 
     def _max_activations(self) -> dict[int, float]:
         with self.store() as store:
-            table = store.sql("SELECT feature, max_activation FROM features WHERE max_activation > 0")
+            table = store.trusted_sql("SELECT feature, max_activation FROM features WHERE max_activation > 0")
         return dict(zip(table["feature"].to_pylist(), table["max_activation"].to_pylist(), strict=True))
 
     # --- stages --------------------------------------------------------------------------------------------------
@@ -214,17 +221,20 @@ class Run:
                 self._mark_finished(stage, seconds)
                 yield stage, seconds
 
-    def _run_stage(self, stage: str, *, resume: bool, report_to: str = "none", truncate: bool = False) -> None:
+    def _run_stage(
+        self, stage: str, *, resume: bool, report_to: str = "none", truncate: bool = False, rebuild: bool = False
+    ) -> None:
         if stage == "train":
             self.train(resume=resume, report_to=report_to)
         elif stage == "harvest":
             self.harvest(truncate=truncate, resume=resume)
+        elif stage == "store":
+            self.build_store(rebuild=rebuild)
         else:
             {
                 "index": self.index,
                 "label": self.label,
                 "evaluate": self.evaluate,
-                "store": self.build_store,
                 "report": self.report,
             }[stage]()
 
@@ -372,6 +382,7 @@ class Run:
             self.config.index,
             reads=spec.reads,
         )
+        self.evidence.write("runs", provenance(self.path.name, spec.name, self.config, info, self.evidence))
         density = result.fire_counts["train"] / result.num_rows["train"]
         save_dictionary(dictionary, self.dictionary_path, density=density)
 
@@ -395,12 +406,21 @@ class Run:
             "metrics", metrics_table(spec.name, self.evaluator().metrics(self.dictionary(), spec.places))
         )
 
-    def build_store(self) -> None:
-        """evidence -> features.duckdb, in one build that is published by rename."""
+    def build_store(self, *, rebuild: bool = False) -> list[str]:
+        """evidence -> features.duckdb: what is new is added, published by rename; `rebuild` makes all of it anew.
+
+        Returns what was added.
+        """
+        path, folders = self.path / "features.duckdb", [self.evidence, *more_evidence(self.path)]
         with progress("store", None, "steps") as advance:
-            FeatureStore.build(
-                self.path / "features.duckdb", self.evidence, on_step=lambda _name, done, total: advance.to(done, total)
-            )
+
+            def on_step(_name: str, done: int, total: int) -> None:
+                advance.to(done, total)
+
+            if rebuild:
+                FeatureStore.build(path, folders, on_step=on_step)
+                return ["built anew"]
+            return FeatureStore.sync(path, folders, on_step=on_step)
 
     def report(self) -> None:
         """store -> showcase.json and report.html."""
