@@ -33,7 +33,7 @@ def index_words(connection: duckdb.DuckDBPyConnection, dictionary_id: int) -> No
     terms, term_of_word = np.unique(np.array(stem(words), object).astype(str), return_inverse=True)
     term = term_of_word[word]
     score, num_features = _scores(feature, term, weight)
-    order = np.lexsort((word, field, feature, term))  # words are numbered in their order
+    order = np.argsort(term, kind="stable")  # by term, feature, field, word: they come in the order of the last three
     _insert(
         connection,
         "derived.search_terms",
