@@ -37,7 +37,7 @@ from saeql.kernels.sparse_matmul import (
     scatter_sum,
     scatter_sum_reference,
 )
-from saeql.kernels.topk import encode_topk, row_topk
+from saeql.kernels.topk import encode_topk, keep_largest, row_topk
 
 ENCODE_BYTES = "(N*d + F*d + F + 2*N*F)*s + N*k*(s + 8)"  # pre-activations written once and read once
 ENCODE_FLOPS = "2*N*d*F"
@@ -160,10 +160,19 @@ def _encoders(w: Workload) -> list[Case]:
             w.pair("largest", outcome[0].sort(1, descending=True).values, best, 0.0),
         ]
 
-    plain = (w.x, w.W, w.b)
+    def kept(outcome: Tensor) -> list[Pair]:
+        """Where they stand, and as many; which of equal ones is open."""
+        best = w.pre.double().topk(many).values.sum(1)
+        return [
+            w.pair("sums", outcome.double().sum(1), best),
+            w.pair("elements", outcome, w.pre * (outcome != 0), 0.0),
+        ]
+
+    plain, many = (w.x, w.W, w.b), min(288, w.shape.d_sae // 2)
     found = [
         Case("encode_topk", ENCODE_BYTES, lambda: encode_topk(*plain, k), topk, flops=ENCODE_FLOPS),
         Case("row_topk", "N*F*s + N*k*(s + 8)", lambda: row_topk(w.pre, k), rows),
+        Case(f"keep_largest, {many}", "2*N*F*s", lambda: keep_largest(w.pre, many), kept),
         Case("encode_batch_topk", ENCODE_BYTES, lambda: encode_batch_topk(*plain, k), batch, flops=ENCODE_FLOPS),
         Case("encode_threshold", ENCODE_BYTES, lambda: encode_threshold(*plain, limit), above, flops=ENCODE_FLOPS),
     ]
@@ -278,7 +287,7 @@ def _optimizers(w: Workload) -> list[Case]:
         wide = w.latents.with_values(w.latents.values.double())
         term = SparseGrad(wide, w.grad_values.double(), w.x.double(), w.grad_out.double())
         exact = RowGrads(summed.latents, *(part.double() for part in summed[1:]))
-        sparse_adam(SparseGrads([term], exact), W_enc, enc, W_dec, dec, ADAM, backend="reference")
+        sparse_adam(SparseGrads(term, exact), W_enc, enc, W_dec, dec, ADAM, backend="reference")
         names = [f"{weight} {part}".strip() for weight in ("W_enc", "W_dec") for part in ("", "first", "second")]
         expected = (W_enc, *enc, W_dec, *dec)
         # The PyTorch path sums a row of a gradient in the dtype of its terms.
@@ -290,7 +299,7 @@ def _optimizers(w: Workload) -> list[Case]:
     summed = RowGrads(summed_at, grad[summed_at], grad[summed_at + 1], grad[summed_at, 0])
 
     def both_grads() -> SparseGrads:
-        return SparseGrads([SparseGrad(w.latents, w.grad_values, w.x, w.grad_out)], summed)
+        return SparseGrads(SparseGrad(w.latents, w.grad_values, w.x, w.grad_out), summed)
 
     def norm_compare(actual: Tensor) -> list[Pair]:
         expected = torch.stack([grad.double().square().sum() for grad in both_grads().dense(backend="reference")]).sum()
