@@ -109,7 +109,7 @@ class SparseGrads:
         first = self.terms[0]
         if len(self.terms) == 1:
             order = first.latents.transpose.order
-            values, grads = first.latents.values.reshape(-1)[order], first.grad_values.reshape(-1)[order]
+            values, grads = (t.reshape(-1).index_select(0, order) for t in (first.latents.values, first.grad_values))
             return SortedEntries(
                 first.latents.transpose, values, grads, first.x.contiguous(), first.grad_out.contiguous()
             )

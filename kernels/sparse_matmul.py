@@ -240,7 +240,7 @@ def scatter_sum(latents: SparseLatents, dense: Tensor, *, backend: Backend | Non
     if name == "reference":
         return scatter_sum_reference(latents, dense)
     transpose = latents.transpose
-    return segmented_sum(latents.values.reshape(-1)[transpose.order], transpose, dense, backend=name)
+    return segmented_sum(latents.values.reshape(-1).index_select(0, transpose.order), transpose, dense, backend=name)
 
 
 def segmented_sum(weights: Tensor, runs: IndexTranspose, dense: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -258,7 +258,7 @@ def segmented_sum(weights: Tensor, runs: IndexTranspose, dense: Tensor, *, backe
 def latent_sum(latents: SparseLatents) -> Tensor:
     """[d_sae]: the sum of the values of each latent over all tokens: the gradient of an encoder bias."""
     transpose = latents.transpose
-    weights = latents.values.reshape(-1)[transpose.order]
+    weights = latents.values.reshape(-1).index_select(0, transpose.order)
     wide = weights.float() if weights.dtype == torch.bfloat16 else weights
     sums = torch.segment_reduce(wide, "sum", offsets=transpose.offsets.long(), unsafe=True, initial=0.0)
     return sums.to(weights.dtype)

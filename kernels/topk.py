@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .launch import INTERPRETED, Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
+from .row_threshold import threshold_keep, threshold_topk, worthwhile
 from .sparse_matmul import SparseLatents, sampled_dot
 
 CPU_CHUNK_BYTES = 64 * 2**20
@@ -239,6 +240,11 @@ def _triton_encode_chunk(x: Tensor, W: Tensor, b: Tensor, k: int, pre: Tensor) -
     return _select(pre, group_max, k, group, relu=True)
 
 
+def _select_few(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Where pruning does not pay."""
+    return threshold_topk(scores, k) if worthwhile(scores, k) else torch.topk(scores, k, dim=1, sorted=False)
+
+
 def _torch_row_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Groups are columns a fixed stride apart: their maxima are then a reduction over rows, which vectorises.
 
@@ -247,7 +253,7 @@ def _torch_row_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n, columns = scores.shape
     size = int(0.5 * math.sqrt(columns / k))
     if size < 3:
-        return torch.topk(scores, k, dim=1, sorted=False)
+        return _select_few(scores, k)
     num_groups = columns // size
     grouped = scores[:, : size * num_groups].unflatten(1, (size, num_groups))
     best = _torch_row_topk(grouped.amax(1), k)[1]  # [N, k]
@@ -256,7 +262,7 @@ def _torch_row_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if columns > size * num_groups:
         rest = torch.arange(size * num_groups, columns, device=scores.device)
         cols = torch.cat([cols, rest.expand(n, -1)], dim=1)
-    values, at = scores.gather(1, cols).topk(k, dim=1, sorted=False)
+    values, at = _select_few(scores.gather(1, cols), k)
     return values, cols.gather(1, at)
 
 
@@ -277,6 +283,16 @@ def row_topk(scores: Tensor, k: int, *, backend: Backend | None = None) -> tuple
     if name == "reference":
         return row_topk_reference(scores, k)
     return _triton_row_topk(scores.contiguous(), k) if name == "triton" else _torch_row_topk(scores, k)
+
+
+def keep_largest(scores: Tensor, k: int, *, backend: Backend | None = None) -> Tensor:
+    """[N, columns]: the k largest of each row of `scores` [N, columns] where they stand, 0 elsewhere; as `row_topk`."""
+    guard(scores=(scores, "N columns"))
+    check_k(k, scores.shape[1], "columns")
+    if choose_backend(scores, backend) == "torch" and worthwhile(scores, k):
+        return threshold_keep(scores, k)
+    values, indices = row_topk(scores, k, backend=backend)
+    return torch.zeros_like(scores).scatter_(1, indices, values)
 
 
 def _workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -313,7 +329,9 @@ class PreActs:
 
     def take(self, pre: Tensor) -> None:
         """Rows of the full [rows, d_sae], in the order of the batch."""
-        self._parts.append(pre.index_select(1, self.latents))
+        # gathered as integers: half the time where elements are narrow
+        bits = pre.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[pre.itemsize])
+        self._parts.append(bits.gather(1, self.latents.expand(len(pre), -1)).view(pre.dtype))
 
     @property
     def taken(self) -> Tensor:

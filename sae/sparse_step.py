@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saeql.kernels.autograd import value_grads
 from saeql.kernels.sparse_grads import RowGrads, SparseGrad, SparseGrads
-from saeql.kernels.sparse_matmul import SparseLatents, gather_sum
-from saeql.kernels.topk import PreActs, row_topk
+from saeql.kernels.sparse_matmul import SparseLatents, gather_sum, latent_sum, scatter_sum
+from saeql.kernels.topk import PreActs, keep_largest, row_topk
 
 from .comm import Comm
 from .model import SparseAutoencoder
@@ -28,12 +28,6 @@ class SparseStep(NamedTuple):
     num_active: Tensor  # scalar: active latents, summed over rows
     weights: SparseGrads  # of W_enc and W_dec
     others: dict[str, Tensor]  # gradients of the other parameters by name
-
-
-class _Auxiliary(NamedTuple):
-    loss: Tensor
-    term: SparseGrad | None = None
-    rows: RowGrads | None = None
 
 
 @torch.no_grad()
@@ -64,10 +58,10 @@ def sparse_step(
     reconstruction = residual.square().mean()
     grad_out = residual * (-2 / (residual.numel() * comm.data_size))
     main = SparseGrad(latents, value_grads(latents, dictionary.W_dec, grad_out), centred, grad_out)
-    auxiliary = _Auxiliary(torch.zeros((), device=x.device))
+    auxiliary, rows = torch.zeros((), device=x.device), None
     if wanted is not None:
-        auxiliary = _auxiliary(dictionary, wanted, num_dead, centred, residual, auxk_coefficient)
-    weights = SparseGrads([main] if auxiliary.term is None else [main, auxiliary.term], auxiliary.rows)
+        auxiliary, rows = _auxiliary(dictionary, wanted, num_dead, centred, residual, auxk_coefficient)
+    weights = SparseGrads([main], rows)
 
     others = {"b_enc": weights.b_enc(), "b_dec": grad_out.sum(0)}
     if dictionary.W_skip is not None:
@@ -78,41 +72,46 @@ def sparse_step(
         comm.sum_features(through_encoder)
         others["b_dec"] -= through_encoder
     active = latents.values > 0
-    total = reconstruction + auxk_coefficient * auxiliary.loss
-    terms = LossTerms(total, reconstruction, torch.zeros((), device=x.device), auxiliary.loss)
+    total = reconstruction + auxk_coefficient * auxiliary
+    terms = LossTerms(total, reconstruction, torch.zeros((), device=x.device), auxiliary)
     return SparseStep(terms, latents.indices[active], active.sum(), weights, others)
 
 
 def _auxiliary(
     dictionary: SparseAutoencoder, wanted: PreActs, num_dead: int, centred: Tensor, residual: Tensor, coefficient: float
-) -> _Auxiliary:
-    """The auxiliary loss of `objective.auxk_loss` and its gradients times `coefficient`.
+) -> tuple[Tensor, RowGrads]:
+    """The auxiliary loss of `objective.auxk_loss`, and its gradients times `coefficient` for the rows of the dead.
 
-    The dead latents' pre-activations are those of the encoder, in the precision of its matmul. A share of the dead is
-    active: as a matrix [N, m] where matmuls are cheap beside gathers, sparse where they are not. `num_dead` counts the
-    dead latents of all ranks.
+    Everything is in the precision of the encoder's matmul, which gave the pre-activations of the dead. `num_dead`
+    counts the dead latents of all ranks.
     """
     comm, dead, pre = dictionary.comm, wanted.latents, wanted.taken
     k = num_auxiliary(num_dead, dictionary.d_in)
-    values, chosen = row_topk(pre, k) if k < len(dead) else (pre, None)
+    own = min(k, len(dead))
     if comm.feature_size > 1 and k < num_dead:
-        values = values.masked_fill(values < smallest_kept(comm, values, k), 0)
+        candidates = row_topk(pre, own)[0] if own < len(dead) else pre
+        pre = pre.masked_fill(pre < smallest_kept(comm, candidates, k), 0)
     scale = residual.square().sum()
     comm.sum_data(scale)
     scale.clamp_min_(1e-12)
-    if chosen is None or len(dead) <= k * _dense_worth(pre):
-        z = values.relu() if chosen is None else torch.zeros_like(pre).scatter_(1, chosen, values.relu())
-        W_dec = dictionary.W_dec[dead].to(pre.dtype)
+    x, W_dec = centred.to(pre.dtype), dictionary.W_dec.index_select(0, dead).to(pre.dtype)
+    if len(dead) <= own * _dense_worth(pre):
+        z = keep_largest(pre, own).relu_() if own < len(dead) else pre.relu()
         error, loss = _unexplained(comm, residual, z @ W_dec, scale)
         grad_out = (error * (-2 * coefficient / scale)).to(pre.dtype)
-        grad_z = (grad_out @ W_dec.t()).mul_(z > 0)
-        rows = RowGrads(dead, grad_z.t() @ centred.to(pre.dtype), z.t() @ grad_out, grad_z.sum(0))
-        return _Auxiliary(loss, rows=rows)
-    latents = SparseLatents(values.relu().to(residual.dtype), dead[chosen], dictionary.d_sae)
-    error, loss = _unexplained(comm, residual, gather_sum(latents.values, latents.indices, dictionary.W_dec), scale)
-    grad_out = error * (-2 * coefficient / scale)
-    grad_values = value_grads(latents, dictionary.W_dec, grad_out)
-    return _Auxiliary(loss, SparseGrad(latents, grad_values, centred, grad_out))
+        grad_dec = z.t() @ grad_out
+        grad_z = (grad_out @ W_dec.t()).mul_(z.gt_(0))  # in place: a mask of bools would cost several times as much
+        return loss, RowGrads(dead, grad_z.t() @ x, grad_dec, grad_z.sum(0))
+    values, chosen = row_topk(pre, own)
+    latents = SparseLatents(values.relu_(), chosen, len(dead))
+    error, loss = _unexplained(comm, residual, gather_sum(values, chosen, W_dec), scale)
+    grad_out = (error * (-2 * coefficient / scale)).to(pre.dtype)
+    if len(dead) <= own * _product_worth(pre):
+        grad_values = (grad_out @ W_dec.t()).gather(1, chosen).mul_(values > 0)
+    else:
+        grad_values = value_grads(latents, W_dec, grad_out)
+    entries = latents.with_values(grad_values)
+    return loss, RowGrads(dead, scatter_sum(entries, x), scatter_sum(latents, grad_out), latent_sum(entries))
 
 
 def _unexplained(comm: Comm, residual: Tensor, explained: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +125,12 @@ def _unexplained(comm: Comm, residual: Tensor, explained: Tensor, scale: Tensor)
 
 
 def _dense_worth(pre: Tensor) -> float:
-    """How many times more latents than are active a matmul may take and still cost no more than gathering, measured."""
+    """How many times more latents than are active matmuls may take and still cost no more than gathers, measured."""
+    return 32.0 if pre.is_cuda else 3.5
+
+
+def _product_worth(pre: Tensor) -> float:
+    """The same of the gradient of the values alone: a matmul of which some elements are kept, or so many products."""
     if pre.is_cuda:
         return 32.0
-    return 7.0 if pre.dtype == torch.bfloat16 else 3.5
+    return 16.0 if pre.dtype == torch.bfloat16 else 6.0

@@ -30,12 +30,13 @@ def made(architecture: str, form: str) -> tuple[SparseAutoencoder, torch.Tensor,
 
 
 @pytest.mark.parametrize("num_dead", [0, 5, 17])
-@pytest.mark.parametrize("dense_worth", [0.0, 1e9], ids=["sparse", "dense"])
+@pytest.mark.parametrize("worth", [(0.0, 0.0), (0.0, 1e9), (1e9, 0.0)], ids=["sparse", "product", "dense"])
 @pytest.mark.parametrize(("architecture", "form"), list(product(SELECTING, FORMS)))
 def test_gradients_are_those_of_the_loss(
-    architecture: str, form: str, dense_worth: float, num_dead: int, monkeypatch: pytest.MonkeyPatch
+    architecture: str, form: str, worth: tuple[float, float], num_dead: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "_dense_worth", lambda pre: dense_worth)
+    monkeypatch.setattr(module, "_dense_worth", lambda pre: worth[0])
+    monkeypatch.setattr(module, "_product_worth", lambda pre: worth[1])
     dictionary, x, y = made(architecture, form)
     dead = torch.arange(3, 3 + 2 * num_dead, 2)
     threshold = getattr(dictionary, "threshold", torch.zeros(())).clone()
@@ -65,7 +66,10 @@ def test_gradients_are_those_of_the_loss(
     )
 
 
-def test_a_narrow_encoder_gives_nearly_the_same():
+@pytest.mark.parametrize("worth", [(0.0, 0.0), (0.0, 1e9), (1e9, 0.0)], ids=["sparse", "product", "dense"])
+def test_a_narrow_encoder_gives_nearly_the_same(worth: tuple[float, float], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_dense_worth", lambda pre: worth[0])
+    monkeypatch.setattr(module, "_product_worth", lambda pre: worth[1])
     dictionary, x, y = made("topk", "autoencoder")
     dead = torch.arange(0, 34, 2)
     wide = sparse_step(dictionary, x, y, dead, auxk_coefficient=0.5)
