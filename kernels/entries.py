@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .index_transpose import IndexTranspose, transpose_indices
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
-from .sparse_matmul import segmented_sum
+from .sparse_matmul import run_sum, segmented_sum
 
 #: Share of all elements up to which entries cost less than dense matmuls. On a CPU an entry costs 0.7 us at d = 576 in
 #: decode and gradients, as much as 14 elements of the dense matmuls. On CUDA by arithmetic: memory against float32.
@@ -151,14 +151,12 @@ def entry_scatter(entries: Entries, dense: Tensor, *, backend: Backend | None = 
     if choose_backend(dense, backend) == "reference":
         return entries.to_dense().T @ dense
     runs = entries.transpose
-    return segmented_sum(entries.values[runs.order], runs, dense.contiguous(), backend=backend)
+    return segmented_sum(entries.values.index_select(0, runs.order), runs, dense.contiguous(), backend=backend)
 
 
 def entry_sum(entries: Entries) -> Tensor:
     """[d_sae]: the sum of the values of every latent."""
-    runs = entries.transpose
-    weights = entries.values[runs.order]
-    return torch.segment_reduce(weights, "sum", offsets=runs.offsets.long(), unsafe=True, initial=0.0)
+    return run_sum(entries.values.index_select(0, entries.transpose.order), entries.transpose)
 
 
 class _Take(torch.autograd.Function):

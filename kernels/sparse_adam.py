@@ -19,9 +19,9 @@ from .fused_adam import (
     scalars,
     torch_adam_block,
 )
-from .latent_rows import SEGMENT, latent_row, segment_sums
+from .latent_rows import latent_row
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
-from .sparse_grads import SparseGrads, summed_row, summed_rows
+from .sparse_grads import SparseGrads, summed_row, summed_row_arguments
 
 
 class _Target(NamedTuple):
@@ -93,16 +93,15 @@ def sparse_adam_bwd_kernel(
 
 
 def _triton_sparse_adam(
-    weights: Tensor, dense: Tensor, rows: Tensor | None, grads: SparseGrads, to: _Target, adam: AdamStep
+    grads: SparseGrads, factors: Tensor, dense: Tensor, rows: Tensor | None, to: _Target, adam: AdamStep
 ) -> None:
+    arguments, constants = summed_row_arguments(grads, factors, dense, rows)
     (d_sae, d), block = to.weight.shape, next_power_of_2(to.weight.shape[1])
-    transpose, copy = grads.entries.transpose, to.weight if to.copy is None else to.copy
     launch(
         sparse_adam_bwd_kernel, (d_sae,),
-        weights, transpose.tokens, transpose.offsets, dense, segment_sums(weights, transpose, dense),
-        *summed_rows(grads, rows, dense), to.weight, *to.moments, copy, d, *scalars(adam),
-        HAS_ROWS=rows is not None, PROJECT=to.project, RENORMALIZE=to.renormalize, HAS_COPY=to.copy is not None,
-        SEGMENT=SEGMENT, BLOCK_T=4, BLOCK_D=block, num_warps=num_warps(block),
+        *arguments, to.weight, *to.moments, to.weight if to.copy is None else to.copy, d, *scalars(adam),
+        **constants, PROJECT=to.project, RENORMALIZE=to.renormalize, HAS_COPY=to.copy is not None,
+        BLOCK_D=block, num_warps=num_warps(block),
     )  # fmt: skip
 
 
@@ -150,15 +149,14 @@ def sparse_adam(
 ) -> None:
     """One Adam step in place on W_enc [d_sae, d_in] and W_dec [d_sae, d_out] from the sparse gradients of a loss.
 
-    Equal to summing the terms' `scatter_sum` gradients and calling `adam_rows` on each weight; `project` and
+    Equal to making the gradients with `dense` and calling `adam_rows` on each weight; `project` and
     `renormalize` concern W_dec alone. `copies` of the weights, in bfloat16 usually, are written in the same pass.
     Raises ValueError for shapes that do not fit.
     """
     check_moments("W_enc", W_enc, enc)
     check_moments("W_dec", W_dec, dec)
-    first = grads.terms[0]
-    guard(W_enc=(W_enc, "d_sae d_in"), W_dec=(W_dec, "d_sae d_out"), x=(first.x, "N d_in"),
-          grad_out=(first.grad_out, "N d_out"))  # fmt: skip
+    guard(W_enc=(W_enc, "d_sae d_in"), W_dec=(W_dec, "d_sae d_out"), x=(grads.term.x, "N d_in"),
+          grad_out=(grads.term.grad_out, "N d_out"))  # fmt: skip
     if grads.d_sae != W_enc.shape[0]:
         raise ValueError(f"latents: expected d_sae = {W_enc.shape[0]} as in W_enc, got {grads.d_sae}")
     _check_copies(copies, W_enc, W_dec)
@@ -168,6 +166,5 @@ def sparse_adam(
         return _reference_sparse_adam(grads, to_enc, to_dec, adam)
     if name == "torch":
         return _torch_sparse_adam(grads, to_enc, to_dec, adam)
-    entries, rows = grads.entries, grads.rows
-    _triton_sparse_adam(entries.grad_values, entries.x, rows and rows.W_enc, grads, to_enc, adam)
-    _triton_sparse_adam(entries.values, entries.grad_out, rows and rows.W_dec, grads, to_dec, adam)
+    for parts, target in zip(grads.sums, (to_enc, to_dec), strict=True):
+        _triton_sparse_adam(grads, *parts, target, adam)

@@ -1,22 +1,22 @@
 """The gradients of both weights of a dictionary as the sparse entries that make them, before anything is summed."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .fused_adam import block_rows
-from .index_transpose import IndexTranspose, transpose_indices
+from .index_transpose import IndexTranspose
 from .latent_rows import SEGMENT, latent_row, segment_sums
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
-from .sparse_matmul import SparseLatents, embedding_sum, scatter_sum, scatter_sum_reference
+from .sparse_matmul import SparseLatents, embedding_sum, run_sum, scatter_sum
 
 
 class SparseGrad(NamedTuple):
-    """One term of a loss, as it reaches both weights through the same kept latents.
+    """A loss as it reaches both weights through the same kept latents.
 
     W_enc[f] gets the sum of grad_values * x over the tokens that keep f, W_dec[f] that of values * grad_out.
     """
@@ -37,13 +37,11 @@ class RowGrads(NamedTuple):
 
 
 class SortedEntries(NamedTuple):
-    """The entries of all terms sorted by latent; `tokens` counts on through the terms."""
+    """The entries of a term sorted by latent."""
 
     transpose: IndexTranspose
     values: Tensor  # [entries]
     grad_values: Tensor  # [entries]
-    x: Tensor  # [tokens, d_in]
-    grad_out: Tensor  # [tokens, d_out]
 
 
 @triton.jit
@@ -80,53 +78,36 @@ def summed_row(rows_ptr, row_at_ptr, f, cols, d):
 
 
 class SparseGrads:
-    """All terms of a loss. Raises ValueError where there is none, or they differ in their number of latents.
+    """The gradients of both weights: one term's entries, and `rows` that have been summed already, for some latents.
 
-    `rows` adds what has been summed already, for some latents. The indices of the terms and `rows.latents` count in the
-    full dictionary.
+    The indices of the term and `rows.latents` count in the full dictionary. Raises ValueError where shapes do not fit.
     """
 
-    def __init__(self, terms: Sequence[SparseGrad], rows: RowGrads | None = None):
-        if not terms:
-            raise ValueError("terms: expected at least one SparseGrad, got none")
-        self.terms, self.rows, self.d_sae = tuple(terms), rows, terms[0].latents.d_sae
-        for term in terms:
-            guard(
-                x=(term.x, "N d_in"), grad_out=(term.grad_out, "N d_out"), grad_values=(term.grad_values, "N k"),
-                values=(term.latents.values, "N k"), indices=(term.latents.indices, "N k"),
-            )  # fmt: skip
-            if term.latents.d_sae != self.d_sae:
-                raise ValueError(f"latents: terms of d_sae = {self.d_sae} and {term.latents.d_sae} cannot be summed")
+    def __init__(self, term: SparseGrad, rows: RowGrads | None = None):
+        self.term, self.rows, self.d_sae = term, rows, term.latents.d_sae
+        guard(
+            x=(term.x, "N d_in"), grad_out=(term.grad_out, "N d_out"), grad_values=(term.grad_values, "N k"),
+            values=(term.latents.values, "N k"), indices=(term.latents.indices, "N k"),
+        )  # fmt: skip
         if rows is not None:
             guard(
-                rows=(rows.latents, "m"), x=(terms[0].x, "N d_in"), grad_out=(terms[0].grad_out, "N d_out"),
+                rows=(rows.latents, "m"), x=(term.x, "N d_in"), grad_out=(term.grad_out, "N d_out"),
                 W_enc=(rows.W_enc, "m d_in"), W_dec=(rows.W_dec, "m d_out"), b_enc=(rows.b_enc, "m"),
             )  # fmt: skip
 
     @cached_property
     def entries(self) -> SortedEntries:
-        """All terms in one, computed at the first use."""
-        first = self.terms[0]
-        if len(self.terms) == 1:
-            order = first.latents.transpose.order
-            values, grads = (t.reshape(-1).index_select(0, order) for t in (first.latents.values, first.grad_values))
-            return SortedEntries(
-                first.latents.transpose, values, grads, first.x.contiguous(), first.grad_out.contiguous()
-            )
-        flat = torch.cat([t.latents.indices.reshape(-1) for t in self.terms])
-        merged = transpose_indices(flat[:, None], self.d_sae)
-        tokens, count = [], 0
-        for term in self.terms:
-            n, k = term.grad_values.shape
-            tokens.append(torch.arange(count, count + n, dtype=torch.int32, device=flat.device).repeat_interleave(k))
-            count += n
-        order = merged.order
-        return SortedEntries(
-            merged._replace(tokens=torch.cat(tokens)[order]),
-            torch.cat([t.latents.values.reshape(-1) for t in self.terms])[order],
-            torch.cat([t.grad_values.reshape(-1) for t in self.terms])[order],
-            torch.cat([t.x for t in self.terms]),
-            torch.cat([t.grad_out for t in self.terms]),
+        """Computed at the first use."""
+        transpose, tensors = self.term.latents.transpose, (self.term.latents.values, self.term.grad_values)
+        return SortedEntries(transpose, *(t.reshape(-1).index_select(0, transpose.order) for t in tensors))
+
+    @property
+    def sums(self) -> tuple[tuple[Tensor, Tensor, Tensor | None], ...]:
+        """Of W_enc and of W_dec: factors of the sorted entries, the rows [N, d] they pick, what is summed already."""
+        entries, term, rows = self.entries, self.term, self.rows
+        return (
+            (entries.grad_values, term.x.contiguous(), rows and rows.W_enc),
+            (entries.values, term.grad_out.contiguous(), rows and rows.W_dec),
         )
 
     @cached_property
@@ -140,90 +121,81 @@ class SparseGrads:
 
     def scaled(self, factor: Tensor | float) -> "SparseGrads":
         """The gradients times a factor."""
-        terms = [t._replace(grad_values=t.grad_values * factor, grad_out=t.grad_out * factor) for t in self.terms]
-        rows = self.rows
+        term, rows = self.term, self.rows
         if rows is not None:
             rows = RowGrads(rows.latents, rows.W_enc * factor, rows.W_dec * factor, rows.b_enc * factor)
-        return SparseGrads(terms, rows)
+        term = term._replace(grad_values=term.grad_values * factor, grad_out=term.grad_out * factor)
+        return SparseGrads(term, rows)
 
     def b_enc(self) -> Tensor:
         """[d_sae]: the gradient of the encoder's bias."""
-        entries = self.entries
-        wide = entries.grad_values.float() if entries.grad_values.dtype == torch.bfloat16 else entries.grad_values
-        offsets = entries.transpose.offsets.long()
-        sums = torch.segment_reduce(wide, "sum", offsets=offsets, unsafe=True, initial=0.0)
+        sums = run_sum(self.entries.grad_values, self.entries.transpose)
         if self.rows is not None:
-            sums[self.rows.latents] += self.rows.b_enc.to(sums.dtype)
-        return sums.to(entries.grad_values.dtype)
+            sums.index_add_(0, self.rows.latents, self.rows.b_enc.to(sums.dtype))
+        return sums
 
     def dense(self, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
         """[d_sae, d_in] and [d_sae, d_out]: both gradients in memory."""
-        first = self.terms[0]
-        if choose_backend(first.x, backend) == "reference":
-            enc = [scatter_sum_reference(t.latents.with_values(t.grad_values), t.x) for t in self.terms]
-            dec = [scatter_sum_reference(t.latents, t.grad_out) for t in self.terms]
-        else:
-            enc = [scatter_sum(t.latents.with_values(t.grad_values), t.x, backend=backend) for t in self.terms]
-            dec = [scatter_sum(t.latents, t.grad_out, backend=backend) for t in self.terms]
-        for grads, row in ((enc, "W_enc"), (dec, "W_dec")):
-            for more in grads[1:]:
-                grads[0] += more
-            if self.rows is not None:
-                grads[0].index_add_(0, self.rows.latents, getattr(self.rows, row).to(grads[0].dtype))
-        return enc[0], dec[0]
+        term, rows = self.term, self.rows
+        W_enc = scatter_sum(term.latents.with_values(term.grad_values), term.x, backend=backend)
+        W_dec = scatter_sum(term.latents, term.grad_out, backend=backend)
+        if rows is not None:
+            W_enc.index_add_(0, rows.latents, rows.W_enc.to(W_enc.dtype))
+            W_dec.index_add_(0, rows.latents, rows.W_dec.to(W_dec.dtype))
+        return W_enc, W_dec
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The float32 gradients of both weights `rows` latents at a time: (which latents, of W_enc, of W_dec)."""
-        entries = self.entries
-        tokens, offsets = entries.transpose.tokens, entries.transpose.offsets
-        bounds = [*offsets[::rows].tolist(), tokens.shape[0]]
+        transpose, sums = self.entries.transpose, self.sums
+        bounds = [*transpose.offsets[::rows].tolist(), transpose.tokens.shape[0]]
         summed = None if self.rows is None else self.rows.latents.tolist()
         for i, start in enumerate(range(0, self.d_sae, rows)):
             own = slice(bounds[i], bounds[i + 1])
             at = slice(start, min(start + rows, self.d_sae))
-            bags = offsets[start : start + rows + 1] - bounds[i]
-            grads = [
-                embedding_sum(dense, tokens[own], bags, scale[own]).float()
-                for scale, dense in ((entries.grad_values, entries.x), (entries.values, entries.grad_out))
-            ]
-            if summed is not None and self.rows is not None:
-                inside = slice(bisect_left(summed, at.start), bisect_left(summed, at.stop))
-                local = self.rows.latents[inside] - start
-                grads[0].index_add_(0, local, self.rows.W_enc[inside].float())
-                grads[1].index_add_(0, local, self.rows.W_dec[inside].float())
+            bags = transpose.offsets[start : start + rows + 1] - bounds[i]
+            grads = []
+            for factors, dense, more in sums:
+                grad = embedding_sum(dense, transpose.tokens[own], bags, factors[own]).float()
+                if summed is not None and self.rows is not None and more is not None:
+                    inside = slice(bisect_left(summed, at.start), bisect_left(summed, at.stop))
+                    grad.index_add_(0, self.rows.latents[inside] - start, more[inside].float())
+                grads.append(grad)
             yield at, grads[0], grads[1]
 
     @torch.no_grad()
     def square_norm(self, *, backend: Backend | None = None) -> Tensor:
         """The sum of squares of both gradients, a float32 scalar; they are never in memory as a whole."""
-        first = self.terms[0]
-        name = choose_backend(first.x, backend)
+        x, grad_out = self.term.x, self.term.grad_out
+        name = choose_backend(x, backend)
         if name == "reference":
             return torch.stack([grad.double().square().sum() for grad in self.dense(backend=name)]).sum().float()
         if name == "triton":
-            entries, rows = self.entries, self.rows
-            return _triton_square_norm(entries.grad_values, entries.x, rows and rows.W_enc, self) + _triton_square_norm(
-                entries.values, entries.grad_out, rows and rows.W_dec, self
-            )
-        total = torch.zeros((), dtype=torch.float64, device=first.x.device)
-        for _, *pair in self.blocks(block_rows(max(first.x.shape[1], first.grad_out.shape[1]), first.x.device)):
+            return torch.stack([_triton_square_norm(self, *parts) for parts in self.sums]).sum()
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        for _, *pair in self.blocks(block_rows(max(x.shape[1], grad_out.shape[1]), x.device)):
             for grad in pair:
                 total += torch.linalg.vector_norm(grad).double().square()
         return total.float()
 
 
-def summed_rows(grads: SparseGrads, rows: Tensor | None, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """The two arguments of a kernel for what is summed already; without it, tensors that are never read."""
-    return (dense, grads.entries.transpose.offsets) if rows is None else (rows.contiguous(), grads.row_at)
+def summed_row_arguments(
+    grads: SparseGrads, factors: Tensor, dense: Tensor, rows: Tensor | None
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What every kernel takes that makes a latent's row of a gradient, one of `grads.sums`: arguments and constants."""
+    transpose = grads.entries.transpose
+    # without rows, tensors that are never read
+    summed = (dense, transpose.offsets) if rows is None else (rows.contiguous(), grads.row_at)
+    sums = segment_sums(factors, transpose, dense)
+    arguments = (factors, transpose.tokens, transpose.offsets, dense, sums, *summed)
+    return arguments, {"HAS_ROWS": rows is not None, "SEGMENT": SEGMENT, "BLOCK_T": 4}
 
 
-def _triton_square_norm(weights: Tensor, dense: Tensor, rows: Tensor | None, grads: SparseGrads) -> Tensor:
-    transpose, d = grads.entries.transpose, dense.shape[1]
+def _triton_square_norm(grads: SparseGrads, factors: Tensor, dense: Tensor, rows: Tensor | None) -> Tensor:
+    arguments, constants = summed_row_arguments(grads, factors, dense, rows)
+    d = dense.shape[1]
     out = torch.empty(grads.d_sae, dtype=torch.float32, device=dense.device)
     launch(
-        square_norm_fwd_kernel, (grads.d_sae,),
-        weights, transpose.tokens, transpose.offsets, dense, segment_sums(weights, transpose, dense),
-        *summed_rows(grads, rows, dense), out, d,
-        HAS_ROWS=rows is not None, SEGMENT=SEGMENT, BLOCK_T=4, BLOCK_D=next_power_of_2(d), num_warps=4,
+        square_norm_fwd_kernel, (grads.d_sae,), *arguments, out, d,
+        **constants, BLOCK_D=next_power_of_2(d), num_warps=4,
     )  # fmt: skip
     return out.sum()

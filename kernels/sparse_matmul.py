@@ -255,10 +255,13 @@ def segmented_sum(weights: Tensor, runs: IndexTranspose, dense: Tensor, *, backe
     return embedding_sum(dense, runs.tokens, runs.offsets, weights)
 
 
+def run_sum(weights: Tensor, runs: IndexTranspose) -> Tensor:
+    """[runs]: the sum of each run's `weights` [entries], which are in the order of the runs; float32 on the way."""
+    wide = weights.float() if weights.dtype == torch.bfloat16 else weights
+    sums = torch.segment_reduce(wide, "sum", offsets=runs.offsets.long(), unsafe=True, initial=0.0)
+    return sums.to(weights.dtype)
+
+
 def latent_sum(latents: SparseLatents) -> Tensor:
     """[d_sae]: the sum of the values of each latent over all tokens: the gradient of an encoder bias."""
-    transpose = latents.transpose
-    weights = latents.values.reshape(-1).index_select(0, transpose.order)
-    wide = weights.float() if weights.dtype == torch.bfloat16 else weights
-    sums = torch.segment_reduce(wide, "sum", offsets=transpose.offsets.long(), unsafe=True, initial=0.0)
-    return sums.to(weights.dtype)
+    return run_sum(latents.values.reshape(-1).index_select(0, latents.transpose.order), latents.transpose)

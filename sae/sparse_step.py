@@ -61,7 +61,7 @@ def sparse_step(
     auxiliary, rows = torch.zeros((), device=x.device), None
     if wanted is not None:
         auxiliary, rows = _auxiliary(dictionary, wanted, num_dead, centred, residual, auxk_coefficient)
-    weights = SparseGrads([main], rows)
+    weights = SparseGrads(main, rows)
 
     others = {"b_enc": weights.b_enc(), "b_dec": grad_out.sum(0)}
     if dictionary.W_skip is not None:

@@ -278,7 +278,7 @@ def _optimizers(w: Workload) -> list[Case]:
         wide = w.latents.with_values(w.latents.values.double())
         term = SparseGrad(wide, w.grad_values.double(), w.x.double(), w.grad_out.double())
         exact = RowGrads(summed.latents, *(part.double() for part in summed[1:]))
-        sparse_adam(SparseGrads([term], exact), W_enc, enc, W_dec, dec, ADAM, backend="reference")
+        sparse_adam(SparseGrads(term, exact), W_enc, enc, W_dec, dec, ADAM, backend="reference")
         names = [f"{weight} {part}".strip() for weight in ("W_enc", "W_dec") for part in ("", "first", "second")]
         expected = (W_enc, *enc, W_dec, *dec)
         # The PyTorch path sums a row of a gradient in the dtype of its terms.
@@ -290,7 +290,7 @@ def _optimizers(w: Workload) -> list[Case]:
     summed = RowGrads(summed_at, grad[summed_at], grad[summed_at + 1], grad[summed_at, 0])
 
     def both_grads() -> SparseGrads:
-        return SparseGrads([SparseGrad(w.latents, w.grad_values, w.x, w.grad_out)], summed)
+        return SparseGrads(SparseGrad(w.latents, w.grad_values, w.x, w.grad_out), summed)
 
     def norm_compare(actual: Tensor) -> list[Pair]:
         expected = torch.stack([grad.double().square().sum() for grad in both_grads().dense(backend="reference")]).sum()

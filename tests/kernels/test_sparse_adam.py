@@ -44,26 +44,13 @@ def test_sparse_adam(
     grad_dec = scatter_sum(latents, term.grad_out.double(), backend="reference")
     adam_rows_reference(wide[0][0], grad_enc, wide[0][1], adam)
     adam_rows_reference(wide[1][0], grad_dec, wide[1][1], adam, project=project, renormalize=renormalize)
-    grads = SparseGrads([term])
+    grads = SparseGrads(term)
     sparse_adam(grads, W_enc, enc, W_dec, dec, adam, project=project, renormalize=renormalize, backend=backend)
     for weight, moments, (expected, expected_moments) in ((W_enc, enc, wide[0]), (W_dec, dec, wide[1])):
         assert_near(weight, expected)
         # The torch backend rounds a bf16 gradient once more before it is squared.
         assert_near(moments.first, expected_moments.first, dtype)
         assert_near(moments.second, expected_moments.second, dtype)
-
-
-def test_sparse_adam_sums_its_terms(backend: Backend, device: str) -> None:
-    terms = [make_term(n, k, 20, 16, device, seed=n, dtype=torch.float32) for n, k in ((6, 3), (4, 7))]
-    start = [randn(20, 16, seed=i, device=device) for i in range(2)]
-    results = []
-    for name in (backend, "reference"):
-        W_enc, W_dec = copy.deepcopy(start)
-        enc, dec = Moments.like(W_enc), Moments.like(W_dec)
-        sparse_adam(SparseGrads(terms), W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
-        results.append((*enc, *dec, W_enc, W_dec))
-    for actual, expected in zip(*results, strict=True):
-        assert_near(actual, expected)
 
 
 def make_rows(latents: list[int], d: int, device: str) -> RowGrads:
@@ -78,7 +65,7 @@ def test_rows_that_are_summed_already_are_added(backend: Backend, device: str, m
     start = [randn(20, 16, seed=i, device=device) for i in range(2)]
     results = []
     for name in (backend, "reference"):
-        grads = SparseGrads([term], rows).scaled(0.5)
+        grads = SparseGrads(term, rows).scaled(0.5)
         W_enc, W_dec = copy.deepcopy(start)
         enc, dec = Moments.like(W_enc), Moments.like(W_dec)
         sparse_adam(grads, W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
@@ -97,8 +84,8 @@ def test_square_norm_is_that_of_both_gradients(
     with_rows: bool, backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saeql.kernels.fused_adam.CPU_BLOCK_BYTES", 19 * 4 * 7)
-    terms = [make_term(n, k, 20, 19, device, seed=n, dtype=torch.float32) for n, k in ((6, 3), (4, 7))]
-    grads = SparseGrads(terms, make_rows([2, 3, 18], 19, device) if with_rows else None)
+    term = make_term(6, 3, 20, 19, device, seed=6, dtype=torch.float32)
+    grads = SparseGrads(term, make_rows([2, 3, 18], 19, device) if with_rows else None)
     expected = sum(g.double().square().sum() for g in grads.dense(backend="reference"))
     assert_near(grads.square_norm(backend=backend), torch.as_tensor(expected))
 
@@ -107,7 +94,7 @@ def test_square_norm_is_that_of_both_gradients(
 def test_latents_that_fire_on_very_many_tokens(
     segment: int, backend: Backend, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("latent_rows", "sparse_adam", "sparse_grads", "sparse_matmul"):
+    for module in ("latent_rows", "sparse_grads", "sparse_matmul"):
         monkeypatch.setattr(f"saeql.kernels.{module}.SEGMENT", segment)
     term = make_term(41, 3, 9, 20, device, seed=0, dtype=torch.float32)
     with torch.no_grad():
@@ -121,7 +108,7 @@ def test_latents_that_fire_on_very_many_tokens(
     for name in (backend, "reference"):
         W_enc, W_dec = copy.deepcopy(start)
         enc, dec = Moments.like(W_enc), Moments.like(W_dec)
-        sparse_adam(SparseGrads([term]), W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
+        sparse_adam(SparseGrads(term), W_enc, enc, W_dec, dec, AdamStep(1, lr=0.1), backend=name)  # pyright: ignore[reportArgumentType]
         gradient = scatter_sum(term.latents, term.grad_out, backend=name)  # pyright: ignore[reportArgumentType]
         results.append((*enc, *dec, W_enc, W_dec, gradient))
     for actual, expected in zip(*results, strict=True):
@@ -138,7 +125,7 @@ def test_copies_and_bf16_moments(project: bool, renormalize: bool, backend: Back
         copies = torch.empty_like(W_enc, dtype=torch.bfloat16), torch.empty_like(W_dec, dtype=torch.bfloat16)
         enc, dec = Moments.like(W_enc, torch.bfloat16), Moments.like(W_dec, torch.bfloat16)
         for step in (1, 2, 3):
-            sparse_adam(SparseGrads([term]), W_enc, enc, W_dec, dec, AdamStep(step, lr=0.1), project=project,
+            sparse_adam(SparseGrads(term), W_enc, enc, W_dec, dec, AdamStep(step, lr=0.1), project=project,
                         renormalize=renormalize, copies=copies, backend=name)  # pyright: ignore[reportArgumentType]  # fmt: skip
         assert enc.first.dtype == dec.second.dtype == torch.bfloat16
         for bf16, weight in zip(copies, (W_enc, W_dec), strict=True):
@@ -155,18 +142,16 @@ def test_two_runs_are_bit_identical() -> None:
         enc, dec = Moments.like(W_enc), Moments.like(W_dec)
         for step in range(1, 4):
             term = make_term(300, 8, 200, 63, "cpu", seed=step, dtype=torch.float32)
-            sparse_adam(SparseGrads([term]), W_enc, enc, W_dec, dec, AdamStep(step, lr=0.01))
+            sparse_adam(SparseGrads(term), W_enc, enc, W_dec, dec, AdamStep(step, lr=0.01))
         results.append((W_enc, W_dec, *enc, *dec))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:
     W, adam = torch.zeros(5, 4), AdamStep(1, lr=0.1)
-    with pytest.raises(ValueError, match="terms: expected at least one"):
-        sparse_adam(SparseGrads([]), W, Moments.like(W), W, Moments.like(W), adam)
     term = make_term(6, 3, 20, 4, "cpu", seed=0, dtype=torch.float32)
     with pytest.raises(ValueError, match="latents: expected d_sae = 5"):
-        sparse_adam(SparseGrads([term]), W, Moments.like(W), W, Moments.like(W), adam)
+        sparse_adam(SparseGrads(term), W, Moments.like(W), W, Moments.like(W), adam)
     term = make_term(3, 2, 5, 4, "cpu", seed=0, dtype=torch.float32)
     with pytest.raises(ValueError, match="copies: must be contiguous"):
-        sparse_adam(SparseGrads([term]), W, Moments.like(W), W, Moments.like(W), adam, copies=(W, torch.zeros(5, 3)))
+        sparse_adam(SparseGrads(term), W, Moments.like(W), W, Moments.like(W), adam, copies=(W, torch.zeros(5, 3)))
