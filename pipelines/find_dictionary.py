@@ -11,7 +11,7 @@ from saeql.sae.model import SparseAutoencoder
 from saeql.sae.trainer import Places
 
 from .dictionaries import dictionary_homes, load_any
-from .models import ModelIdentity
+from .models import ModelIdentity, load_skeleton
 
 if TYPE_CHECKING:
     from .run import Run
@@ -78,8 +78,11 @@ def _places(run: "Run", dictionary: SparseAutoencoder, reads: tuple[str, ...], w
 def _named_in_metadata(run: "Run", metadata: dict[str, Any], suffix: str) -> tuple[str, ...]:
     """The harvested hook point that another library's metadata means; none where it names none of them."""
     named = {metadata.get(key + suffix) for key in _HOOK_KEYS} - {None}
-    for name in run.config.model.hook_points if named else ():
-        point = resolve(run.language_model.model, name)
+    if not named:
+        return ()
+    whole = load_skeleton(run.config.model)
+    for name in run.config.model.hook_points:
+        point = resolve(whole, name)
         aliases = {name, point.transformer_lens_name} | ({point.module_path} if point.side == "out" else set())
         if named & aliases:
             return (name,)

@@ -77,10 +77,10 @@ def _matmul_flops(dtype: object, seconds: float = 0.25) -> float:
 
     x = torch.randn(1024, 576).to(dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
     w = torch.randn(576, 4608).to(dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    x @ w
+    torch.matmul(x, w)
     times, stop = [], time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < stop:
         start = time.perf_counter()
-        x @ w
+        torch.matmul(x, w)
         times.append(time.perf_counter() - start)
     return 2 * 1024 * 576 * 4608 / sorted(times)[len(times) // 2]

@@ -21,6 +21,7 @@ from .corpus import EMBEDDED_TEXT
 from .dictionaries import specify
 from .footprint import Footprint, start_measuring
 from .hardware import Gpu, Machine, gpu, this_machine
+from .hook_points import settle
 from .models import pick_device
 from .outline import ModelOutline, outline
 from .plan_cluster import REACHED, Layout, Step, batch_for_efficiency, layouts, step_seconds
@@ -122,6 +123,7 @@ def make_plan(
     """
     if nodes < 1 or gpus_per_node < 1:
         raise ConfigError(f"--nodes and --gpus-per-node must be at least 1, got {nodes} and {gpus_per_node}")
+    config = settle(config)
     card = gpu(gpu_name) if gpu_name else _own_gpu(config)
     rows, notes = _rows(config)
     footprint = start_measuring(

@@ -90,6 +90,14 @@ def test_plan_warns_and_names_the_setting(tiny_config: Path):
     assert plan.stage("train").ram_bytes > 10**14
 
 
+def test_plan_settles_globs_as_the_run_does(tiny_config: Path):
+    options = {"corpus.max_tokens": "5000", "model.hook_point": "resid_post.0"}
+    more = {"model.more_hook_points": '["resid_post.1", "resid_post.2"]'}
+    named = make_plan(load_config(tiny_config, options | more))
+    globbed = make_plan(load_config(tiny_config, options | {"model.hook_point": "resid_post.*"}))
+    assert globbed.disk_bytes == named.disk_bytes
+
+
 def test_plan_command(tiny_config: Path, capsys: pytest.CaptureFixture[str]):
     size = ["--corpus.max_tokens", "5000"]
     main(["plan", str(tiny_config), *size, "--json", "--sweep.ks", "[2, 4]"])
