@@ -12,7 +12,7 @@ In memory both weights are feature-major, `W_enc` [d_sae, d_in] and `W_dec` [d_s
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -33,6 +33,14 @@ class Outcome(NamedTuple):
     sparsity: torch.Tensor  # scalar with gradient: weighted penalty, 0 where the architecture has none
     fired: torch.Tensor  # [m] indices of latents that were active, repeats allowed
     num_active: torch.Tensor  # scalar: active latents, summed over rows
+
+
+class EncodeOptions(TypedDict, total=False):
+    """How `select` encodes, beside the rows; the keywords of `encode_topk`."""
+
+    matmul_dtype: torch.dtype | None
+    W_cast: torch.Tensor | None  # W_enc in that precision, if at hand
+    wanted: PreActs | None  # takes some pre-activations along
 
 
 class SparseAutoencoder(nn.Module):
@@ -127,17 +135,10 @@ class SparseAutoencoder(nn.Module):
         """Training forward pass on rows x [N, d_in] with targets y [N, d_out]."""
         raise NotImplementedError
 
-    def select(
-        self,
-        centred: torch.Tensor,
-        *,
-        matmul_dtype: torch.dtype | None = None,
-        W_cast: torch.Tensor | None = None,
-        wanted: PreActs | None = None,
-    ) -> SparseLatents:
+    def select(self, centred: torch.Tensor, **options: Unpack[EncodeOptions]) -> SparseLatents:
         """Latents of a training batch, without gradient, of rows [N, d_in] with any encoder bias taken off.
 
-        Only where `selects`. `W_cast` and `wanted` are as in `encode_topk`.
+        Only where `selects`.
         """
         raise NotImplementedError
 

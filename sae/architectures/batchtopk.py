@@ -4,17 +4,17 @@ At inference rows must not depend on each other: every latent above a running es
 value is active, as in a JumpReLU dictionary with one threshold.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from saeql.kernels.autograd import SparseLatents, batch_topk_encode, threshold_encode
 from saeql.kernels.batch_topk import encode_batch_topk
-from saeql.kernels.topk import PreActs
 
-from ..model import Outcome, SparseAutoencoder
+from ..model import EncodeOptions, Outcome, SparseAutoencoder
 
-_MOMENTUM = 0.99
+#: The threshold is a mean over this share of the batches so far, as weights move fast at first, and at most so many.
+_MEAN_SHARE, _MEAN_BATCHES = 1 / 20, 100
 
 
 class BatchTopKAutoencoder(SparseAutoencoder):
@@ -28,6 +28,8 @@ class BatchTopKAutoencoder(SparseAutoencoder):
         super().__init__(*args, **kwargs)
         self.register_buffer("threshold", torch.full((), -1.0))  # below 0: no batch seen yet
         self.threshold: torch.Tensor
+        self.register_buffer("batches_seen", torch.zeros(()))
+        self.batches_seen: torch.Tensor
 
     def encode(self, x: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> SparseLatents:
         """Latents of rows x [N, d_in] above the running threshold; rows differ in how many they have."""
@@ -36,20 +38,11 @@ class BatchTopKAutoencoder(SparseAutoencoder):
             x, self.W_enc, self.b_enc, threshold, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype
         )
 
-    def select(
-        self,
-        centred: torch.Tensor,
-        *,
-        matmul_dtype: torch.dtype | None = None,
-        W_cast: torch.Tensor | None = None,
-        wanted: PreActs | None = None,
-    ) -> SparseLatents:
+    def select(self, centred: torch.Tensor, **options: Unpack[EncodeOptions]) -> SparseLatents:
         """Latents of a training batch, without gradient; moves the running threshold."""
-        k = self.config.k
         latents, threshold = encode_batch_topk(
-            centred, self.W_enc, self.b_enc, k,
-            matmul_dtype=matmul_dtype, W_cast=W_cast, wanted=wanted, **self._whole_batch(centred),
-        )  # fmt: skip
+            centred, self.W_enc, self.b_enc, self.config.k, **options, **self._whole_batch(centred)
+        )
         self._move_threshold(threshold)
         return latents
 
@@ -70,8 +63,9 @@ class BatchTopKAutoencoder(SparseAutoencoder):
     @torch.no_grad()
     def _move_threshold(self, smallest: torch.Tensor) -> None:
         smallest = self.comm.smallest(smallest)
-        moved = _MOMENTUM * self.threshold + (1 - _MOMENTUM) * smallest
-        self.threshold.copy_(torch.where(self.threshold < 0, smallest, moved))
+        self.batches_seen += 1
+        weight = (self.batches_seen * _MEAN_SHARE).clamp(1, _MEAN_BATCHES).reciprocal()
+        self.threshold.copy_(torch.lerp(self.threshold, smallest.to(self.threshold.dtype), weight))
 
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Reconstruction only: sparsity is built in."""

@@ -1,11 +1,13 @@
 """TopK: keep the k largest pre-activations of every row (Gao et al. 2024, arXiv 2406.04093, section 2.3)."""
 
+from typing import Unpack
+
 import torch
 
 from saeql.kernels.autograd import SparseLatents, topk_encode
-from saeql.kernels.topk import PreActs, encode_topk
+from saeql.kernels.topk import encode_topk
 
-from ..model import Outcome, SparseAutoencoder
+from ..model import EncodeOptions, Outcome, SparseAutoencoder
 from ..rank_selection import keep_among_ranks
 
 
@@ -22,20 +24,10 @@ class TopKAutoencoder(SparseAutoencoder):
             x, self.W_enc, self.b_enc, self.config.k, b_dec=self.encoder_b_dec, matmul_dtype=matmul_dtype
         )
 
-    def select(
-        self,
-        centred: torch.Tensor,
-        *,
-        matmul_dtype: torch.dtype | None = None,
-        W_cast: torch.Tensor | None = None,
-        wanted: PreActs | None = None,
-    ) -> SparseLatents:
+    def select(self, centred: torch.Tensor, **options: Unpack[EncodeOptions]) -> SparseLatents:
         """The same without gradient."""
         k = self.config.k
-        latents = encode_topk(
-            centred, self.W_enc, self.b_enc, k, matmul_dtype=matmul_dtype, W_cast=W_cast, wanted=wanted
-        )
-        return keep_among_ranks(self.comm, latents, k)
+        return keep_among_ranks(self.comm, encode_topk(centred, self.W_enc, self.b_enc, k, **options), k)
 
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Reconstruction only: sparsity is built in."""

@@ -1,5 +1,6 @@
 """Every architecture in every form: gradients against naive dense autograd in float64, folding, files, learning."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from saeql.kernels import entries
 from saeql.sae.architectures import ARCHITECTURES, build
 from saeql.sae.architectures.batchtopk import BatchTopKAutoencoder
-from saeql.sae.config import FORMS, DictionaryConfig
+from saeql.sae.config import FORMS, DictionaryConfig, TrainConfig
 from saeql.sae.files import load_dictionary, save_dictionary
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.objective import loss_terms
+from saeql.sae.stream import ActivationBatch, Cursor
+from saeql.sae.trainer import Trainer
 
 D_IN, D_OUT, D_SAE, K, N = 12, 9, 40, 4, 23
 CASES = list(product(ARCHITECTURES, FORMS))
@@ -188,6 +191,37 @@ def test_batchtopk_threshold_gives_about_k_at_inference():
         loss_terms(dictionary, x, x, None, auxk_coefficient=0.0)
     latents = dictionary.encode(torch.randn(2000, D_IN, generator=generator))
     assert float((latents.values > 0).sum(1).double().mean()) == pytest.approx(K, rel=0.1)
+
+
+class _Rows:
+    """Endless mixtures of 200 directions, some of them rare."""
+
+    def __init__(self):
+        self.widths = {"rows": 32}
+        self.generator = torch.Generator().manual_seed(11)
+        self.directions = torch.nn.functional.normalize(torch.randn(200, 32, generator=self.generator), dim=1)
+
+    def draw(self, rows: int) -> torch.Tensor:
+        prior = 1 / torch.arange(1, 201) ** 0.7
+        chosen = torch.multinomial(prior, rows * 8, replacement=True, generator=self.generator).view(rows, 8)
+        weights = torch.rand(rows, 8, generator=self.generator) + 0.5
+        return torch.einsum("nk,nkd->nd", weights, self.directions[chosen])
+
+    def batches(self, cursor: Cursor | None = None) -> Iterator[ActivationBatch]:
+        while True:
+            none = torch.zeros(512, dtype=torch.int32)
+            yield ActivationBatch(self.draw(512), none, none, none, none.short(), Cursor())
+
+
+@pytest.mark.parametrize("steps", [50, 350])
+def test_the_threshold_follows_weights_that_learn(steps: int):
+    dictionary = build(DictionaryConfig(architecture="batchtopk", d_sae=256, k=8), 32, seed=0)
+    rows = _Rows()
+    trainer = Trainer(TrainConfig(num_steps=steps, batch_tokens=512, init_tokens=1024), {"a": dictionary}, rows)
+    trainer.fit()
+    dictionary = trainer.finish()["a"]
+    latents = dictionary.encode(rows.draw(4000))
+    assert float((latents.values > 0).sum(1).double().mean()) == pytest.approx(8, rel=0.05)
 
 
 def planted(rows: int, seed: int) -> torch.Tensor:
