@@ -1,7 +1,8 @@
 """Adapts what the store reads (shards) to what training and indexing consume (ActivationSource).
 
-Shuffled reading holds two groups of blocks in memory: the rows of a batch are gathered out of one while a thread copies
-the other from the mapped files. Both groups and what is needed to fill them stay within `buffer_bytes`.
+Shuffled reading holds two groups of blocks in memory: batches are views of one while a thread copies the other from the
+mapped files, each row to its shuffled place. Both groups and what is needed to fill them stay within `buffer_bytes`; a
+group whose batches are held on to is not filled again, and other memory is taken.
 """
 
 import threading
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from saeql.sae.stream import ActivationBatch, BlockShuffle, Cursor
 from saeql.store.shards import ShardError, ShardReader
 
-from .row_buffer import RowBuffer, buffered_row_bytes
+from .row_buffer import PlacedRows, buffered_row_bytes
 
 #: Blocks that the kernel is asked to read ahead of the one that is copied.
 _BLOCKS_AHEAD = 8
@@ -67,9 +68,8 @@ class ShardSource:
         self.device = device or torch.device("cpu")
         self.dtype = torch.bfloat16 if self.first.dtype == "bfloat16" else torch.float32
         self._row_bytes = sum(reader.d_in for reader in self.readers.values()) * self.dtype.itemsize
-        self._spare: list[
-            RowBuffer
-        ] = []  # of the last pass, for the next: memory that is new costs a page fault a page
+        # of the last pass, for the next: memory that is new costs a page fault a page
+        self._spare: list[PlacedRows] = []
         self._offsets = np.cumsum([0, *(record.rows for record in self.first.records)])
 
     @property
@@ -91,20 +91,20 @@ class ShardSource:
             stop = min(start + self.batch_tokens, self.num_rows)
             rows = self._room(stop - start)
             self._fill(rows, self._pieces([(start, stop)]))
-            if len(rows.order):
-                yield rows.batch(0, len(rows.order), Cursor(), self.device)
+            if rows.count:
+                yield rows.batch(0, rows.count, Cursor(), self.device)
 
     def _shuffled(self, cursor: Cursor) -> Iterator[ActivationBatch]:
         assert self.seed is not None
         shuffle = BlockShuffle(self.num_rows, self.block_rows, self._group_rows(), self.seed)
         most = min(self.num_rows, shuffle.blocks_per_group * self.block_rows)
         spare, self._spare = self._spare, []
-        current, other = spare or (self._room(most), self._room(most))
+        current, other = (self._room(most) if rows is None or rows.is_held else rows for rows in spare or (None, None))
         epoch, group, offset = cursor.epoch, cursor.group, cursor.offset
         num_empty = 0  # groups in a row that held less than a batch
         stopped = threading.Event()
 
-        def fill(rows: RowBuffer, epoch: int, group: int) -> None:
+        def fill(rows: PlacedRows, epoch: int, group: int) -> None:
             self._fill(rows, self._pieces(shuffle.blocks(epoch, group)), (shuffle, epoch, group), stopped)
 
         try:
@@ -114,15 +114,19 @@ class ShardSource:
                     while True:
                         filled.result()
                         following = (epoch, group + 1) if group + 1 < shuffle.num_groups else (epoch + 1, 0)
+                        other = self._room(most) if other.is_held else other
                         filled = reading.submit(fill, other, *following)
                         # the last, incomplete batch of a group is left out of this epoch; another shuffle picks others
-                        while offset + self.batch_tokens <= len(current.order):
+                        while offset + self.batch_tokens <= current.count:
                             start, offset = offset, offset + self.batch_tokens
-                            yield current.batch(start, offset, Cursor(epoch, group, offset), self.device)
+                            after = Cursor(epoch, group, offset)
+                            # a loop still holds it when this memory is filled again
+                            last = offset + self.batch_tokens > current.count
+                            yield current.batch(start, offset, after, self.device, copy=last)
                         num_empty = 0 if offset else num_empty + 1
                         if num_empty > shuffle.num_groups:
                             raise ValueError(
-                                f"{len(current.order)} rows are fewer than one batch of {self.batch_tokens}; "
+                                f"{current.count} rows are fewer than one batch of {self.batch_tokens}; "
                                 "lower batch_tokens"
                             )
                         (epoch, group), offset = following, 0
@@ -143,8 +147,8 @@ class ShardSource:
             )
         return self.buffer_bytes // (2 * row_bytes)
 
-    def _room(self, rows: int) -> RowBuffer:
-        return RowBuffer.room_for(rows, self._row_bytes, self.dtype)
+    def _room(self, rows: int) -> PlacedRows:
+        return PlacedRows.room_for(rows, self._row_bytes, self.dtype)
 
     def _pieces(self, blocks: Sequence[tuple[int, int]]) -> list[_Piece]:
         """Row ranges over all shards as ranges inside single ones."""
@@ -160,50 +164,58 @@ class ShardSource:
 
     def _fill(
         self,
-        rows: RowBuffer,
+        rows: PlacedRows,
         pieces: Sequence[_Piece],
         shuffled: tuple[BlockShuffle, int, int] | None = None,
         stopped: threading.Event | None = None,
     ) -> None:
-        """Copy `pieces` into `rows`; the order of those that count is the stored or the shuffled one."""
-        start, kept = 0, []
+        """Copy `pieces` into `rows`: those that count in the stored or the shuffled order, the others behind them."""
+        keep = np.concatenate([self._kept(piece) for piece in pieces])
+        rows.count = int(keep.sum())
+        places = np.empty(len(keep), np.int64)
+        places[~keep] = np.arange(rows.count, len(keep))
+        kept = np.arange(rows.count)
+        if shuffled is not None:
+            shuffle, epoch, group = shuffled
+            order = shuffle.rows(epoch, group, rows.count)
+            kept[order] = np.arange(rows.count)
+        places[keep] = kept
+        start = 0
         for number, piece in enumerate(pieces):
             if stopped is not None and stopped.is_set():
                 return
             if shuffled is not None and number % _BLOCKS_AHEAD == 0:
                 self._read_ahead(pieces[number + _BLOCKS_AHEAD : number + 2 * _BLOCKS_AHEAD])
-            self._copy(rows, piece, start)
-            kept.append(start + self._kept(piece))
-            start += piece.high - piece.low
-        rows.order = np.concatenate(kept)
-        if shuffled is not None:
-            shuffle, epoch, group = shuffled
-            rows.order = rows.order[shuffle.rows(epoch, group, len(rows.order))]
+            stop = start + piece.high - piece.low
+            self._copy(rows, piece, places[start:stop])
+            start = stop
 
-    def _kept(self, piece: _Piece) -> NDArray[np.int64]:
-        """Rows of a piece that count, from its first."""
+    def _kept(self, piece: _Piece) -> NDArray[np.bool_]:
+        """Which rows of a piece count."""
         keep = np.arange(piece.low, piece.high) % self.first.context_tokens >= self.first_position
         for name, reader in self.readers.items():
             keep &= reader.norms(piece.shard)[piece.low : piece.high] <= self.norm_limits[name]
-        return np.flatnonzero(keep)
+        return keep
 
     def _read_ahead(self, pieces: Sequence[_Piece]) -> None:
         for piece in pieces:
             for reader in self.readers.values():
                 reader.will_need(piece.shard, piece.low, piece.high)
 
-    def _copy(self, rows: RowBuffer, piece: _Piece, start: int) -> None:
+    def _copy(self, rows: PlacedRows, piece: _Piece, places: NDArray[np.int64]) -> None:
         shard, low, high = piece.shard, piece.low, piece.high
-        stop, column = start + high - low, 0
+        column = 0
         for reader in self.readers.values():
-            width = reader.d_in * self.dtype.itemsize
-            rows.acts[start:stop, column : column + width] = reader.rows(shard, low, high).view(np.uint8)
-            column += width
-        origins, row = rows.origins[start:stop], np.arange(low, high)
-        origins["token_ids"] = self.first.token_ids(shard)[low:high]
-        origins["document_ids"] = self.first.document_ids(shard)[low:high]
-        origins["window_ids"] = self.first.window_ids(shard)[row // self.first.context_tokens]
-        origins["positions"] = row % self.first.context_tokens
+            rows.write(places, column, reader.rows(shard, low, high))
+            column += reader.d_in * self.dtype.itemsize
+        windows, positions = np.divmod(np.arange(low, high, dtype=np.int32), self.first.context_tokens)
+        rows.write_origins(
+            places,
+            token_ids=self.first.token_ids(shard)[low:high],
+            document_ids=self.first.document_ids(shard)[low:high],
+            window_ids=self.first.window_ids(shard)[windows],
+            positions=positions,
+        )
 
 
 def window_column(reader: ShardReader, name: str) -> np.ndarray:

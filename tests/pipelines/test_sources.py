@@ -104,6 +104,22 @@ def test_batches_stay_what_they_were(folder: Path):
     assert all(batch.acts[:, 0].int().equal(batch.token_ids) for batch in kept)
 
 
+@pytest.mark.parametrize(("hold", "rooms"), [(False, 2), (True, 3)])
+def test_memory_is_filled_again_only_where_nobody_holds_a_batch_of_it(
+    hold: bool, rooms: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    taken, room = [], ShardSource._room
+    monkeypatch.setattr(ShardSource, "_room", lambda self, rows: taken.append(rows) or room(self, rows))
+    stream = source(folder).batches()
+    first = next(stream)
+    held = [first] if hold else []
+    place, first = first.token_ids, None
+    for _, batch in zip(range(18 * 6), stream, strict=False):  # six groups
+        assert batch.acts[:, 0].int().equal(batch.token_ids)
+    assert len(taken) == rooms
+    assert all(batch.acts[:, 0].int().equal(place) for batch in held)
+
+
 def test_a_buffer_that_is_too_small_is_refused_with_the_least_size(folder: Path):
     with pytest.raises(ShardError, match=r"shuffle_buffer_bytes = 1000 .* set at least 34816$"):
         next(source(folder, buffer_bytes=1000).batches())
