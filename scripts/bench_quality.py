@@ -23,9 +23,7 @@ forward pass over what either library saved. BatchTopK is scored as it is used: 
 import argparse
 import datetime
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -38,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from bench_train import ROOT, describe_device
+from bench_about import ROOT, about
 
 from saeql.kernels.sparse_matmul import SparseLatents
 from saeql.pipelines import Run
@@ -301,14 +299,9 @@ def report(run: Run, folder: Path, arguments: argparse.Namespace) -> None:
             f"{row['l0']:.1f} | {row['dead_share']:.1%} | {row['cpu_seconds']:.0f} |"
         )
     if arguments.save:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         config, info = run.config, run.harvest_info
         entry = {
-            "date": datetime.date.today().isoformat(),
-            "commit": commit.stdout.strip(),
-            "device": describe_device("cpu"),
-            "python": platform.python_version(),
-            "threads": 1,
+            **about(("sae-lens",), threads=1),
             "rows": {
                 "model": info.identity.model_name,
                 "hook_points": list(run.spec.reads),

@@ -11,10 +11,8 @@ The cache of 20 GB consists of hard links to one shard, so every row is real and
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -27,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_about import about
 
 from saeql.pipelines.sources import ShardSource
 from saeql.sae.architectures import architecture
@@ -218,12 +217,9 @@ def main() -> None:
     if args.json:
         data = json.loads(args.json.read_text()) if args.json.exists() else {}
         data |= {
-            "date": datetime.date.today().isoformat(),
-            "machine": platform.machine(),
-            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            **about(("numpy", "h5py")),
             "shape": {"rows": args.rows, "d_in": args.d_in, "context_tokens": CONTEXT_TOKENS},
             "buffer_bytes": args.buffer_bytes,
-            "threads": 1,
             key: found,
         }
         args.json.write_text(json.dumps(data, indent=1) + "\n")

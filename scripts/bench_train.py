@@ -19,19 +19,16 @@ import argparse
 import datetime
 import gc
 import json
-import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from bench_about import ROOT, about, describe_device
 from bench_ceilings import Ceilings, floor, measure_ceilings, measure_encoder, precisions
 from bench_clock import Clock, Deadline
 from bench_kernels import HEADER, check_lines, dtypes, print_check, print_time, time_lines
@@ -41,7 +38,6 @@ from bench_steps import OURS, base_precision, measure, profile, report
 
 from saeql.pipelines.atomic import write_whole
 
-ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "benchmarks"
 SECTIONS = ("check", "steps", "kernels")
 ROUNDS = {"cpu": 9, "cuda": 50}
@@ -69,36 +65,6 @@ class Results:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, json.dumps(self._entries, indent=1) + "\n")
-
-
-def describe_device(device: str) -> dict[str, Any]:
-    """What the numbers were taken on."""
-    if device == "cuda":
-        return {"name": torch.cuda.get_device_name().replace(" ", "-"), "cuda": torch.version.cuda}
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in flags.replace("\n", " ")]
-    return {"name": f"cpu-{platform.machine()}", "flags": known}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def versions() -> dict[str, str | None]:
-    """Of what the numbers depend on; None where it is not installed."""
-    packages = {"triton": "triton", **PACKAGES}
-    return {"torch": torch.__version__, **{name: _version(package) for name, package in packages.items()}}
-
-
-def _commit() -> str | None:
-    """Of this checkout; None where there is no git or only a copy of the files."""
-    if shutil.which("git") is None:
-        return None
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return asked.stdout.strip() or None
 
 
 @dataclass
@@ -215,9 +181,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.path.append(str(arguments.peers.resolve()))
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    clock, about, entries = Clock(device, arguments.threads), describe_device(device), []
-    results = Results(arguments.out if arguments.save or arguments.out != OUT else None, about["name"])
-    print(f"{about}, {arguments.threads} threads, torch {torch.__version__}")
+    clock, described, entries = Clock(device, arguments.threads), describe_device(device), []
+    results = Results(arguments.out if arguments.save or arguments.out != OUT else None, described["name"])
+    print(f"{described}, {arguments.threads} threads, torch {torch.__version__}")
     ceilings = measure_ceilings(clock)
     square = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in ceilings.square.items())
     print(f"ceilings: copy {ceilings.copy:,.0f} GB/s read and written; square products {square}")
@@ -228,11 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         entries.append(
             results.add(
                 {
-                    "date": datetime.date.today().isoformat(),
-                    "commit": _commit(),
-                    "device": about,
-                    "threads": arguments.threads,
-                    "versions": versions(),
+                    **about(("triton", *PACKAGES.values()), device=device, threads=arguments.threads),
                     "shape": vars(shape),
                     "check": [],
                 }
@@ -250,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     if results.path is not None:
         print(f"\nsaved to {results.path}")
     if arguments.profile:
-        write_profile(arguments.shapes[0], arguments.out, about["name"])
+        write_profile(arguments.shapes[0], arguments.out, described["name"])
     wrong = failures(entries)
     if wrong:
         print(f"\nWRONG: {', '.join(wrong)}")

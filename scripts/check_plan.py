@@ -9,13 +9,14 @@ of its own, without page cache and mapped files. Takes several minutes on two co
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from bench_about import about
 
 from saeql.pipelines import Run, load_config
 from saeql.pipelines.footprint import anonymous_bytes
@@ -191,14 +192,8 @@ def main() -> None:
     worst = max(abs(row["error"]) for row in rows)
     print(f"largest error {worst:.1%}, wanted at most {WANTED:.0%}")
     if arguments.json:
-        import torch
-
-        about = {
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-        }
-        arguments.json.write_text(json.dumps({"about": about, "plan": rows, "sweep": cost}, indent=2) + "\n")
+        found = {"about": {**about(("transformers",)), "cores": os.cpu_count()}, "plan": rows, "sweep": cost}
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
