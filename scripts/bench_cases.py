@@ -37,7 +37,7 @@ from saeql.kernels.sparse_matmul import (
     scatter_sum,
     scatter_sum_reference,
 )
-from saeql.kernels.topk import encode_topk, row_topk
+from saeql.kernels.topk import encode_topk, keep_largest, row_topk
 
 ENCODE_BYTES = "(N*d + F*d + F + 2*N*F)*s + N*k*(s + 8)"  # pre-activations written once and read once
 ENCODE_FLOPS = "2*N*d*F"
@@ -160,10 +160,19 @@ def _encoders(w: Workload) -> list[Case]:
             w.pair("largest", outcome[0].sort(1, descending=True).values, best, 0.0),
         ]
 
-    plain = (w.x, w.W, w.b)
+    def kept(outcome: Tensor) -> list[Pair]:
+        """Where they stand, and as many; which of equal ones is open."""
+        best = w.pre.double().topk(many).values.sum(1)
+        return [
+            w.pair("sums", outcome.double().sum(1), best),
+            w.pair("elements", outcome, w.pre * (outcome != 0), 0.0),
+        ]
+
+    plain, many = (w.x, w.W, w.b), min(288, w.shape.d_sae // 2)
     found = [
         Case("encode_topk", ENCODE_BYTES, lambda: encode_topk(*plain, k), topk, flops=ENCODE_FLOPS),
         Case("row_topk", "N*F*s + N*k*(s + 8)", lambda: row_topk(w.pre, k), rows),
+        Case(f"keep_largest, {many}", "2*N*F*s", lambda: keep_largest(w.pre, many), kept),
         Case("encode_batch_topk", ENCODE_BYTES, lambda: encode_batch_topk(*plain, k), batch, flops=ENCODE_FLOPS),
         Case("encode_threshold", ENCODE_BYTES, lambda: encode_threshold(*plain, limit), above, flops=ENCODE_FLOPS),
     ]
