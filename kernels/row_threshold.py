@@ -32,6 +32,7 @@ def worthwhile(scores: Tensor, k: int) -> bool:
     n, columns = scores.shape
     return (
         scores.device.type == "cpu"
+        and not scores.requires_grad
         and LEAST_K <= k < columns < 64 * k
         and n * columns >= LEAST_ELEMENTS
         and (scores.dtype == torch.float32 or (scores.dtype == torch.bfloat16 and columns <= 2**16))
