@@ -101,6 +101,7 @@ class ShardSource:
         spare, self._spare = self._spare, []
         current, other = spare or (self._room(most), self._room(most))
         epoch, group, offset = cursor.epoch, cursor.group, cursor.offset
+        num_empty = 0  # groups in a row that held less than a batch
         stopped = threading.Event()
 
         def fill(rows: RowBuffer, epoch: int, group: int) -> None:
@@ -118,7 +119,8 @@ class ShardSource:
                         while offset + self.batch_tokens <= len(current.order):
                             start, offset = offset, offset + self.batch_tokens
                             yield current.batch(start, offset, Cursor(epoch, group, offset), self.device)
-                        if offset == 0:
+                        num_empty = 0 if offset else num_empty + 1
+                        if num_empty > shuffle.num_groups:
                             raise ValueError(
                                 f"{len(current.order)} rows are fewer than one batch of {self.batch_tokens}; "
                                 "lower batch_tokens"

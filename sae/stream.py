@@ -78,13 +78,15 @@ class BlockShuffle:
             raise ValueError("there are no rows to shuffle")
         self.num_rows, self.block_rows, self.seed = num_rows, block_rows, seed
         self.num_blocks = -(-num_rows // block_rows)
-        self.blocks_per_group = max(1, min(self.num_blocks, group_rows // block_rows))
-        self.num_groups = -(-self.num_blocks // self.blocks_per_group)
+        self.num_groups = -(-self.num_blocks // max(1, group_rows // block_rows))
+        #: Of the largest group. Groups differ by a block at most: a short last one would mix fewer documents.
+        self.blocks_per_group = -(-self.num_blocks // self.num_groups)
 
     def blocks(self, epoch: int, group: int) -> list[tuple[int, int]]:
         """(start, stop) rows of the blocks of a group, in the order in which they are read."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_blocks)
-        chosen = order[group * self.blocks_per_group : (group + 1) * self.blocks_per_group]
+        first, last = (g * self.num_blocks // self.num_groups for g in (group, group + 1))
+        chosen = order[first:last]
         return [(int(b) * self.block_rows, min((int(b) + 1) * self.block_rows, self.num_rows)) for b in chosen]
 
     def rows(self, epoch: int, group: int, num_rows: int) -> np.ndarray:

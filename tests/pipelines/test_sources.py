@@ -54,6 +54,23 @@ def test_every_row_comes_with_its_own_origin(folder: Path):
         assert (batch.token_ids // T // 4).equal(batch.document_ids) and bool((batch.positions > 0).all())
 
 
+def test_a_group_with_less_than_a_batch_is_passed_over(tmp_path: Path):
+    """Where many rows are massive some groups keep less than a batch: the stream goes on with the next."""
+    norms = np.ones((80, T), np.float32)
+    norms[:30] = 9
+    with ShardWriter(tmp_path, d_in=D, context_tokens=T, attributes={}, windows_per_shard=7, dtype="float32") as writer:
+        acts, ids = np.zeros((80, T, D), np.float32), np.arange(80 * T, dtype=np.int32).reshape(80, T)
+        writer.append(acts, ids, ids, np.arange(80, dtype=np.int32), norms)
+    options = {"batch_tokens": 130, "block_rows": 16, "buffer_bytes": 2 * (D * 4 + 40) * 240}
+    batches = source(tmp_path, **options).batches()
+    drawn = [next(batches) for _ in range(12)]
+    seen = {n for batch in drawn for n in batch.token_ids.tolist()}
+    assert len({(b.cursor.epoch, b.cursor.group) for b in drawn}) < 6 * drawn[-1].cursor.epoch  # of six groups an epoch
+    assert min(seen) >= 30 * T
+    with pytest.raises(ValueError, match="fewer than one batch of 200"):
+        next(source(tmp_path, **{**options, "batch_tokens": 200}).batches())
+
+
 def test_batches_mix_documents_as_independent_draws_would(folder: Path):
     batches = source(folder).batches()
     drawn = [next(batches) for _ in range(18 * 4)]  # one epoch: four groups of 1200 kept rows, 18 batches of each

@@ -19,6 +19,8 @@ def test_every_row_once_an_epoch(num_rows: int, block: int, group: int):
     shuffle = BlockShuffle(num_rows, block, group, seed=3)
     for epoch in (0, 1):
         assert sorted(visited(shuffle, epoch)) == list(range(num_rows))
+    sizes = {len(shuffle.blocks(0, g)) for g in range(shuffle.num_groups)}
+    assert max(sizes) == shuffle.blocks_per_group and max(sizes) - min(sizes) <= 1  # no short last one
 
 
 def test_epochs_differ_and_seeds_differ_but_the_same_is_the_same():
