@@ -27,10 +27,14 @@ def training_stream(
     widths: Mapping[str, int],
     device: torch.device,
     language_model: Callable[[], LanguageModel],
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Iterator[ActivationSource]:
     """The shuffled stream of train rows at the hook points of `widths`; the model is loaded only where it is read.
 
-    Raises LiveError where the model is another one than the harvest's.
+    Of `num_ranks` processes each gets the part of every batch that is its `rank`'s.
+    Raises LiveError where the model is another one than the harvest's, or several ranks would each run it for all rows.
     """
     train = config.train
     if train.source == "shards":
@@ -44,8 +48,15 @@ def training_stream(
             shuffle_seed=config.seed,
             block_rows=train.shuffle_block_rows,
             buffer_bytes=train.shuffle_buffer_bytes,
+            rank=rank,
+            num_ranks=num_ranks,
         )
         return
+    if num_ranks > 1:
+        raise LiveError(
+            f'train.source = "live" has one stream of rows, and {num_ranks} data ranks were started: take "shards", or '
+            "set train.feature_shards to the number of ranks"
+        )
     lm = language_model()
     now = {**vars(lm.identity), "dtype": str(lm.model.dtype).removeprefix("torch.")}
     for key, before in {**vars(info.identity), "dtype": info.dtype}.items():

@@ -2,7 +2,8 @@
 
 One process writes one safetensors file. Ranks that share a dictionary out write their parts side by side through
 torch.distributed.checkpoint, in its safetensors layout: nothing here is a pickle. Its reader puts the parts together
-for any other number of ranks; it does not notice a flipped byte, which is why every file is hashed here.
+for any other number of ranks; it does not notice a flipped byte, which is why every file is hashed here. It is imported
+where it is used: that takes a second, and one process does without.
 """
 
 import hashlib
@@ -14,19 +15,16 @@ import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_parts
-from torch.distributed.checkpoint.state_dict_saver import save as save_parts
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .comm import ALONE, Comm
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 CHECKPOINT_VERSION = 2
 #: Hashes of a checkpoint's other files, in the form of store/integrity.py: what `saeql verify` names damage by.
@@ -58,6 +56,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, comm: Comm = ALONE,
     path = folder / f"step-{checkpoint.step:08d}"
     temporary = folder / comm.on_first(lambda: _start(path))
     if comm.size > 1:
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+
         placed = _placed(checkpoint.tensors, checkpoint.sharded, comm)
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         _together(comm, temporary, lambda: save_parts(placed, storage_writer=writer))
@@ -107,6 +108,8 @@ def _discard(path: Path) -> None:
 
 def _together(comm: Comm, path: Path, work: Callable[[], None]) -> None:
     """Do what all ranks do with a checkpoint's parts; one that fails fails for all, with its own reason."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         with comm.talking():
             work()
@@ -115,8 +118,10 @@ def _together(comm: Comm, path: Path, work: Callable[[], None]) -> None:
         raise CheckpointError(f"{path}: rank {rank}: {type(reason).__name__}: {reason}") from None
 
 
-def _placed(tensors: Mapping[str, torch.Tensor], sharded: Collection[str], comm: Comm) -> dict[str, DTensor]:
+def _placed(tensors: Mapping[str, torch.Tensor], sharded: Collection[str], comm: Comm) -> dict[str, "DTensor"]:
     """Every tensor as a part, or a copy, of one over the whole mesh."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     rows = {True: (Replicate(), Shard(0)), False: (Replicate(), Replicate())}
     return {
         name: DTensor.from_local(t.detach(), comm.mesh, rows[name in sharded], run_check=False)
@@ -181,6 +186,9 @@ def load_tensors(
                 name: file.get_slice(name)[comm.shard(shapes[name][0])] if rows[name] > 1 else file.get_tensor(name)
                 for name in wanted
             }
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+
     reader = HuggingFaceStorageReader(str(path))
     if comm.size == 1:
         found = {name: torch.empty(shapes[name], dtype=t.dtype) for name, t in wanted.items()}
@@ -198,6 +206,9 @@ def _stored_shapes(path: Path) -> dict[str, torch.Size]:
     if file.exists():
         with safe_open(file, "pt") as opened:
             return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 

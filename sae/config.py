@@ -132,7 +132,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Checkpoints that are kept, the newest; older ones are removed when a new one is complete."""
     rank_timeout_seconds: float = 300.0
-    """Several ranks: a rank that does not answer for so long ends the others. Longer than a checkpoint takes to write."""
+    """Several ranks: one that does not answer for so long ends the others. More than writing a checkpoint takes."""
 
     def __post_init__(self) -> None:
         for name in (

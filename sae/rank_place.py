@@ -35,8 +35,13 @@ def rank_place(environment: Mapping[str, str] | None = None) -> RankPlace:
         return RankPlace()
     rank = int(found["SLURM_PROCID"])
     port = _FIRST_PORT + int(found.get("SLURM_JOB_ID", "0")) % _NUM_PORTS
-    variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": found.get("SLURM_LOCALID", "0"),
-                 "MASTER_ADDR": first_host(found.get("SLURM_STEP_NODELIST", "localhost")), "MASTER_PORT": port}  # fmt: skip
+    variables = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": found.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": first_host(found.get("SLURM_STEP_NODELIST", "localhost")),
+        "MASTER_PORT": port,
+    }
     rendezvous = tuple((name, found.get(name, str(value))) for name, value in variables.items())
     return RankPlace(rank, size, int(found.get("SLURM_LOCALID", "0")), rendezvous)
 

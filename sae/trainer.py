@@ -256,7 +256,7 @@ class Trainer:
             if self.on_log and line:
                 tokens = self.step * self.config.batch_tokens
                 head = {"dictionary": learner.name, "step": self.step, "tokens": tokens}
-                lr = self.config.peak_lr(learner.dictionary.d_sae) * lr_share
+                lr = self.config.peak_lr(learner.num_latents) * lr_share
                 end = {"resharded": len(self.resharded)} if self.resharded else {}
                 self.on_log({**head, **line, "lr": lr, "tokens_per_second": round(rate, 1), **end})
 
