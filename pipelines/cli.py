@@ -13,7 +13,7 @@ from saeql.sae.rank_place import RankPlace, rank_place
 
 from .commands.comparison import compare
 from .commands.exchange import export, import_
-from .commands.jobs import config, demo, hooks, plan, run
+from .commands.jobs import config, demo, hooks, plan, run, submit
 from .commands.questions import search, show, sql, steer
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
 from .stopping import EXIT_STOPPED, Stopped, asked, listen
@@ -30,7 +30,7 @@ app = App(
     result_action="return_value",
 )
 for _command in (
-    *(demo, run, plan, harvest, train, index, label, evaluate, store, report, verify),
+    *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
     *(search, show, sql, steer, compare, export, hooks, config),
 ):
     app.command(_command)

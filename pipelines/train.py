@@ -105,11 +105,11 @@ def train_dictionaries(
             print(f"saeql: no longer bit-exact since {change}", file=sys.stderr)
         trainer.fit()
         whole = {} if trainer.stopped else trainer.finish()
-        comm.close()
-    if trainer.stopped:
-        if comm.is_first:
+        if trainer.stopped and comm.is_first:  # before any rank ends: a launcher then ends the others
             where = {"step": trainer.step, "of": train.num_steps, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             write_whole(run.path / STOPPED_FILE, json.dumps(where) + "\n")
+        comm.close()
+    if trainer.stopped:
         raise stopped(f" at step {trainer.step} of {train.num_steps}")
     for spec in specs if whole else ():
         dictionary = whole[spec.name]
