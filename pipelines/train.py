@@ -1,4 +1,4 @@
-"""shards, or the model itself -> dictionary folders: one training of one or many dictionaries, in one process or in ranks."""
+"""shards, or the model itself -> dictionary folders: one or many dictionaries, in one process or in ranks."""
 
 import json
 import shutil

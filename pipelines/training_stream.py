@@ -3,17 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from saeql.sae.config import to_dict
 from saeql.sae.stream import ActivationSource
 
-from .config import RunConfig
 from .harvest import HarvestInfo, open_source
 from .live_source import LiveError, LiveSource
 from .models import LanguageModel
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 #: Keys of [harvest] that the rows of a live model do not depend on.
 _OF_STORAGE = ("windows_per_shard", "max_train_tokens")
@@ -21,7 +23,7 @@ _OF_STORAGE = ("windows_per_shard", "max_train_tokens")
 
 @contextmanager
 def training_stream(
-    config: RunConfig,
+    config: "RunConfig",
     activations: Path,
     info: HarvestInfo,
     widths: Mapping[str, int],
@@ -80,7 +82,7 @@ def training_stream(
         yield source
 
 
-def belongs_to(config: RunConfig, info: HarvestInfo, widths: Mapping[str, int]) -> dict[str, Any]:
+def belongs_to(config: "RunConfig", info: HarvestInfo, widths: Mapping[str, int]) -> dict[str, Any]:
     """What the rows of the stream, and their order, depend on beside [train]: a resume must find it the same."""
     facts = {
         "seed": config.seed,

@@ -1,4 +1,4 @@
-"""Commands about a whole run: demo, run, plan, config, hooks."""
+"""Commands about a whole run: demo, run, plan, config, hooks, submit."""
 
 import sys
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,3 +100,23 @@ def test_submitit_queues_a_stopped_training_again(tiny_run: Path, tmp_path: Path
     assert "stopped by SIGUSR1 at step" in log, log
     found, expected = weights(run), weights(whole)
     assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_the_worked_example_is_what_plan_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from transformers import LlamaConfig
+
+    from saeql.pipelines.cli import main
+
+    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    quoted = re.findall(r"```\n\$ saeql plan wide.toml (.*?)\n(.*?)```", text, re.DOTALL)
+    LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192,
+    ).save_pretrained(tmp_path / "llama-8b")  # fmt: skip
+    (tmp_path / "wide.toml").write_text(config.replace("llama-8b", str(tmp_path / "llama-8b")))
+    assert len(quoted) == 2
+    for flags, lines in quoted:
+        main(["plan", str(tmp_path / "wide.toml"), *flags.split()])
+        said = capsys.readouterr().out.splitlines()
+        assert [line for line in lines.splitlines() if line not in said] == []
