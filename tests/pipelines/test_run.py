@@ -218,7 +218,7 @@ def test_ranks_that_have_not_joined_are_refused(tiny_run: Path, tmp_path: Path, 
 
 def test_two_writers_exclude_each_other(tiny_run: Path, tmp_path: Path):
     run = copy_of(tiny_run, tmp_path)
-    with run.locked(), pytest.raises(RunError, match=r"in use by another saeql process \(pid \d+\)"):
+    with run.locked(), pytest.raises(RunError, match=r"in use by another saeql process \(pid \d+ on \S+\)"):
         list(Run.open(run.path).execute(("report",), again=True))
 
 
