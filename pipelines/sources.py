@@ -38,6 +38,9 @@ class ShardSource:
     Kept are positions after the first (`first_positions` keeps those too) whose norm exceeds `norm_limits` nowhere.
     `shuffle_seed` None gives one pass in stored order; a seed gives an endless stream, shuffled by blocks and then by
     rows inside the blocks that are in memory at once: half of `buffer_bytes`, since the next ones are read meanwhile.
+
+    Of `num_ranks` processes with the same arguments each hands out its `rank`'s part of every shuffled batch: together
+    the rows, in the order, of one process alone. So a cursor is good for any number of ranks.
     """
 
     def __init__(
@@ -51,7 +54,10 @@ class ShardSource:
         block_rows: int = 1024,
         buffer_bytes: int = 1_000_000_000,
         device: torch.device | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ):
+        self.rank, self.num_ranks = rank, num_ranks
         self.readers = {name: ShardReader(folder) for name, folder in folders.items()}
         self.first = next(iter(self.readers.values()))
         for name, reader in self.readers.items():
@@ -118,7 +124,8 @@ class ShardSource:
                         # the last, incomplete batch of a group is left out of this epoch; another shuffle picks others
                         while offset + self.batch_tokens <= len(current.order):
                             start, offset = offset, offset + self.batch_tokens
-                            yield current.batch(start, offset, Cursor(epoch, group, offset), self.device)
+                            own = range(start, offset)[self._own_part()]
+                            yield current.batch(own.start, own.stop, Cursor(epoch, group, offset), self.device)
                         num_empty = 0 if offset else num_empty + 1
                         if num_empty > shuffle.num_groups:
                             raise ValueError(
@@ -131,6 +138,11 @@ class ShardSource:
                     stopped.set()
         finally:  # the thread has ended
             self._spare = [current, other]
+
+    def _own_part(self) -> slice:
+        """This rank's rows of a batch."""
+        cuts = [self.batch_tokens * rank // self.num_ranks for rank in (self.rank, self.rank + 1)]
+        return slice(*cuts)
 
     def _group_rows(self) -> int:
         row_bytes = buffered_row_bytes(self._row_bytes)
