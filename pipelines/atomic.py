@@ -15,10 +15,10 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> P
     try:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         if durable:
-            _sync(temporary)
+            sync(temporary)
         temporary.replace(path)
         if durable:
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -44,7 +44,8 @@ def remove_leftovers(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

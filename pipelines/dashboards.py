@@ -84,7 +84,7 @@ def _batch(store: FeatureStore, run: "Run", dictionary: SparseAutoencoder, featu
         # `{these}` names the features of the batch
         these = "dictionary = $name AND feature BETWEEN $first AND $last"
         params = {"name": name, "first": features.start, "last": features.stop - 1, **params}
-        return store.sql(query.format(these=these), params, timeout_seconds=None).to_pylist()
+        return store.trusted_sql(query.format(these=these), params).to_pylist()
 
     rows = {row["feature"]: row for row in ask("SELECT * FROM features WHERE {these}")}
     effects = _grouped(ask("SELECT * FROM logit_effects WHERE {these} ORDER BY feature, rank"))

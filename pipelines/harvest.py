@@ -88,7 +88,7 @@ class HarvestInfo:
 
     def save(self, folder: Path) -> None:
         """Write `harvest.json`, whole or not at all."""
-        write_whole(folder / HARVEST_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(folder / HARVEST_FILE, json.dumps(asdict(self), indent=2) + "\n", durable=True)
 
 
 def open_source(
@@ -180,7 +180,7 @@ class _Job:
     def require_room(self) -> None:
         """Raise OSError where the disk has no room for what `corpus.max_tokens` allows and is not there yet."""
         row_bytes = sum(self.widths.values()) * (2 if self.dtype == "bfloat16" else 4) + 16
-        there = sum(file.stat().st_size for file in self.parts.rglob("*.h5")) if self.corpus.max_tokens else 0
+        there = _shard_bytes(self.parts) if self.corpus.max_tokens else 0
         wanted = sum(tokens for tokens in wanted_tokens(self.corpus, self.config).values() if tokens < math.inf)
         needed, free = wanted * row_bytes - there, shutil.disk_usage(self.folder).free
         if needed > free:
@@ -209,8 +209,8 @@ class _Job:
                     return
                 if not is_waiting:
                     open_parts = len(self.names) - len(done)
-                    what = f"{open_parts} parts" if open_parts else "putting the parts together"
-                    print(f"harvest: {what} left to other processes; waiting for them", file=sys.stderr)
+                    what = f"parts that are not done: {open_parts}" if open_parts else "the parts are put together"
+                    print(f"harvest: waiting for other processes ({what})", file=sys.stderr)
                 is_waiting = True
                 time.sleep(min(2.0, work.expire_seconds / 10))
 
@@ -283,6 +283,16 @@ class _Job:
         merger.write_evidence(evidence, self.lm, {name: info.norm_limit(name) for name in self.widths})
         info.save(self.folder)
         remove_folder(self.parts)
+
+
+def _shard_bytes(folder: Path) -> int:
+    """Bytes of the shards in a folder in which other processes rename and remove things meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):  # leaves out folders that are gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(place, name).stat().st_size if name.endswith(".h5") else 0
+    return total
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from saeql.store.manifest import NewManifest, check_size
 from saeql.store.records import SPLITS, TABLES
 from saeql.store.shards import ShardReader
 
-from .atomic import remove_leftovers
+from .atomic import remove_leftovers, sync
 from .corpus import LEFT_OUT, CorpusConfig, CorpusError, empty_source
 from .harvest_part import HarvestPart
 from .models import LanguageModel
 
+TABLES_OF_HARVEST = ("documents", "windows", "vocabulary", "split_rows")
 _MEDIAN_ROWS = 8192
 
 
@@ -111,7 +112,7 @@ class Merger:
         return float(np.median(np.concatenate(found)[:_MEDIAN_ROWS]))
 
     def write_evidence(self, evidence: Evidence, lm: LanguageModel, norm_limits: Mapping[str, float]) -> None:
-        """Write the tables documents, windows, vocabulary and split_rows, one set in memory at a time."""
+        """Write the tables of a harvest, one set in memory at a time; durable when this returns."""
         if evidence.folder.exists():
             remove_leftovers(evidence.folder)
         documents: dict[str, int] = dict.fromkeys(SPLITS, 0)
@@ -128,6 +129,8 @@ class Merger:
         evidence.write("vocabulary", pa.table({"token_id": ids, "token": lm.token_texts(ids)}))
         rows = [{"split": s, "num_documents": documents[s], **self._row_counts(s, norm_limits)} for s in SPLITS]
         evidence.write("split_rows", pa.Table.from_pylist(rows))
+        for path in (*(evidence.path(table) for table in TABLES_OF_HARVEST), evidence.folder):
+            sync(path)
 
     def _windows(self) -> Iterator[pa.Table]:
         """Windows of every set, by their ids: they are in the shards of any hook point."""

@@ -125,7 +125,17 @@ class HarvestPart:
     def publish(
         self, shards: dict[tuple[str, str], list[Windows]], mark: Mark, dtype: str, attributes: dict[str, Any]
     ) -> None:
-        """Write a set and commit it. Raises OSError for a full disk; the set then does not exist."""
+        """Write a set and commit it. Raises OSError, with the path, for a full disk; the set then does not exist."""
+        try:
+            self._publish(shards, mark, dtype, attributes)
+        except OSError as error:
+            if error.filename is not None or error.errno is None:
+                raise
+            raise OSError(error.errno, f"{error.strerror}, the set was not published", str(self.folder)) from error
+
+    def _publish(
+        self, shards: dict[tuple[str, str], list[Windows]], mark: Mark, dtype: str, attributes: dict[str, Any]
+    ) -> None:
         number, records, num_rows = len(self), [], {}
         for (hook_point, split), windows in shards.items():
             path = self.shard_path(hook_point, split, f"shard-{number:05d}.h5")

@@ -183,17 +183,25 @@ def lens_logits(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """`W_U norm(d)` of decoder rows, block by block: the first feature of a block, and logits [block, tokens].
 
-    Raises ModelError for a model that was loaded without its last layers.
+    The logits are overwritten by the next block. Raises ModelError for a model that was loaded without its last layers.
     """
     lm.require_whole("the logit lens")
     norm, unembed = final_norm(lm.model), lm.model.get_output_embeddings()
     # a crosscoder writes several places of one width side by side; the last of them is nearest to the logits
-    dtype, width = unembed.weight.dtype, unembed.weight.shape[1]
+    (num_tokens, width), dtype = unembed.weight.shape, unembed.weight.dtype
     features = features or range(dictionary.d_sae)
-    block = max(1, LENS_LOGITS // unembed.weight.shape[0])
+    block = max(1, LENS_LOGITS // num_tokens)
+    # new tensors of this size would leave holes in the heap that small ones pin: it grew by 20 MB a block
+    room = torch.empty(min(block, len(features)), num_tokens, device=unembed.weight.device)
+    narrow = torch.empty_like(room, dtype=dtype) if type(unembed) is torch.nn.Linear and unembed.bias is None else None
     for start in range(features.start, features.stop, block):
         rows = dictionary.W_dec[start : min(start + block, features.stop), -width:]
-        yield start, unembed(norm(rows.to(dtype)[None]))[0].float()
+        normed, logits = norm(rows.to(dtype)[None])[0], room[: len(rows)]
+        if narrow is None:
+            logits.copy_(unembed(normed[None])[0])
+        else:
+            logits.copy_(torch.mm(normed, unembed.weight.t(), out=narrow[: len(rows)]))
+        yield start, logits
 
 
 def final_norm(model: Any) -> torch.nn.Module:

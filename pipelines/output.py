@@ -1,18 +1,24 @@
 """What commands print: tables for people, JSON and CSV for programs. Everything goes to stdout."""
 
 import csv
+import io
 import json
+import math
 import sys
 from dataclasses import asdict
-from typing import Any
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from saeql.store.feature_store import Example, FeatureStore
+if TYPE_CHECKING:  # a table of rows needs neither the store's engine nor torch
+    from saeql.store.feature_store import Example, FeatureStore
+    from saeql.store.search import SearchHit
 
-from .steer import Edit
+    from .search import PromptHits
+    from .steer import Edit
 
 _VISIBLE = {"\n": "↵", "\t": "→", "\r": "␍"}
 
@@ -30,21 +36,63 @@ def visible(token: str) -> str:
 def print_records(columns: list[str], rows: list[list[Any]], style: str, *, title: str | None = None) -> None:
     """Print rows as "table", "json" (a list of objects) or "csv" (with a header)."""
     if style == "json":
-        print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], ensure_ascii=False, default=str))
+        sys.stdout.write(json_text(columns, rows))
     elif style == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+        sys.stdout.write(csv_text(columns, rows))
     else:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for n, column in enumerate(columns):
-            numeric = any(isinstance(row[n], int | float) for row in rows)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            numeric = any(isinstance(row[n], int | float | Decimal) for row in rows)
+            table.add_column(Text(visible(column)), justify="right" if numeric else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell(value)) for value in row))
         console().print(table)
         if not rows:
             console().print(Text("(no rows)"))
+
+
+def json_text(columns: list[str], rows: list[list[Any]]) -> str:
+    """One line: a list of objects. What is not finite is null, bytes are hexadecimal, a second column a is a_1."""
+    names: list[str] = []
+    for column in columns:
+        name, n = column, 0
+        while name in names:
+            n += 1
+            name = f"{column}_{n}"
+        names.append(name)
+    return _json([dict(zip(names, row, strict=True)) for row in rows]) + "\n"
+
+
+def csv_text(columns: list[str], rows: list[list[Any]]) -> str:
+    """A header and a line a row; null is empty, lists and structs are JSON."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_json(value) if isinstance(value, list | dict) else _plain(value, float) for value in row])
+    return file.getvalue()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_plain(value, _finite), ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plain(value: Any, number: Any) -> Any:
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, Decimal):  # sums of integers are of 128 bits
+        return int(value) if value == value.to_integral_value() else number(float(value))
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {str(k): _plain(v, number) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, number) for v in value]
+    return value
 
 
 def cell(value: Any) -> str:
@@ -53,6 +101,8 @@ def cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, bytes):
+        return value.hex()
     if isinstance(value, list):
         return " ".join(cell(v) if not isinstance(v, str) else f"[{visible(v)}]" for v in value)
     if isinstance(value, dict):
@@ -60,7 +110,7 @@ def cell(value: Any) -> str:
     return visible(str(value))
 
 
-def highlighted(example: Example) -> Text:
+def highlighted(example: "Example") -> Text:
     """An example's tokens in one line, those on which the feature is active in bold, the peak in colour."""
     text = Text()
     for n, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True), 1):
@@ -69,15 +119,37 @@ def highlighted(example: Example) -> Text:
     return text
 
 
-def marked(example: Example) -> str:
+def marked(example: "Example") -> str:
     """An example's tokens as plain text with the peak in double angle brackets."""
     return "".join(
         f"<<{visible(token)}>>" if n == example.focus else visible(token) for n, token in enumerate(example.tokens, 1)
     )
 
 
+def print_hits(hits: "list[SearchHit]", prompt: "PromptHits | None", *, as_json: bool) -> None:
+    """Print what a search found, and for a text what fires on each token."""
+    if as_json and prompt is not None:
+        tokens = [
+            {"token": token, "features": [asdict(h) for h in own]}
+            for token, own in zip(prompt.tokens, prompt.by_token, strict=True)
+        ]
+        print(json.dumps({"features": [asdict(h) for h in hits], "tokens": tokens}, ensure_ascii=False, default=str))
+        return
+    print_records(
+        ["feature", "score", "label", "kind", "auroc", "density", "matched"],
+        [[h.feature, h.score, h.label, h.kind, h.auroc, h.density, h.matched] for h in hits],
+        "json" if as_json else "table",
+    )
+    if prompt is not None:
+        rows = [
+            [token, "; ".join(f"{h.feature} {h.label} ({h.score:.2f})" for h in own)]
+            for token, own in zip(prompt.tokens, prompt.by_token, strict=True)
+        ]
+        print_records(["token", "features (share of their largest activation)"], rows, "table")
+
+
 def print_feature(
-    store: FeatureStore, feature: int, *, num_examples: int = 5, split: str = "train", as_json: bool = False
+    store: "FeatureStore", feature: int, *, num_examples: int = 5, split: str = "train", as_json: bool = False
 ) -> None:
     """Print one feature with examples, logit effects and neighbours. Raises FeatureNotFound."""
     card = store.feature(feature)
@@ -113,7 +185,7 @@ def print_feature(
         out.print(Text(f"{example.activation:8.2f}  ").append_text(highlighted(example)))
 
 
-def print_steering(change: Edit, prompt: str, baseline: str, steered: str, *, as_json: bool = False) -> None:
+def print_steering(change: "Edit", prompt: str, baseline: str, steered: str, *, as_json: bool = False) -> None:
     """Print a prompt's continuation with and without an edit, side by side."""
     if as_json:
         print(json.dumps({**asdict(change), "prompt": prompt, "baseline": baseline, "steered": steered}))

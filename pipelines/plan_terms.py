@@ -39,8 +39,8 @@ ACTIVATION_PARQUET_BYTES, WINDOW_PARQUET_BYTES, FEATURE_PARQUET_BYTES, VOCABULAR
 STORE_ACTIVATION_BYTES, STORE_FEATURE_BYTES = 10.8, 4200
 #: Working memory of the labeller, measured: per activation, per feature and per token of the vocabulary.
 LABEL_ACTIVATION_BYTES, LABEL_FEATURE_BYTES, LABEL_VOCABULARY_BYTES = 28, 20_000, 2_500
-#: DuckDB while it builds the store, measured; bounded by its memory_limit.
-STORE_BUILD_BYTES, STORE_BUILD_ACTIVATION_BYTES, STORE_MEMORY_LIMIT = 250_000_000, 80, 4_000_000_000
+#: DuckDB and numpy while they build the store, measured; bounded by memory_limit and the chunks of features.
+STORE_BUILD_BYTES, STORE_BUILD_ACTIVATION_BYTES, STORE_MEMORY_LIMIT = 250_000_000, 80, 3_500_000_000
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ class StageTerms:
         build_bytes = STORE_BUILD_BYTES + STORE_BUILD_ACTIVATION_BYTES * self.num_activations
         return [
             *self._process(with_model=False, on_gpu=False),
-            Term("DuckDB", min(STORE_MEMORY_LIMIT, build_bytes), "one sort, measured; spills to disk above 4 GB"),
+            Term("DuckDB", min(STORE_MEMORY_LIMIT, build_bytes), "a sort that spills above 2.5 GB; chunks of features"),
         ]
 
     def store_disk(self) -> list[Term]:

@@ -47,6 +47,7 @@ from .label import label_dictionary
 from .lock import LockedError, hold
 from .models import LanguageModel, ModelIdentity, load_model
 from .progress import progress
+from .provenance import more_evidence, provenance
 from .steer import Steerer
 from .stopping import leave_if_asked
 from .train import STOPPED_FILE, train_dictionaries
@@ -160,8 +161,14 @@ class Run:
         return load_dictionary(self.dictionary_path)
 
     def store(self) -> FeatureStore:
-        """The feature store, opened read-only. Raises StoreError before it is built."""
-        return FeatureStore.open(self.path / "features.duckdb")
+        """The feature store, opened read-only; `features.parquet/` where there is no file.
+
+        Raises StoreError before it is built.
+        """
+        path = self.path / "features.duckdb"
+        if not path.exists() and (self.path / "features.parquet").is_dir():
+            path = self.path / "features.parquet"
+        return FeatureStore.open(path)
 
     def steerer(self, *, allow_mismatch: bool = False) -> Steerer:
         """A steerer over this run's model and dictionary. Raises ModelMismatch where they do not belong together."""
@@ -179,7 +186,7 @@ class Run:
 
     def _max_activations(self) -> dict[int, float]:
         with self.store() as store:
-            table = store.sql("SELECT feature, max_activation FROM features WHERE max_activation > 0")
+            table = store.trusted_sql("SELECT feature, max_activation FROM features WHERE max_activation > 0")
         return dict(zip(table["feature"].to_pylist(), table["max_activation"].to_pylist(), strict=True))
 
     # --- stages --------------------------------------------------------------------------------------------------
@@ -243,17 +250,19 @@ class Run:
         report_to: str = "none",
         truncate: bool = False,
         reshard: bool = False,
+        rebuild: bool = False,
     ) -> None:
         if stage == "train":
             self.train(resume=resume, report_to=report_to, comm=comm, reshard=reshard)
         elif stage == "harvest":
             self.harvest(truncate=truncate, resume=resume)
+        elif stage == "store":
+            self.build_store(rebuild=rebuild)
         else:
             {
                 "index": self.index,
                 "label": self.label,
                 "evaluate": self.evaluate,
-                "store": self.build_store,
                 "report": self.report,
             }[stage]()
 
@@ -331,6 +340,7 @@ class Run:
             self.config.index,
             reads=spec.reads,
         )
+        self.evidence.write("runs", provenance(self.path.name, spec.name, self.config, info, self.evidence))
         density = result.fire_counts["train"] / result.num_rows["train"]
         save_dictionary(dictionary, self.dictionary_path, density=density)
 
@@ -354,12 +364,21 @@ class Run:
             "metrics", metrics_table(spec.name, self.evaluator().metrics(self.dictionary(), spec.places))
         )
 
-    def build_store(self) -> None:
-        """evidence -> features.duckdb, in one build that is published by rename."""
+    def build_store(self, *, rebuild: bool = False) -> list[str]:
+        """evidence -> features.duckdb: what is new is added, published by rename; `rebuild` makes all of it anew.
+
+        Returns what was added.
+        """
+        path, folders = self.path / "features.duckdb", [self.evidence, *more_evidence(self.path)]
         with progress("store", None, "steps") as advance:
-            FeatureStore.build(
-                self.path / "features.duckdb", self.evidence, on_step=lambda _name, done, total: advance.to(done, total)
-            )
+
+            def on_step(_name: str, done: int, total: int) -> None:
+                advance.to(done, total)
+
+            if rebuild:
+                FeatureStore.build(path, folders, on_step=on_step)
+                return ["built anew"]
+            return FeatureStore.sync(path, folders, on_step=on_step)
 
     def report(self) -> None:
         """store -> showcase.json and report.html."""

@@ -41,7 +41,7 @@ def write_run_report(run: "Run", showcase: Showcase) -> None:
             training=[
                 TrainingPoint(m["step"], m["fvu"], m["dead_share"], m["lr"]) for m in read_metrics(run.metrics_path)
             ],
-            densities=store.sql("SELECT density FROM features ORDER BY feature")["density"]
+            densities=store.trusted_sql("SELECT density FROM features ORDER BY feature")["density"]
             .to_numpy()
             .astype(np.float64),
             label_counts=showcase.label_counts,
@@ -84,7 +84,7 @@ def _labels(store: FeatureStore) -> list[LabelledFeature]:
         SELECT feature, label, kind, auroc, auroc_low, auroc_high, n_active, density FROM features
         WHERE kind != 'none' ORDER BY auroc_low DESC, feature LIMIT $num
     """
-    return [LabelledFeature(*row.values()) for row in store.sql(query, {"num": MAX_LABEL_ROWS}).to_pylist()]
+    return [LabelledFeature(*row.values()) for row in store.trusted_sql(query, {"num": MAX_LABEL_ROWS}).to_pylist()]
 
 
 def _detail(store: FeatureStore, row: dict[str, Any]) -> FeatureDetail:

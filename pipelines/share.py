@@ -30,7 +30,11 @@ HASHES_FILE = "hashes.json"
 STORE_FILE = "features.duckdb"
 _SAFE_PATH = re.compile(r"evidence/[A-Za-z0-9_.\-]+(/[A-Za-z0-9_.\-]+)?\.parquet")
 #: Columns in which a local model or text stands with its path.
-_NAMES_PATHS = {"documents": ("source",), "dictionaries": ("model_name", "config")}
+_NAMES_PATHS = {
+    "documents": ("source",),
+    "dictionaries": ("model_name", "config"),
+    "runs": ("corpus", "model_name", "config"),
+}
 _PATH = re.compile(r"(?<![\w./:])/(?:[^/\s\"]+/)+([^/\s\"]*)")
 _CARD_METRICS = ("fvu", "l0", "dead_share", "ce_increase", "ce_recovered")
 

@@ -65,8 +65,8 @@ def make_showcase(run: "Run") -> Showcase:
         features = [
             {**row, "example": asdict(store.examples(row["feature"], limit=1)[0])} for row in chosen_features(store)
         ]
-        table = store.sql(SQL_EXAMPLE)
-        counts = store.sql("SELECT kind, count(*) AS n FROM features GROUP BY kind ORDER BY n DESC")
+        table = store.trusted_sql(SQL_EXAMPLE)
+        counts = store.trusted_sql("SELECT kind, count(*) AS n FROM features GROUP BY kind ORDER BY n DESC")
         showcase = Showcase(
             title=f"{run.spec.name} of {identity.model_name} at {' + '.join(run.spec.reads)}",
             metrics=store.metrics(run.spec.name),
@@ -94,7 +94,7 @@ def chosen_features(store: FeatureStore, num: int = NUM_FEATURES) -> list[dict[s
                   QUALIFY row_number() OVER (PARTITION BY label ORDER BY f1 DESC, feature) = 1))
         ORDER BY place, f1 DESC LIMIT $num
     """
-    return store.sql(query, {"num": num}).to_pylist()
+    return store.trusted_sql(query, {"num": num}).to_pylist()
 
 
 def steering_example(store: FeatureStore, steerer: Steerer) -> dict[str, Any]:
@@ -110,12 +110,12 @@ def steering_example(store: FeatureStore, steerer: Steerer) -> dict[str, Any]:
           AND len([t FOR t IN f.promotes IF len(trim(t)) > 4 AND contains(lower(f.label), lower(trim(t)))]) > 0
         GROUP BY ALL ORDER BY effect DESC, f.feature LIMIT $num
     """
-    candidates = store.sql(query, {"num": NUM_STEERING_CANDIDATES}).to_pylist()
+    candidates = store.trusted_sql(query, {"num": NUM_STEERING_CANDIDATES}).to_pylist()
     if not candidates:
         query = (
             "SELECT feature, label, promotes FROM features WHERE num_documents > 0 ORDER BY max_activation DESC LIMIT 1"
         )
-        candidates = store.sql(query).to_pylist()
+        candidates = store.trusted_sql(query).to_pylist()
     tried = []
     with progress("report", 1 + len(candidates), "texts") as advance:
         baseline = steerer.generate(PROMPT, [])

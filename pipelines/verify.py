@@ -1,7 +1,7 @@
 """Whether the files of a run are what its stages wrote: hashes taken after every stage, and a check of all of them.
 
-Shards have their hashes in their folder's manifest and checkpoints in a file of their own; those of everything else are
-in `hashes.json`.
+Shards have their hashes in their folder's manifest, checkpoints and feature stores in a file of their own; those of
+everything else are in `hashes.json`.
 """
 
 import hashlib
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from saeql.sae.checkpoint import HASHES_FILE as CHECKPOINT_HASHES
+from saeql.store.errors import StoreError
 from saeql.store.integrity import FileHash, find_damage, hash_file
 from saeql.store.manifest import MANIFEST, ShardError, read_manifest, verify_file
+from saeql.store.publish import HASHES_ENDING, find_store_damage
 
 from .atomic import write_whole
 from .harvest_part import PARTS, HarvestPart
@@ -85,7 +87,10 @@ def _versions(run: Path) -> dict[str, tuple[int, int, int]]:
         left_out = ("checkpoints", PARTS) if Path(folder).name == "activations" else ("checkpoints",)
         folders[:] = [name for name in folders if name not in left_out and ".tmp." not in name]
         is_shard_folder = MANIFEST in names
+        stores = {name.removesuffix(HASHES_ENDING) for name in names if name.endswith(HASHES_ENDING)}
         for name in names:
+            if name.removesuffix(HASHES_ENDING) in stores:
+                continue
             path = Path(folder, name)
             if name in _NOT_RECORDED or ".tmp." in name or (is_shard_folder and path.suffix == ".h5"):
                 continue
@@ -107,7 +112,12 @@ class Verification:
 def verify_run(run: Path) -> Verification:
     """Read every file of a run again and compare it with the hash that was taken when it was written."""
     result = Verification()
-    checks = [*_shard_checks(run, result), *_recorded_checks(run, result), *_checkpoint_checks(run, result)]
+    checks = [
+        *_shard_checks(run, result),
+        *_store_checks(run),
+        *_recorded_checks(run, result),
+        *_checkpoint_checks(run, result),
+    ]
     with progress("verify", sum(size for size, _ in checks), "B") as advance:
         for size, check in checks:
             found = check()
@@ -143,6 +153,18 @@ def _shard_damage(folder: Path, record: Any) -> str | None:
     return None
 
 
+def _store_checks(run: Path) -> Iterator[tuple[int, Any]]:
+    def check(path: Path) -> str | None:
+        try:
+            return find_store_damage(path)
+        except StoreError as error:
+            return str(error)
+
+    for hashes in sorted(run.glob(f"*{HASHES_ENDING}")):
+        path = hashes.with_name(hashes.name.removesuffix(HASHES_ENDING))
+        yield path.stat().st_size if path.exists() else 0, lambda path=path: check(path)
+
+
 def _recorded_checks(run: Path, result: Verification) -> Iterator[tuple[int, Any]]:
     try:
         record = HashRecord.load(run)
@@ -157,6 +179,8 @@ def _recorded_checks(run: Path, result: Verification) -> Iterator[tuple[int, Any
         return damage and damage + note
 
     for name, expected in record.files.items():
+        if (run / f"{name}{HASHES_ENDING}").exists():
+            continue  # a store of an older saeql that was upgraded since
         yield expected.bytes, lambda name=name, expected=expected: check(name, expected)
 
 

@@ -34,6 +34,7 @@ from unittest.mock import patch
 import torch
 
 from saeql.pipelines.corpus import CorpusConfig
+from saeql.pipelines.footprint import anonymous_bytes
 from saeql.pipelines.harvest import HarvestConfig, harvest
 from saeql.pipelines.models import LanguageModel, ModelConfig, ModelIdentity, load_model
 from saeql.pipelines.reading import WindowReader
@@ -197,14 +198,6 @@ def tiny_model(folder: Path) -> LanguageModel:
     ).eval()  # fmt: skip
     identity = ModelIdentity("tiny", "0" * 64, "0" * 64, "resid_post.0")
     return LanguageModel(model, tokenizer, identity, torch.device("cpu"))
-
-
-def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this system's /proc/self/status has no RssAnon")
 
 
 def one_memory(tokens: int, folder: Path) -> int:

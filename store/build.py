@@ -1,96 +1,166 @@
-"""One build of the feature store from the Parquet evidence: a temporary file, then a rename.
+"""The feature store from Parquet evidence: built anew, or brought up to date by adding what it does not have yet.
 
-Memory is bounded by `memory_limit`: DuckDB spills the one big sort beside the file, and everything derived from the
-activations is computed over chunks of features of about `CHUNK_ROWS` rows.
+DuckDB's memory is bounded by `memory_limit`, it spills the sort by document beside the file; what numpy holds is
+bounded by chunks of features (`segment.py`). Either way the store is published by one rename (`publish.py`).
 """
 
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
 
-from . import migrations
+from . import migrations, sources
 from .errors import StoreError, one_line
 from .evidence import Evidence
-from .records import TABLES
-from .words import WORDS_OF, stem_table
-
-CHUNK_ROWS = 8_000_000
+from .load import (
+    SMALL_TABLES,
+    TEXT_TABLES,
+    dictionary_names,
+    files,
+    load_dictionary,
+    load_runs,
+    load_small_tables,
+    load_text,
+    next_id,
+)
+from .publish import find_store_damage, writing
+from .query import read_beside
+from .search_index import index_words
+from .segment import derive_segment, load_by_document
 
 OnStep = Callable[[str, int, int], None]
+Step = tuple[str, Callable[[], None]]
 
-#: Evidence that may not exist yet when the store is built.
-OPTIONAL_TABLES = ("labels", "metrics")
-
-_MACROS = f"""
-CREATE OR REPLACE TEMP MACRO words_of(text) AS {WORDS_OF};
-CREATE OR REPLACE TEMP MACRO mix(x) AS xor(x::UBIGINT, x::UBIGINT >> 15) % 2147483647 * 2246822519 % 2147483647;
-CREATE OR REPLACE TEMP MACRO pick_hash(feature, window_id, place) AS
-    mix(mix(feature::UBIGINT * 40503 + window_id::UBIGINT * 2654435761 % 2147483647) + place::UBIGINT * 48271);
-"""
+#: DuckDB's share of the memory; numpy takes about 1 GB beside it.
+MEMORY_LIMIT = "2500MB"
 
 
 def build_store(
     path: str | Path,
-    evidence: Evidence,
+    evidence: Evidence | Sequence[Evidence],
     *,
     threads: int | None = None,
-    memory_limit: str = "4GB",
+    memory_limit: str = MEMORY_LIMIT,
     on_step: OnStep | None = None,
 ) -> Path:
-    """Build the store `path` from `evidence`; an older store there is replaced only by a whole new one.
+    """Build the store `path` from `evidence`, one folder a corpus; an older store is replaced only by a whole new one.
 
     `on_step(name, done, total)` is called as every step begins and once with `done == total`. Raises EvidenceError for
     missing evidence and StoreError for evidence that contradicts itself or that DuckDB cannot read or hold.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    spill = Path(f"{temporary}.spill")
-    _remove_leftovers(path)
-    try:
-        with _connect(temporary, spill, threads, memory_limit) as connection:
-            _Build(connection, evidence, on_step or (lambda name, done, total: None)).run()
-        _publish(temporary, path)
-    except duckdb.Error as error:
-        raise StoreError(f"cannot build {path} from {evidence.folder}: {one_line(error)}") from error
-    finally:
-        _remove(temporary)
+    path, folders = Path(path), _folders(evidence)
+    with (
+        writing(path) as temporary,
+        _explained(path, folders),
+        connect_writer(temporary, threads, memory_limit) as connection,
+    ):
+        _Writer(connection, Path(f"{temporary}.spill")).build(folders, on_step or _no_step)
     return path
 
 
-def _remove(temporary: Path) -> None:
-    """Remove a build's temporary file and what DuckDB puts beside it."""
-    temporary.unlink(missing_ok=True)
-    Path(f"{temporary}.wal").unlink(missing_ok=True)
-    shutil.rmtree(f"{temporary}.spill", ignore_errors=True)
+def sync_store(
+    path: str | Path,
+    evidence: Evidence | Sequence[Evidence],
+    *,
+    threads: int | None = None,
+    memory_limit: str = MEMORY_LIMIT,
+    on_step: OnStep | None = None,
+) -> list[str]:
+    """Bring the store `path` up to date with `evidence` and return what was done, [] where it was.
 
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what killed builds of `path` on this machine left; builds that still run keep theirs."""
-    name = re.compile(rf"{re.escape(path.name)}\.tmp\.(\d+)")
-    for file in list(path.parent.iterdir()):
-        found = name.match(file.name)
-        if found is not None and not _is_running(int(found.group(1))):
-            _remove(path.with_name(found.group(0)))
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    What is new is added: corpora, dictionaries, labels and other small tables. A store that is missing, damaged, or
+    whose text or activations have changed is built anew.
+    """
+    path, folders = Path(path), _folders(evidence)
+    reason = _why_anew(path, folders)
+    if reason is not None:
+        build_store(path, folders, threads=threads, memory_limit=memory_limit, on_step=on_step)
+        return [f"built anew: {reason}"]
+    with writing_if_needed(path, folders) as temporary, _explained(path, folders):
+        if temporary is None:
+            return []
+        with connect_writer(temporary, threads, memory_limit) as connection:
+            return _Writer(connection, Path(f"{temporary}.spill")).update(folders, on_step or _no_step)
 
 
 @contextmanager
-def _connect(file: Path, spill: Path, threads: int | None, memory_limit: str) -> Iterator[duckdb.DuckDBPyConnection]:
+def writing_if_needed(path: Path, folders: Sequence[Evidence]) -> Iterator[Path | None]:
+    """`writing` on a copy of the store, or None where the store has all of `folders`."""
+    if _pending(path, folders):
+        with writing(path, from_previous=True) as temporary:
+            yield temporary
+    else:
+        yield None
+
+
+def upgrade_store(path: str | Path, *, threads: int | None = None, memory_limit: str = MEMORY_LIMIT) -> list[str]:
+    """Bring a store of an older saeql to this schema, on a copy; returns the names of the migrations applied.
+
+    Raises StoreError for a newer store, and where the file cannot be upgraded.
+    """
+    path = Path(path)
+    try:
+        with (
+            writing(path, from_previous=True) as temporary,
+            connect_writer(temporary, threads, memory_limit) as connection,
+        ):
+            applied = migrations.apply(connection)
+            if applied:
+                _Writer(connection, Path(f"{temporary}.spill")).derive_new()
+            return [step.name for step in applied]
+    except duckdb.Error as error:
+        raise StoreError(
+            f"cannot upgrade {path}, rebuild it with `saeql index --rebuild`: {one_line(error)}"
+        ) from error
+
+
+def _folders(evidence: Evidence | Sequence[Evidence]) -> list[Evidence]:
+    return [evidence] if isinstance(evidence, Evidence) else list(evidence)
+
+
+def _no_step(name: str, done: int, total: int) -> None:
+    pass
+
+
+@contextmanager
+def _explained(path: Path, folders: Sequence[Evidence]) -> Iterator[None]:
+    try:
+        yield
+    except duckdb.Error as error:
+        names = ", ".join(str(f.folder) for f in folders)
+        raise StoreError(f"cannot build {path} from {names}: {one_line(error)}") from error
+
+
+def _why_anew(path: Path, folders: Sequence[Evidence]) -> str | None:
+    """Why the store cannot be brought up to date by adding to it; None where it can."""
+    if not path.exists():
+        return "there was none"
+    damage = find_store_damage(path)
+    if damage:
+        return damage
+    try:
+        with read_beside(path) as connection:
+            have = migrations.applied_version(connection)
+            migrations.check_not_newer(have, migrations.schema_version(), str(path))
+            if have < migrations.schema_version():
+                return f"it had schema version {have}"
+            return sources.contradiction(connection, folders)
+    except duckdb.Error as error:
+        return one_line(error)
+
+
+def _pending(path: Path, folders: Sequence[Evidence]) -> bool:
+    with read_beside(path) as connection:
+        plans = [sources.missing(connection, folder) for folder in folders]
+    return any(plan.text or plan.dictionaries or plan.tables for plan in plans)
+
+
+@contextmanager
+def connect_writer(file: Path, threads: int | None, memory_limit: str) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The one connection to a temporary file, with what it spills beside it; checkpointed at the end."""
+    spill = Path(f"{file}.spill")
     config: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": memory_limit,
         "temp_directory": str(spill),
@@ -104,220 +174,151 @@ def _connect(file: Path, spill: Path, threads: int | None, memory_limit: str) ->
     try:
         connection.execute("SET enable_progress_bar = false")
         yield connection
+        connection.execute("CHECKPOINT")
     finally:
         connection.close()
 
 
-def _publish(temporary: Path, path: Path) -> None:
-    """Make the bytes durable, then the name."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+class _Writer:
+    """The steps of one build or update, in order, on one connection."""
 
+    def __init__(self, connection: duckdb.DuckDBPyConnection, spool: Path):
+        self.connection, self.spool = connection, spool
 
-def _columns(table: str) -> str:
-    return ", ".join(TABLES[table].names)
-
-
-class _Build:
-    """The steps of one build, in order, on one connection."""
-
-    def __init__(self, connection: duckdb.DuckDBPyConnection, evidence: Evidence, on_step: OnStep):
-        self.connection = connection
-        self.evidence = evidence
-        self.on_step = on_step
-
-    def run(self) -> None:
-        steps = [
-            ("schema", self.create_schema),
-            ("tables", self.load_small_tables),
-            ("activations", self.load_activations),
-            ("statistics and examples", self.derive_features),
-            ("search", self.derive_search),
-            ("checkpoint", lambda: self.execute("CHECKPOINT")),
-        ]
-        for done, (name, step) in enumerate(steps):
-            self.on_step(name, done, len(steps))
-            step()
-        self.on_step("done", len(steps), len(steps))
-
-    def execute(self, sql: str, params: Mapping[str, object] | None = None) -> None:
-        self.connection.execute(sql, dict(params)) if params else self.connection.execute(sql)
-
-    def rows(self, sql: str) -> list[tuple]:
-        return self.connection.execute(sql).fetchall()
-
-    def files(self, table: str) -> list[str]:
-        return [str(file) for file in self.evidence.files(table)]
-
-    def create_schema(self) -> None:
+    def build(self, folders: Sequence[Evidence], on_step: OnStep) -> None:
+        """All of `folders` into an empty file."""
         migrations.apply(self.connection)
-        self.execute(_MACROS)
+        self.update(folders, on_step)
 
-    def load_small_tables(self) -> None:
+    def update(self, folders: Sequence[Evidence], on_step: OnStep) -> list[str]:
+        """What the file does not have of `folders`; returns what was done."""
+        done: list[str] = []
+        steps: list[Step] = []
+        planned: dict[frozenset, set[str]] = {}  # by text: dictionaries that a folder before brings in
+        for folder in folders:
+            plan, text = sources.missing(self.connection, folder), sources.text_key(folder)
+            plan.text = plan.text and text not in planned
+            before = planned.setdefault(text, set())
+            plan.dictionaries = [name for name in plan.dictionaries if name not in before]
+            before.update(plan.dictionaries)
+            steps += self.steps(folder, plan)
+            done += [*(["text"] if plan.text else []), *plan.dictionaries, *([] if plan.dictionaries else plan.tables)]
+        steps.append(("sources", lambda: self.note_sources(folders)))
+        steps.append(("checkpoint", lambda: self.execute("CHECKPOINT")))
+        for number, (name, step) in enumerate(steps):
+            on_step(name, number, len(steps))
+            step()
+        on_step("done", len(steps), len(steps))
+        return done
+
+    def execute(self, sql: str, params: dict | None = None) -> None:
+        self.connection.execute(sql, params) if params else self.connection.execute(sql)
+
+    def steps(self, evidence: Evidence, plan: sources.Missing) -> Iterator[Step]:
+        """Steps for what is missing of a folder. Ids are looked up when a step runs: earlier steps make them."""
+        if plan.text:
+            yield "text", lambda: self.add_text(evidence)
+        for name in plan.dictionaries:
+            yield "tables", lambda name=name: self.add_dictionary(evidence, name)
+            yield "activations", lambda name=name: self.add_activations(evidence, name)
+            yield "statistics and examples", lambda name=name: self.derive(evidence, name)
+        stale = sorted(set(plan.tables) - {"runs"})
+        stored = [n for n in dictionary_names(self.connection, evidence) if n not in plan.dictionaries]
+        if stale and stored:
+            yield "tables", lambda: self.replace_tables(evidence, stored, stale)
+        searched = [*plan.dictionaries, *(stored if set(stale) & {"labels", "logit_effects"} else [])]
+        if searched:
+            yield "search", lambda: self.index_search(searched)
+
+    def add_text(self, evidence: Evidence) -> None:
+        corpus_id = load_text(self.connection, evidence)
+        sources.note(self.connection, evidence, corpus_id, TEXT_TABLES)
+
+    def add_dictionary(self, evidence: Evidence, name: str) -> None:
+        corpus_id = sources.corpus_of(self.connection, evidence)
+        assert corpus_id is not None
+        dictionary_id = load_dictionary(self.connection, evidence, name, corpus_id)
+        segment_id = next_id(self.connection, "evidence.segments", "segment_id")
+        self.execute(f"INSERT INTO evidence.segments VALUES ({segment_id}, {dictionary_id}, {corpus_id}, 0)")
+        load_small_tables(self.connection, evidence, [name], list(SMALL_TABLES))
+        self.derive_logits([name])
+
+    def segment(self, evidence: Evidence, name: str) -> tuple[int, int]:
+        """(segment id, first window of its corpus)."""
+        corpus_id = sources.corpus_of(self.connection, evidence)
+        return self.connection.execute(
+            "SELECT g.segment_id, c.first_window FROM evidence.segments g JOIN evidence.corpora c USING (corpus_id) "
+            "JOIN evidence.dictionaries d USING (dictionary_id) WHERE c.corpus_id = $corpus AND d.dictionary = $name",
+            {"corpus": corpus_id, "name": name},
+        ).fetchall()[0]
+
+    def add_activations(self, evidence: Evidence, name: str) -> None:
+        given = self.connection.execute(
+            "SELECT count(*) FROM read_parquet($f) WHERE NOT list_contains($names, dictionary)",
+            {"f": files(evidence, "activations"), "names": dictionary_names(self.connection, evidence)},
+        ).fetchall()[0][0]
+        if given:
+            raise StoreError(f"{given} activations belong to no dictionary of the evidence: index again")
+        segment_id, first_window = self.segment(evidence, name)
+        load_by_document(self.connection, evidence, segment_id, name, first_window)
+
+    def derive(self, evidence: Evidence, name: str) -> None:
+        segment_id, _ = self.segment(evidence, name)
+        try:
+            derive_segment(self.connection, segment_id, self.spool / f"segment-{segment_id}")
+        finally:
+            shutil.rmtree(self.spool / f"segment-{segment_id}", ignore_errors=True)
         self.execute(
-            "INSERT INTO evidence.dictionaries BY NAME "
-            f"SELECT file_row_number AS dictionary_id, {_columns('dictionaries')} "
-            "FROM read_parquet($files, file_row_number = true)",
-            {"files": self.files("dictionaries")},
-        )
-        for table in ("documents", "vocabulary", "split_rows"):
-            self.execute(
-                f"INSERT INTO evidence.{table} BY NAME SELECT {_columns(table)} FROM read_parquet($files)",
-                {"files": self.files(table)},
-            )
-        for table in ("logit_effects", "neighbours", *OPTIONAL_TABLES):
-            if table not in OPTIONAL_TABLES or self.evidence.has(table):
-                self.load_by_dictionary(table)
-        windows = {"files": self.files("windows")}
-        self.execute(
-            """
-            INSERT INTO evidence.tokens
-            SELECT window_id, generate_subscripts(token_ids, 1) - 1, unnest(token_ids), unnest(document_ids)
-            FROM read_parquet($files) ORDER BY window_id
-            """,
-            windows,
-        )
-        self.execute(
-            """
-            INSERT INTO evidence.windows
-            SELECT w.window_id, w.split, w.token_ids, w.document_ids, t.tokens
-            FROM read_parquet($files) w
-            JOIN (
-                SELECT window_id, list(coalesce(token, '') ORDER BY position) AS tokens
-                FROM evidence.tokens LEFT JOIN evidence.vocabulary USING (token_id) GROUP BY window_id
-            ) t USING (window_id)
-            ORDER BY window_id
-            """,
-            windows,
+            "UPDATE evidence.segments SET num_activations = "
+            f"(SELECT count(*) FROM evidence.activations_by_feature WHERE segment_id = {segment_id}) "
+            f"WHERE segment_id = {segment_id}"
         )
 
-    def load_by_dictionary(self, table: str) -> None:
-        """Copy a small evidence table, ordered by feature where it has one."""
-        order = "feature" if table != "metrics" else "split, metric"
-        extra = ", rank" if table in ("logit_effects", "neighbours") else ""
+    def derive_new(self) -> None:
+        """What an upgraded store does not have: co-activation and the word index of this schema."""
+        for (dictionary_id,) in self.connection.execute("SELECT dictionary_id FROM evidence.dictionaries").fetchall():
+            index_words(self.connection, dictionary_id)
+        for (segment_id,) in self.connection.execute("SELECT segment_id FROM evidence.segments").fetchall():
+            try:
+                derive_segment(self.connection, segment_id, self.spool / "cofirings", only_cofirings=True)
+            finally:
+                shutil.rmtree(self.spool / "cofirings", ignore_errors=True)
+
+    def replace_tables(self, evidence: Evidence, names: Sequence[str], tables: Sequence[str]) -> None:
+        load_small_tables(self.connection, evidence, names, tables)
+        if "logit_effects" in tables:
+            self.derive_logits(names)
+
+    def derive_logits(self, names: Sequence[str]) -> None:
+        ids = "SELECT dictionary_id FROM evidence.dictionaries WHERE list_contains($names, dictionary)"
+        params = {"names": list(names)}
+        self.execute(f"DELETE FROM derived.feature_logits WHERE dictionary_id IN ({ids})", params)
         self.execute(
             f"""
-            INSERT INTO evidence.{table} BY NAME
-            SELECT dictionary_id, e.* EXCLUDE (dictionary)
-            FROM (SELECT {_columns(table)} FROM read_parquet($files)) e
-            JOIN (SELECT dictionary, dictionary_id FROM evidence.dictionaries) USING (dictionary)
-            ORDER BY dictionary_id, {order}{extra}
-            """,
-            {"files": self.files(table)},
-        )
-
-    def load_activations(self) -> None:
-        """The one big sort."""
-        self.execute(
-            """
-            INSERT INTO evidence.activations
-            SELECT d.dictionary_id, a.feature, a.split, a.window_id, a.position, a.token_id, t.document_id, a.activation
-            FROM read_parquet($files) a
-            JOIN (SELECT dictionary, dictionary_id FROM evidence.dictionaries) d USING (dictionary)
-            LEFT JOIN (SELECT window_id, position, document_id FROM evidence.tokens) t USING (window_id, position)
-            ORDER BY d.dictionary_id, a.feature, a.split, a.activation DESC, a.window_id, a.position
-            """,
-            {"files": self.files("activations")},
-        )
-        self.execute(
-            """
-            INSERT INTO derived.row_groups
-            SELECT dictionary_id, feature, split, min(rowid), count(*)
-            FROM evidence.activations GROUP BY dictionary_id, feature, split ORDER BY dictionary_id, feature, split
-            """
-        )
-        self.check_activations()
-
-    def check_activations(self) -> None:
-        """Raises StoreError for a dictionary, window or feature that the other evidence does not have."""
-        stored = self.rows("SELECT count(*) FROM evidence.activations")[0][0]
-        given = self.connection.execute(
-            "SELECT count(*) FROM read_parquet($f)", {"f": self.files("activations")}
-        ).fetchall()
-        if given[0][0] != stored:
-            raise StoreError(f"{given[0][0] - stored} activations belong to no dictionary of the evidence: index again")
-        lost = self.rows("SELECT count(*), min(window_id) FROM evidence.activations WHERE document_id IS NULL")[0]
-        if lost[0]:
-            raise StoreError(f"{lost[0]} activations lie outside the windows, first in window {lost[1]}: index again")
-        outside = self.rows(
-            "SELECT d.dictionary, g.feature, d.d_sae FROM derived.row_groups g "
-            "JOIN evidence.dictionaries d USING (dictionary_id) WHERE g.feature NOT BETWEEN 0 AND d.d_sae - 1 LIMIT 1"
-        )
-        if outside:
-            name, feature, d_sae = outside[0]
-            raise StoreError(f"an activation of {name} names feature {feature}, it has {d_sae}: index again")
-        total, groups = self.rows("SELECT sum(num_activations), count(*) FROM derived.row_groups")[0]
-        scattered = self.rows(
-            "SELECT count(*) FROM derived.row_groups a POSITIONAL JOIN "
-            "(SELECT first_row AS next_row FROM derived.row_groups OFFSET 1) b "
-            "WHERE b.next_row <> a.first_row + a.num_activations"
-        )[0][0]
-        assert not scattered, f"{scattered} of {groups} groups of {total} activations are not contiguous"
-
-    def derive_features(self) -> None:
-        self.execute(
-            """
             INSERT INTO derived.feature_logits
             SELECT g.dictionary_id, g.feature, list(v.token ORDER BY g.rank) FILTER (g.direction = 'promoted'),
                    list(v.token ORDER BY g.rank) FILTER (g.direction = 'suppressed')
-            FROM evidence.logit_effects g JOIN evidence.vocabulary v USING (token_id)
+            FROM evidence.logit_effects g
+            JOIN evidence.dictionaries d USING (dictionary_id)
+            JOIN evidence.models m USING (model_id)
+            JOIN evidence.vocabulary v ON v.token_id = g.token_id AND v.vocabulary_id = m.vocabulary_id
+            WHERE g.dictionary_id IN ({ids})
             GROUP BY g.dictionary_id, g.feature ORDER BY g.dictionary_id, g.feature
-            """
+            """,
+            params,
         )
-        statistics, examples = migrations.sql_text("derive_stats"), migrations.sql_text("derive_examples")
-        for dictionary_id, first, last in self.chunks():
-            where = f"dictionary_id = {dictionary_id} AND feature BETWEEN {first} AND {last}"
-            self.execute(
-                f"""
-                CREATE OR REPLACE TEMP VIEW chunk AS SELECT rowid AS row_id, * FROM evidence.activations WHERE {where};
-                CREATE OR REPLACE TEMP VIEW chunk_features AS
-                SELECT {dictionary_id}::USMALLINT AS dictionary_id, f::INTEGER AS feature
-                FROM range({first}, {last + 1}) r(f);
-                """
-            )
-            self.execute(statistics)
-            self.execute(examples)
-        self.execute("DROP VIEW IF EXISTS chunk; DROP VIEW IF EXISTS chunk_features")
 
-    def chunks(self) -> list[tuple[int, int, int]]:
-        """(dictionary_id, first feature, last feature) of every chunk, all features covered, in order."""
-        chunks: list[tuple[int, int, int]] = []
-        for dictionary_id, d_sae in self.rows("SELECT dictionary_id, d_sae FROM evidence.dictionaries ORDER BY 1"):
-            counts = self.rows(
-                "SELECT feature, sum(num_activations)::BIGINT FROM derived.row_groups "
-                f"WHERE dictionary_id = {dictionary_id} GROUP BY feature ORDER BY feature"
-            )
-            first, filled = 0, 0
-            for feature, count in counts:
-                if filled and filled + count > CHUNK_ROWS:
-                    chunks.append((dictionary_id, first, feature - 1))
-                    first, filled = feature, 0
-                filled += count
-            chunks.append((dictionary_id, first, d_sae - 1))
-        return chunks
+    def index_search(self, names: Sequence[str]) -> None:
+        for (dictionary_id,) in self.connection.execute(
+            "SELECT dictionary_id FROM evidence.dictionaries WHERE list_contains($names, dictionary)",
+            {"names": list(names)},
+        ).fetchall():
+            index_words(self.connection, dictionary_id)
 
-    def derive_search(self) -> None:
-        self.execute(migrations.sql_text("derive_search"))
-        words = [row[0] for row in self.rows("SELECT DISTINCT word FROM feature_words ORDER BY word")]
-        self.connection.register("stems", stem_table(words))
-        self.execute(
-            """
-            INSERT INTO derived.search_postings
-            SELECT term, dictionary_id, feature, field, word, weight FROM feature_words JOIN stems USING (word)
-            ORDER BY term, dictionary_id, feature, field, word;
-            INSERT INTO derived.search_features
-            SELECT dictionary_id, feature, sum(weight) FROM derived.search_postings
-            GROUP BY dictionary_id, feature ORDER BY dictionary_id, feature;
-            INSERT INTO derived.search_terms
-            SELECT term, dictionary_id, count(DISTINCT feature) FROM derived.search_postings
-            GROUP BY term, dictionary_id ORDER BY term, dictionary_id;
-            DROP TABLE feature_words;
-            """
-        )
-        self.connection.unregister("stems")
+    def note_sources(self, folders: Sequence[Evidence]) -> None:
+        for evidence in folders:
+            corpus_id = sources.corpus_of(self.connection, evidence)
+            assert corpus_id is not None
+            load_runs(self.connection, evidence, corpus_id)
+            sources.note(self.connection, evidence, corpus_id, sources.ALL)
+        sources.forget(self.connection, folders)

@@ -5,6 +5,10 @@ class StoreError(ValueError):
     """A feature store that cannot be built, opened or read."""
 
 
+class OldStoreError(StoreError):
+    """A store of an older schema version, which can be upgraded."""
+
+
 class SQLError(StoreError):
     """A statement that DuckDB refused, that would write, or that ran too long."""
 

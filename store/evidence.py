@@ -1,5 +1,6 @@
-"""The evidence folder: one Parquet file a table (`records.TABLES`), `activations` in parts for many ranks to write.
+"""The evidence folder: a table (`records.TABLES`) is one Parquet file, or a folder of parts that many ranks write.
 
+`<table>.parquet` and all of `<table>/*.parquet` together are the table.
 Every file is written under a temporary name and renamed, so a file that exists is whole.
 """
 
@@ -50,7 +51,7 @@ class Evidence:
     def files(self, table: str) -> list[Path]:
         """The table's files in name order. Raises EvidenceError where there is none."""
         single = self.path(table)
-        found = [single] if single.exists() else sorted((self.folder / table).glob("*.parquet"))
+        found = [*([single] if single.exists() else []), *sorted((self.folder / table).glob("*.parquet"))]
         if not found:
             raise EvidenceError(f"{self.folder} has no evidence table {table!r}: run `saeql index` first")
         return found

@@ -4,33 +4,27 @@ It is built once from the Parquet evidence (`build.py`) and read-only from then 
 `sql/003_views.sql`. A `dictionary` argument of None means the store's first dictionary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakSet
 
+import numpy as np
 import pyarrow as pa
 
-from .build import OnStep, build_store
-from .errors import FeatureNotFound, StoreError
+from .build import MEMORY_LIMIT, OnStep, build_store, sync_store, upgrade_store
+from .cards import Cards
+from .console import DEFAULT_SECONDS, Console
+from .contexts import contexts
+from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
-from .migrations import sql_text
-from .query import Params, connect_read_only, run_statement
-from .words import WORDS_OF, stem
-
-
-@dataclass(frozen=True)
-class SearchHit:
-    """A feature that a search found; `score` is BM25, larger is better, comparable within one search only."""
-
-    dictionary: str
-    feature: int
-    score: float
-    label: str
-    kind: str
-    auroc: float | None
-    density: float
-    matched: dict[str, list[str]]  # field ('label', 'activates', 'promotes') -> words found in it
+from .frames import as_frame
+from .parquet_store import connect_parquet, is_parquet_store
+from .query import Params, connect_read_only, own_columns, run_own, run_statement
+from .search import METHODS, Scope, Scored, SearchHit, by_words, describe
+from .text_rows import TextRows, read_text_rows
+from .vectors import VectorTable, unit_rows
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,7 @@ class Example:
     window_id: int
     document_id: int
     title: str | None
+    corpus: str
     position: int  # of the peak in the window, from 0
     activation: float
     tokens: list[str]
@@ -68,38 +63,72 @@ class FeatureStore:
         for other in list(FeatureStore._readers):
             if other._file[0] == self._file[0] and other._file != self._file:
                 raise StoreError(f"{path} was rebuilt while this program had it open: close the old reader first")
-        self._connection = connect_read_only(path, memory_limit=memory_limit, threads=threads)
+        self._console = Console(path, memory_limit=memory_limit, threads=threads)  # starts nothing yet
+        connect = connect_parquet if is_parquet_store(path) else connect_read_only
+        self._connection = connect(path, memory_limit=memory_limit, threads=threads)
         try:
             rows = self._rows(
                 "SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id"
+            )
+            segments = self._rows(
+                "SELECT dictionary_id, segment_id, corpus_id, corpus, first_window, num_windows "
+                "FROM evidence.segments JOIN evidence.corpora USING (corpus_id) ORDER BY segment_id"
             )
         except StoreError:
             self._connection.close()
             raise
         self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
+        self._segments = {i: [g for g in segments if g["dictionary_id"] == i] for i, _ in self._known.values()}
+        self._vectors: dict[str, VectorTable] = {}
+        self._texts: dict[int, TextRows] = {}
+        self._cards: dict[int, Cards] = {}
         FeatureStore._readers.add(self)
 
     @classmethod
     def build(
         cls,
         path: str | Path,
-        evidence: Evidence,
+        evidence: Evidence | Sequence[Evidence],
         *,
         threads: int | None = None,
-        memory_limit: str = "4GB",
+        memory_limit: str = MEMORY_LIMIT,
         on_step: OnStep | None = None,
     ) -> Path:
         """Build the store file at `path` from `evidence` and return it; see `build.build_store`."""
         return build_store(path, evidence, threads=threads, memory_limit=memory_limit, on_step=on_step)
 
     @classmethod
+    def sync(
+        cls,
+        path: str | Path,
+        evidence: Evidence | Sequence[Evidence],
+        *,
+        threads: int | None = None,
+        memory_limit: str = MEMORY_LIMIT,
+        on_step: OnStep | None = None,
+    ) -> list[str]:
+        """Add to the store at `path` what it lacks of `evidence` and return what was done; see `build.sync_store`."""
+        return sync_store(path, evidence, threads=threads, memory_limit=memory_limit, on_step=on_step)
+
+    @classmethod
     def open(cls, path: str | Path, *, memory_limit: str = "2GB", threads: int | None = None) -> "FeatureStore":
-        """Open a store read-only. Raises StoreError for a file that is missing, damaged, no store, or newer."""
-        return cls(Path(path), memory_limit, threads)
+        """Open a store read-only; one of an older saeql is brought to this one's schema first, on a copy.
+
+        `path` may also be a folder of `write_parquet`: the same SQL.
+        Raises StoreError for a file that is missing, damaged, no store, or newer.
+        """
+        try:
+            return cls(Path(path), memory_limit, threads)
+        except OldStoreError:
+            if is_parquet_store(Path(path)):
+                raise
+            upgrade_store(path, threads=threads, memory_limit=memory_limit)
+            return cls(Path(path), memory_limit, threads)
 
     def close(self) -> None:
         """Let go of the file."""
         FeatureStore._readers.discard(self)
+        self._console.close()
         self._connection.close()
 
     def __enter__(self) -> "FeatureStore":
@@ -109,36 +138,112 @@ class FeatureStore:
         self.close()
 
     def sql(
-        self, query: str, params: Params = None, *, max_rows: int | None = None, timeout_seconds: float | None = 30
+        self,
+        query: str,
+        params: Params = None,
+        *,
+        max_rows: int | None = None,
+        timeout_seconds: float = DEFAULT_SECONDS,
     ) -> pa.Table:
-        """Rows of one SQL statement over the views; it cannot write. Raises SQLError with a one-line message.
+        """Rows of one SQL statement over the views, whoever wrote it: it runs in a process of its own that can do
+        nothing but read this store, and is killed at the time limit (see `console.Console`).
 
-        A result cut at `max_rows` has `{b"truncated": b"true"}` in its schema metadata. The time limit stops DuckDB
-        between blocks of rows: one huge scalar call can outlast it, so run statements of strangers in a process of
-        its own.
+        A result cut at `max_rows` has `{b"truncated": b"true"}` in its schema metadata; one beyond 256 MiB is an error.
+        Raises SQLError with a one-line message.
+        """
+        return self._console.sql(query, params, max_rows=max_rows, timeout_seconds=timeout_seconds)
+
+    def frame(self, query: str, library: str = "pandas", params: Params = None, **limits: Any) -> Any:
+        """What `sql` gives, as a DataFrame of "pandas" or "polars". Raises StoreError where that is not installed."""
+        return as_frame(self.sql(query, params, **limits), library)
+
+    def trusted_sql(
+        self, query: str, params: Params = None, *, max_rows: int | None = None, timeout_seconds: float | None = None
+    ) -> pa.Table:
+        """Rows of one SQL statement of this program's own, in this process: faster, and of any size.
+
+        Never for a statement that somebody else wrote a part of: the connection is read-only and locked, but a time
+        limit cannot stop one huge scalar call, memory is this program's, and catalogue functions tell where files lie.
         """
         return run_statement(
             self._connection, self.path, query, params, max_rows=max_rows, timeout_seconds=timeout_seconds
         )
 
     def search(
-        self, text: str, *, limit: int = 10, where: str | None = None, dictionary: str | None = None
+        self,
+        text: str,
+        *,
+        by: str = "words",
+        limit: int = 10,
+        where: str | None = None,
+        dictionary: str | None = None,
     ) -> list[SearchHit]:
-        """Features whose label or tokens have the words of `text`, best first.
+        """Features that belong to `text`, best first, with what matched.
 
-        `where` is a SQL condition over the columns of the view `features`. Raises SQLError for one that does not hold
-        together and StoreError for a text without words.
+        `by` is "words" (in labels, in the tokens they fire on and promote; BM25), "token" (those that fire on this
+        token) or "effect" (those that promote it). `where` is a SQL condition over the columns of the view `features`,
+        whoever wrote it: it runs where `sql` does. Raises SQLError where it is no single condition, and StoreError for
+        a text that cannot be searched for.
         """
+        scope = self._scope(dictionary)
+        if by == "words":
+            found = by_words(self._rows, scope, text, limit if where is None else None)
+        elif by in METHODS:
+            found = METHODS[by](self._rows, scope, text)
+        else:
+            raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
+        return self.hits(found, limit=limit, where=where, dictionary=dictionary)
+
+    def hits(
+        self, found: Sequence[Scored], *, limit: int = 10, where: str | None = None, dictionary: str | None = None
+    ) -> list[SearchHit]:
+        """The first `limit` of scored features that meet `where`, with their labels. Raises SQLError."""
+        scope = self._scope(dictionary)
+        if where is not None:
+            query = f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n)"
+            met = self._console.sql(query, {"dictionary": scope.dictionary}, conditions=[where])
+            allowed = set(met["feature"].to_pylist())
+            found = [f for f in found if f.feature in allowed]
+        return describe(self._cards_of(scope.dictionary_id), scope, found[:limit])
+
+    def _scope(self, dictionary: str | None) -> Scope:
         name, (dictionary_id, _) = self._dictionary(dictionary)
-        words = self._rows(f"SELECT {WORDS_OF} AS words FROM (SELECT $text AS text)", {"text": text})[0]["words"]
-        if not words:
-            raise StoreError(f"nothing to search for in {text!r}: give at least one word")
-        query = sql_text("search").replace("{where}", f"{where or 'true'}\n")
-        found = self.sql(
-            query,
-            {"dictionary_id": dictionary_id, "dictionary": name, "terms": sorted(set(stem(words))), "limit": limit},
-        )
-        return [_search_hit(row) for row in found.to_pylist()]
+        segment = self._segment(dictionary_id)
+        return Scope(name, dictionary_id, segment["segment_id"] if segment else -1)
+
+    def has_embeddings(self) -> bool:
+        """Whether the store has sentence embeddings of labels."""
+        return bool(self._rows("SELECT count(*) > 0 AS found FROM evidence.embeddings")[0]["found"])
+
+    def embedding_width(self, dictionary: str | None = None) -> int:
+        """Length of the label embeddings. Raises StoreError where there are none."""
+        return self._embeddings(dictionary).vectors.shape[1]
+
+    def search_vector(
+        self, vector: np.ndarray, *, limit: int = 10, where: str | None = None, dictionary: str | None = None
+    ) -> list[SearchHit]:
+        """Features whose label's sentence embedding is nearest to an embedded text, by cosine.
+
+        Raises StoreError where the store has no embeddings.
+        """
+        table = self._embeddings(dictionary)
+        found = table.nearest(vector, limit if where is None else len(table.features))
+        scored = [Scored(feature, cosine, {"cosine": [f"{cosine:.3f}"]}) for feature, cosine in found]
+        return self.hits(scored, limit=limit, where=where, dictionary=dictionary)
+
+    def _embeddings(self, dictionary: str | None) -> VectorTable:
+        name, (dictionary_id, _) = self._dictionary(dictionary)
+        if name not in self._vectors:
+            query = (
+                "SELECT feature, vector FROM evidence.embeddings "
+                f"WHERE dictionary_id = {dictionary_id} AND source = 'label' ORDER BY feature"
+            )
+            table = run_statement(self._connection, self.path, query)
+            if table.num_rows == 0:
+                raise StoreError(f"{self.path} has no embeddings of the labels of {name}")
+            rows = np.frombuffer(b"".join(table["vector"].to_pylist()), "<f2").reshape(table.num_rows, -1)
+            self._vectors[name] = unit_rows(table["feature"].to_numpy(), rows)
+        return self._vectors[name]
 
     def feature(self, feature: int, dictionary: str | None = None) -> dict[str, Any]:
         """The feature's row of the view `features`. Raises FeatureNotFound."""
@@ -152,19 +257,75 @@ class FeatureStore:
         split: str = "train",
         kind: str = "top",
         limit: int = 10,
+        corpus: str | None = None,
     ) -> list[Example]:
-        """Examples of a feature, strongest first; kind 'decile' exists on train only. Raises FeatureNotFound."""
-        query = (
-            "SELECT * FROM examples WHERE {this} AND split = $split AND kind = $kind "
-            "ORDER BY decile DESC, rank LIMIT $limit"
+        """Examples of a feature, strongest first; kind 'decile' exists on train only. Raises FeatureNotFound.
+
+        `corpus` is the dictionary's first unless named.
+        """
+        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        segment = self._segment(dictionary_id, corpus)
+        if segment is None:
+            return []
+        rows = self._rows(
+            "SELECT decile, rank, window_id, position, activation, offsets, activations FROM derived.examples "
+            f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND split = $split "
+            "AND kind = $kind ORDER BY decile DESC, rank LIMIT $limit",
+            {"split": split, "kind": kind, "limit": limit},
         )
-        rows = self._of_feature(query, feature, dictionary, split=split, kind=kind, limit=limit)
-        return [Example(**row) for row in rows]
+        found = contexts(self._text(segment["corpus_id"]), self._titles, rows)
+        return [
+            Example(dictionary=name, feature=int(feature), split=split, kind=kind, corpus=segment["corpus"], **row)
+            for row in found
+        ]
 
     def neighbours(self, feature: int, *, dictionary: str | None = None, limit: int = 10) -> list[dict[str, Any]]:
         """Rows of the view `neighbours`, nearest first. Raises FeatureNotFound."""
         query = "SELECT * FROM neighbours WHERE {this} ORDER BY rank LIMIT $limit"
         return self._of_feature(query, feature, dictionary, limit=limit)
+
+    def cofirings(self, feature: int, *, dictionary: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
+        """Features that are active on the same rows, on the dictionary's first corpus, the view `cofirings`.
+
+        Raises FeatureNotFound.
+        """
+        _, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        segment = self._segment(dictionary_id)
+        if segment is None:
+            return []
+        cards = self._cards_of(dictionary_id)
+        rows = self._rows(
+            "SELECT rank, partner, count, num_sampled, pmi FROM derived.cofirings "
+            f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND rank <= $limit ORDER BY rank",
+            {"limit": limit},
+        )
+        return [row | {"partner_label": cards.label(row["partner"])} for row in rows]
+
+    def document_features(
+        self, document_id: int, *, dictionary: str | None = None, limit: int = 50
+    ) -> list[dict[str, Any]]:
+        """Features that fire in a document: how often, how strongly, and that as a share of their largest on train.
+
+        Those nearest to their largest activation come first. Raises FeatureNotFound for a document that is not there.
+        """
+        _, (dictionary_id, _) = self._dictionary(dictionary)
+        rows = self._rows(f"SELECT corpus_id FROM evidence.documents WHERE document_id = {int(document_id)}")
+        if not rows:
+            raise FeatureNotFound(f"{self.path} has no document {document_id}: the view documents lists them")
+        segment = next((g for g in self._segments[dictionary_id] if g["corpus_id"] == rows[0]["corpus_id"]), None)
+        text = self._text(rows[0]["corpus_id"])
+        inside = np.flatnonzero(text.document_ids == document_id)
+        if segment is None or len(inside) == 0:  # none: all of it fell to an incomplete last window
+            return []
+        windows = ", ".join(str(w) for w in np.unique(text.window_ids[inside]))
+        found = own_columns(
+            self._connection,
+            self.path,
+            "SELECT feature, window_id, position, activation FROM evidence.activations_by_document "
+            f"WHERE segment_id = {segment['segment_id']} AND window_id IN ({windows})",
+        )
+        mine = text.document_ids[text.rows(found["window_id"], found["position"])] == document_id
+        return _strongest(self._cards_of(dictionary_id), found["feature"][mine], found["activation"][mine], limit)
 
     def logit_effects(
         self, feature: int, *, dictionary: str | None = None, direction: str | None = None, limit: int = 10
@@ -189,15 +350,45 @@ class FeatureStore:
         return self._rows(query, {"name": name})
 
     def _rows(self, query: str, params: Params = None) -> list[dict[str, Any]]:
-        return run_statement(self._connection, self.path, query, params).to_pylist()
+        return run_own(self._connection, self.path, query, params)
 
     def _of_feature(self, query: str, feature: int, dictionary: str | None, **params: object) -> list[dict[str, Any]]:
         """Rows of `query`, in which `{this}` is the condition that names the feature."""
-        name, (_, d_sae) = self._dictionary(dictionary)
-        if not 0 <= feature < d_sae:
-            raise FeatureNotFound(f"{name} has no feature {feature}: its features are 0 to {d_sae - 1}")
+        name, _ = self._known_feature(feature, dictionary)
         this = "dictionary = $dictionary AND feature = $feature"
         return self._rows(query.format(this=this), {"dictionary": name, "feature": int(feature), **params})
+
+    def _cards_of(self, dictionary_id: int) -> Cards:
+        if dictionary_id not in self._cards:
+            segment = self._segment(dictionary_id)
+            self._cards[dictionary_id] = Cards.read(
+                lambda query: run_statement(self._connection, self.path, query),
+                dictionary_id,
+                segment["segment_id"] if segment else -1,
+            )
+        return self._cards[dictionary_id]
+
+    def _text(self, corpus_id: int) -> TextRows:
+        """A corpus in memory, 20 bytes a token: DuckDB would read lists of all windows to show twenty of them."""
+        if corpus_id not in self._texts:
+            with self._connection.cursor() as cursor:
+                self._texts[corpus_id] = read_text_rows(cursor, corpus_id)
+        return self._texts[corpus_id]
+
+    def _titles(self, document_ids: Sequence[int]) -> dict[int, str | None]:
+        ids = ", ".join(str(i) for i in document_ids)
+        rows = self._rows(f"SELECT document_id, title FROM evidence.documents WHERE document_id IN ({ids})")
+        return {row["document_id"]: row["title"] for row in rows}
+
+    def _segment(self, dictionary_id: int, corpus: str | None = None) -> dict[str, Any] | None:
+        """The dictionary's activations on a corpus, on its first one unless named; None where there are none."""
+        return next((g for g in self._segments[dictionary_id] if corpus in (None, g["corpus"])), None)
+
+    def _known_feature(self, feature: int, dictionary: str | None) -> tuple[str, tuple[int, int]]:
+        name, (dictionary_id, d_sae) = self._dictionary(dictionary)
+        if not 0 <= feature < d_sae:
+            raise FeatureNotFound(f"{name} has no feature {feature}: its features are 0 to {d_sae - 1}")
+        return name, (dictionary_id, d_sae)
 
     def _dictionary(self, dictionary: str | None) -> tuple[str, tuple[int, int]]:
         if not self._known:
@@ -217,10 +408,25 @@ def _identity(path: Path) -> tuple[Path, int, int] | tuple[Path]:
     return where, found.st_dev, found.st_ino
 
 
-def _search_hit(row: dict[str, Any]) -> SearchHit:
-    matched: dict[str, list[str]] = {}
-    for place in row.pop("places"):
-        words = matched.setdefault(place["field"], [])
-        if place["word"] not in words:
-            words.append(place["word"])
-    return SearchHit(matched=matched, **row)
+def _strongest(cards: Cards, features: np.ndarray, activations: np.ndarray, limit: int) -> list[dict[str, Any]]:
+    """Features by their largest of `activations` as a share of their largest on train."""
+    known, place, count = np.unique(features, return_inverse=True, return_counts=True)
+    largest = np.zeros(len(known), np.float32)
+    np.maximum.at(largest, place, activations)
+    rows = cards.rows(known)
+    scale = np.where(rows >= 0, cards.max_activation[rows] if len(cards.max_activation) else 0, 0)
+    share = np.divide(largest, scale, out=np.full(len(known), -1.0), where=scale > 0)
+    found = []
+    for i in np.lexsort((known, -share))[:limit]:
+        card = cards.of(int(known[i])) or {"label": "unexplained", "kind": "none"}
+        found.append(
+            {
+                "feature": int(known[i]),
+                "count": int(count[i]),
+                "max_activation": float(largest[i]),
+                "share_of_largest": float(share[i]) if share[i] >= 0 else None,
+                "label": card["label"],
+                "kind": card["kind"],
+            }
+        )
+    return found

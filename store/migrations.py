@@ -96,7 +96,7 @@ def check_not_newer(have: int, known: int, name: str) -> None:
     if have > known:
         raise StoreError(
             f"{name} has schema version {have}, this saeql knows up to {known}: upgrade saeql, or rebuild the store "
-            "from its evidence with `saeql index`"
+            "from its evidence with `saeql index --rebuild`"
         )
 
 

@@ -138,7 +138,50 @@ METRICS = pa.schema(
     ]
 )
 
-#: Every evidence table by its file stem. ACTIVATIONS is a folder of part files, the others are one file each.
+#: What a label had to show, one row a feature and control.
+RECEIPTS = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("feature", pa.int32()),
+        ("control", pa.string()),  # name of the check
+        ("value", pa.float64()),
+        ("threshold", pa.float64()),
+        ("n", pa.int64()),  # cases it was measured on
+        ("low", pa.float64()),  # 95 % interval, null where there is none
+        ("high", pa.float64()),
+        ("verdict", pa.string()),  # 'passed' | 'failed'
+    ]
+)
+
+#: Sentence embeddings of labels or of evidence: `vector` is float16, little-endian, of norm 1.
+EMBEDDINGS = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("feature", pa.int32()),
+        ("source", pa.string()),  # 'label' | 'evidence'
+        ("model", pa.string()),
+        ("vector", pa.binary()),
+    ]
+)
+
+#: Where a dictionary's evidence comes from, one row a dictionary. `config` is JSON, `indexed` UTC.
+RUNS = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("run", pa.string()),
+        ("corpus", pa.string()),  # name of the text in the store
+        ("model_name", pa.string()),
+        ("model_revision", pa.string()),
+        ("model_sha256", pa.string()),
+        ("tokenizer_sha256", pa.string()),
+        ("dataset_fingerprint", pa.string()),  # SHA-256 over the documents' hashes, in order of document_id
+        ("code_version", pa.string()),
+        ("config", pa.string()),
+        ("indexed", pa.timestamp("ms")),  # Parquet has no seconds
+    ]
+)
+
+#: Every evidence table by its file stem: one file, or a folder of that name with part files of many ranks, or both.
 TABLES: dict[str, pa.Schema] = {
     "documents": DOCUMENTS,
     "windows": WINDOWS,
@@ -150,4 +193,10 @@ TABLES: dict[str, pa.Schema] = {
     "neighbours": NEIGHBOURS,
     "labels": LABELS,
     "metrics": METRICS,
+    "receipts": RECEIPTS,
+    "embeddings": EMBEDDINGS,
+    "runs": RUNS,
 }
+
+#: Evidence that may not exist yet when the store is built.
+OPTIONAL_TABLES = ("labels", "metrics", "receipts", "embeddings", "runs")

@@ -1,6 +1,5 @@
 """Words of a text and their stems, the same for the index and for the query."""
 
-import pyarrow as pa
 import snowballstemmer
 
 #: DuckDB expression: the lower-case words of `text` as VARCHAR[]; a word is a run of letters and digits.
@@ -12,8 +11,3 @@ _STEMMER = snowballstemmer.stemmer("english")
 def stem(words: list[str]) -> list[str]:
     """The term every word is indexed under, one a word."""
     return _STEMMER.stemWords(words)
-
-
-def stem_table(words: list[str]) -> pa.Table:
-    """Columns `word` and `term`."""
-    return pa.table({"word": pa.array(words, pa.string()), "term": pa.array(stem(words), pa.string())})

@@ -1,34 +1,45 @@
 """Commands that ask a finished run: search, show, sql, steer."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from .common import RunPath
 
+if TYPE_CHECKING:
+    from saeql.store.console import Console
+
 
 def search(
     run: RunPath,
-    text: Annotated[str, Parameter(help="Words to look for in labels and in promoted and activating tokens.")],
+    text: Annotated[
+        str | None, Parameter(help="Words to look for in labels and in promoted and activating tokens.")
+    ] = None,
     *,
+    token: Annotated[str | None, Parameter(help='Features that fire on this token, such as " bank".')] = None,
+    effect: Annotated[str | None, Parameter(help="Features that raise the logit of this token.")] = None,
+    prompt: Annotated[str | None, Parameter(help="Features that fire on this text; loads the model.")] = None,
+    like: Annotated[int | None, Parameter(help="Features whose decoder row is nearest to that of this one.")] = None,
+    among: Annotated[
+        str | None, Parameter(help="With --like: another dictionary to look in, a name in the run or a folder or file.")
+    ] = None,
     limit: Annotated[int, Parameter(help="Number of features.")] = 10,
     where: Annotated[str | None, Parameter(help="SQL condition on the view features.")] = None,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
 ) -> None:
-    """Find features by words, best first, with what matched.
+    """Find features by words, token, effect, text or direction, best first, with what matched.
 
     Example: saeql search runs/demo "music" --where "density < 0.01"
     """
-    from ..output import print_records
+    from ..output import print_hits
     from ..run import Run
+    from ..search import find
 
-    with Run.open(run).store() as opened:
-        hits = opened.search(text, limit=limit, where=where)
-    print_records(
-        ["feature", "score", "label", "kind", "auroc", "density", "matched"],
-        [[h.feature, h.score, h.label, h.kind, h.auroc, h.density, h.matched] for h in hits],
-        "json" if json else "table",
-    )
+    opened = Run.open(run)
+    with opened.store() as store:
+        asked = {"words": text, "token": token, "effect": effect, "prompt": prompt, "like": like}
+        print_hits(*find(opened, store, asked, among=among, limit=limit, where=where), as_json=json)
 
 
 def show(
@@ -53,28 +64,97 @@ def show(
 def sql(
     run: RunPath,
     query: Annotated[
-        str,
+        str | None,
         Parameter(
             help="SQL over the views dictionaries, features, examples, documents, labels, "
-            "neighbours, logit_effects, activations, metrics."
+            "neighbours, logit_effects, activations, metrics. Without one, statements are read from stdin."
         ),
-    ],
+    ] = None,
     *,
-    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
-    csv: Annotated[bool, Parameter(help="Print CSV.", negative="")] = False,
-    max_rows: Annotated[int, Parameter(help="Rows to print at most.")] = 1000,
+    file: Annotated[Path | None, Parameter(help="File of statements, each ended by a semicolon.")] = None,
+    format: Annotated[
+        str | None, Parameter(help="table, json, csv, arrow or parquet. Default: what --out says, else table.")
+    ] = None,
+    json: Annotated[bool, Parameter(help="Same as --format json.", negative="")] = False,
+    csv: Annotated[bool, Parameter(help="Same as --format csv.", negative="")] = False,
+    out: Annotated[Path | None, Parameter(help="File to write, .json, .csv, .arrow, .feather or .parquet.")] = None,
+    max_rows: Annotated[
+        int | None, Parameter(help="Rows at most. Default: 1000; all of them for --out, arrow and parquet.")
+    ] = None,
+    timeout: Annotated[float, Parameter(help="Seconds that a statement may take.")] = 30.0,
+    memory: Annotated[str, Parameter(help="Memory that it may take; half of it is the largest result.")] = "2GB",
 ) -> None:
-    """Ask the feature store in SQL. Read-only.
+    """Ask the feature store in SQL. Read-only, in a process of its own that reaches nothing but the store.
 
     Example: saeql sql runs/demo "SELECT feature, label, density FROM features ORDER BY density DESC LIMIT 5"
     """  # fmt: skip
-    from ..output import print_records
+    import sys
+
+    from saeql.store.errors import StoreError
+
+    from ..results import BINARY, chosen_format
+    from .statements import Asker, prompt_of_terminal
+
+    if (json, csv, format is not None).count(True) > 1:
+        raise StoreError("--json, --csv and --format name one format: give one of them")
+    if query is not None and file is not None:
+        raise StoreError("give a query or --file, not both")
+    style = chosen_format("json" if json else "csv" if csv else format, out)
+    if max_rows is None and out is None and style not in BINARY:
+        max_rows = 1000
+    with _console(_store_of(run), memory) as console:
+        asker = Asker(console, style, out, max_rows=max_rows, seconds=timeout)
+        if query is not None:
+            asker.ask(query)
+        elif file is not None:
+            asker.ask_all(_text_of(file))
+        elif sys.stdin.isatty() and sys.stdout.isatty():
+            asker.converse(prompt_of_terminal())
+        else:
+            asker.ask_all(sys.stdin.read())
+
+
+def _store_of(run: Path) -> Path:
+    """The run's store file, or a folder that is a store in Parquet.
+
+    A run without one is told what is missing by the run itself, which is slow to import.
+    """
+    store = run / "features.duckdb"
+    if store.is_file():
+        return store
+    from saeql.store.parquet_store import is_parquet_store
+
+    if is_parquet_store(run):
+        return run
     from ..run import Run
 
-    with Run.open(run).store() as opened:
-        table = opened.sql(query, max_rows=max_rows)
-    rows = [list(row.values()) for row in table.to_pylist()]
-    print_records(table.column_names, rows, "json" if json else "csv" if csv else "table")
+    Run.open(run)
+    return store
+
+
+def _console(store: Path, memory: str) -> "Console":
+    """A started console; a store of an older saeql is brought to this one's schema first, as everywhere."""
+    from saeql.store.console import Console
+    from saeql.store.errors import OldStoreError
+
+    console = Console(store, memory_limit=memory)
+    try:
+        console.start()
+    except OldStoreError:
+        from saeql.store.feature_store import FeatureStore
+
+        FeatureStore.open(store).close()
+        console = Console(store, memory_limit=memory)
+    return console
+
+
+def _text_of(file: Path) -> str:
+    from saeql.store.errors import StoreError
+
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"cannot read {file}: {error}") from error
 
 
 def steer(

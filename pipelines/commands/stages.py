@@ -96,12 +96,22 @@ def _train_sweep(run: Any, comm: Any, options: dict[str, Any]) -> None:
     print(f"report: {run.path / 'sweep' / 'sweep.html'}")
 
 
-def index(run: RunPath) -> None:
+def index(
+    run: RunPath,
+    *,
+    rebuild: Annotated[
+        bool,
+        Parameter(help="Only build features.duckdb anew from the Parquet evidence, damaged or not.", negative=""),
+    ] = False,
+) -> None:
     """Run the dictionary over every split and write Parquet evidence.
 
     Example: saeql index runs/demo
     """
-    run_stage("index", run)
+    if rebuild:
+        run_stage("store", run, rebuild=True)
+    else:
+        run_stage("index", run)
 
 
 def label(run: RunPath) -> None:
@@ -155,12 +165,30 @@ def evaluate(
     print_evaluation(name, places.reads, places.writes, rows, as_json=json)
 
 
-def store(run: RunPath) -> None:
-    """Build features.duckdb from the Parquet evidence.
+def store(
+    run: RunPath,
+    *,
+    add: Annotated[
+        list[Path] | None,
+        Parameter(help="Runs or evidence folders whose dictionaries and texts go into this store too.", negative=""),
+    ] = None,
+    parquet: Annotated[
+        Path | None,
+        Parameter(help="Also write the store to this folder as Parquet, to share or to keep on a bucket.", negative=""),
+    ] = None,
+) -> None:
+    """Bring features.duckdb up to date with the Parquet evidence: what is new is added, what changed is built anew.
 
-    Example: saeql store runs/demo
+    Example: saeql store runs/demo --add runs/other
     """
+    from ..provenance import add_evidence
+
+    add_evidence(run, add or [])
     run_stage("store", run)
+    if parquet is not None:
+        from saeql.store.parquet_store import write_parquet
+
+        write_parquet(run / "features.duckdb", parquet)
 
 
 def report(run: RunPath) -> None:

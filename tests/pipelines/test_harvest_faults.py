@@ -91,18 +91,27 @@ def assert_whole(run: Path, expected: dict[str, bytes]) -> None:
         assert len(set(stored)) == len(stored) and sorted(stored) == sorted(ids)
 
 
+def there(run: Path, pattern: str) -> list[Path]:
+    """Files of a run in which a process renames folders meanwhile."""
+    while True:
+        try:
+            return list(run.glob(pattern))
+        except FileNotFoundError:
+            continue
+
+
 def num_sets(run: Path) -> int:
-    return sum(1 for _ in run.glob("activations/parts/*/commit-*.json"))
+    return len(there(run, "activations/parts/*/commit-*.json"))
 
 
 def moments(run: Path, rng: random.Random) -> list[Callable[[], bool]]:
     """When to kill: as soon as one of these is so, and some milliseconds later."""
     begun, limit, sets = time.monotonic(), rng.uniform(0.05, 4.0), num_sets(run) + rng.randint(1, 12)
     at_end = rng.choice([
-        lambda: any(run.glob("activations/parts/merge.held.*")),
-        lambda: any(run.glob("activations/*/*/manifest.jsonl*")),
+        lambda: bool(there(run, "activations/parts/merge.held.*")),
+        lambda: bool(there(run, "activations/*/*/manifest.jsonl*")),
         lambda: (run / "evidence" / "documents.parquet").exists(),
-        lambda: any(run.glob("evidence/windows.parquet*")),
+        lambda: bool(there(run, "evidence/windows.parquet*")),
         lambda: (run / "activations" / "harvest.json").exists(),
     ])  # fmt: skip
     return [lambda: time.monotonic() - begun > limit, lambda: num_sets(run) >= sets, at_end]
@@ -167,6 +176,26 @@ def test_processes_share_the_parts_and_one_of_them_dies(
     late = start("harvest", run, "--join")
     late.join(60)
     assert late.exitcode == 0 and files(run) == expected_in_parts
+
+
+def test_a_process_that_slept_while_its_part_was_finished_changes_nothing(
+    tmp_path: Path, tiny_config: Path, start: Any, expected_in_parts: dict[str, bytes]
+):
+    run = new_run(tiny_config, tmp_path / "run", **{"harvest.parts": "4"})
+    sleeper = start("harvest", run, "--join", "--lease-seconds", "2")
+    while num_sets(run) < 2:
+        time.sleep(0.001)
+        assert sleeper.is_alive()
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    held = next(run.glob("activations/parts/*.held.*")).name
+    other = start("harvest", run, "--join", "--lease-seconds", "2")
+    other.join(120)
+    assert other.exitcode == 0
+    assert_whole(run, expected_in_parts)
+    os.kill(sleeper.pid, signal.SIGCONT)
+    sleeper.join(60)
+    assert sleeper.exitcode == 0 and held.startswith("0000")
+    assert_whole(run, expected_in_parts)
 
 
 def test_a_killed_worker_s_parts_are_finished_by_a_run_alone(

@@ -36,8 +36,8 @@ def test_a_finished_run_is_whole(run: Path, capsys: pytest.CaptureFixture[str]):
     main(["verify", str(run)])
     out = capsys.readouterr().out
     assert re.fullmatch(r"\d+ files, 0\.\d+ GB: all whole\n", out)
-    on_disk = sum(p.is_file() for p in run.rglob("*")) - 3 - len(list(run.glob("checkpoints/*/hashes.json")))
-    assert int(out.split()[0]) == on_disk  # all but .lock, stages.json and the hashes themselves
+    on_disk = sum(p.is_file() for p in run.rglob("*")) - 4 - len(list(run.glob("checkpoints/*/hashes.json")))
+    assert int(out.split()[0]) == on_disk  # all but .lock, stages.json and the hashes, the store's too
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,6 +81,14 @@ def test_an_interrupted_stage_is_named_and_another_run_of_it_mends(run: Path, tm
     assert "labels.parquet is truncated" in line and "the stage label was interrupted" in line
     list(Run.open(copy).execute(("label",), again=True))
     assert verify_run(copy).damage == []
+
+
+def test_a_store_that_is_rebuilt_outside_of_a_stage_stays_whole(run: Path, tmp_path: Path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    Run.open(copy).build_store(rebuild=True)
+    assert verify_run(copy).damage == [] and verify_run(copy).unrecorded == []
+    (copy / "features.duckdb.hash.json").write_text("{")
+    assert any("hash.json is damaged" in line for line in verify_run(copy).damage)
 
 
 def test_files_without_a_hash_are_listed(run: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,16 +13,22 @@ from saeql.store.feature_store import FeatureStore
 
 _SPEC = importlib.util.spec_from_file_location("store_synthetic", Path(__file__).with_name("synthetic.py"))
 assert _SPEC is not None and _SPEC.loader is not None
-synthetic = importlib.util.module_from_spec(_SPEC)
-sys.modules["store_synthetic"] = synthetic
-_SPEC.loader.exec_module(synthetic)
+_SYNTHETIC = importlib.util.module_from_spec(_SPEC)
+sys.modules["store_synthetic"] = _SYNTHETIC
+_SPEC.loader.exec_module(_SYNTHETIC)
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> Any:
+    """The module that makes evidence."""
+    return _SYNTHETIC
 
 
 @pytest.fixture(scope="session")
 def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     """Two dictionaries of 40 features on 60 windows of 32 tokens."""
-    size = synthetic.Size(dictionaries=("topk", "other"))
-    return synthetic.write(tmp_path_factory.mktemp("evidence"), size)
+    size = _SYNTHETIC.Size(dictionaries=("topk", "other"))
+    return _SYNTHETIC.write(tmp_path_factory.mktemp("evidence"), size)
 
 
 @pytest.fixture(scope="session")
@@ -39,4 +46,10 @@ def store(store_path: Path) -> Iterator[FeatureStore]:
 @pytest.fixture
 def bare_evidence(tmp_path: Path) -> Evidence:
     """One dictionary, no labels and no metrics."""
-    return synthetic.write(tmp_path / "evidence", synthetic.Size(), labels=False, metrics=False)
+    return _SYNTHETIC.write(tmp_path / "evidence", _SYNTHETIC.Size(), labels=False, metrics=False)
+
+
+@pytest.fixture
+def bare_labelled(tmp_path: Path) -> Evidence:
+    """One dictionary with labels, to be changed."""
+    return _SYNTHETIC.write(tmp_path / "evidence", _SYNTHETIC.Size(), metrics=False)

@@ -1,14 +1,20 @@
 """Reading a store: views, search, features, and SQL that must not get through."""
 
 import hashlib
+import math
+import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from saeql.store.errors import FeatureNotFound, SQLError, StoreError
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
+from saeql.store.words import stem
 
 VIEWS = {
     "dictionaries": "dictionary fvu l0 dead_share ce_increase ce_recovered config d_in d_sae k hook_point",
@@ -72,10 +78,12 @@ REFUSED = [
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_have_their_columns_and_a_comment(store: FeatureStore, view: str) -> None:
-    columns = store.sql(f"SELECT * FROM {view} LIMIT 1")
+    columns = store.trusted_sql(f"SELECT * FROM {view} LIMIT 1")
     assert columns.num_rows == 1
     assert set(VIEWS[view].split()) <= set(columns.column_names)
-    assert store.sql("SELECT comment FROM duckdb_views() WHERE view_name = $v", {"v": view})["comment"][0].as_py()
+    assert store.trusted_sql("SELECT comment FROM duckdb_views() WHERE view_name = $v", {"v": view})["comment"][
+        0
+    ].as_py()
 
 
 def test_columns_have_comments(store: FeatureStore) -> None:
@@ -126,6 +134,67 @@ def test_search_filters_and_limits(store: FeatureStore) -> None:
     assert store.search("nosuchwordatall") == []
 
 
+def test_search_scores_are_bm25(store: FeatureStore) -> None:
+    texts: dict[int, Counter] = {}
+    for row in store.sql("SELECT * FROM features WHERE dictionary = 'topk'").to_pylist():
+        counts: Counter = texts.setdefault(row["feature"], Counter())
+        fields = ((4, [row["label"]] if row["kind"] != "none" else []), (2, row["top_tokens"]), (1, row["promotes"]))
+        for weight, parts in fields:
+            for word in re.findall(r"\w+", " ".join(parts).lower()):
+                counts[stem([word])[0]] += weight
+    texts = {f: c for f, c in texts.items() if c}
+    lengths = {f: c.total() for f, c in texts.items()}
+    mean = sum(lengths.values()) / len(lengths)
+    wanted: dict[int, float] = {}
+    for term in stem(["rivers", "token"]):
+        having = [f for f, c in texts.items() if term in c]
+        rarity = math.log(1 + (len(texts) - len(having) + 0.5) / (len(having) + 0.5))
+        for f in having:
+            n = texts[f][term]
+            wanted[f] = wanted.get(f, 0) + rarity * n * 2.2 / (n + 1.2 * (0.25 + 0.75 * lengths[f] / mean))
+    hits = store.search("Rivers token", limit=100)
+    assert {h.feature: h.score for h in hits} == pytest.approx(wanted, abs=0.005)
+
+
+def test_search_by_token(store: FeatureStore) -> None:
+    for text in (" river", "river"):
+        hit = store.search(text, by="token")[0]
+        assert (hit.feature, hit.label) == (3, "rivers and streams") and hit.score > 0.9
+        assert "100% of its own" in hit.matched["fires on [ river]"]
+    assert {h.feature for h in store.search("river", by="token", where="kind = 'none'")}.isdisjoint({3})
+    with pytest.raises(StoreError, match="as one token"):
+        store.search("rivers and streams", by="token")
+
+
+def test_search_by_effect(store: FeatureStore) -> None:
+    hits = store.search("river", by="effect")
+    assert 3 in [h.feature for h in hits] and all("promotes [ river]" in h.matched for h in hits)
+    assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
+    with pytest.raises(StoreError, match="there is words, token, effect"):
+        store.search("river", by="magic")
+
+
+def test_search_by_vector(evidence: Evidence, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((40, 8)).astype("<f2")
+    folder = Evidence(tmp_path / "evidence")
+    for table in ("documents", "windows", "vocabulary", "split_rows", "dictionaries", "activations", "logit_effects"):
+        folder.write(table, evidence.read(table))
+    folder.write("neighbours", evidence.read("neighbours"))
+    rows = [{"dictionary": "topk", "feature": i, "source": "label", "model": "m", "vector": v.tobytes()}
+            for i, v in enumerate(vectors)]  # fmt: skip
+    folder.write("embeddings", pa.Table.from_pylist(rows))
+    with FeatureStore.open(FeatureStore.build(tmp_path / "s.duckdb", folder)) as store:
+        full = vectors.astype(np.float64)
+        full /= np.linalg.norm(full, axis=1, keepdims=True)
+        wanted = np.argsort(-(full @ full[5]))[:4]
+        hits = store.search_vector(vectors[5], limit=4)
+        assert [h.feature for h in hits] == wanted.tolist() and hits[0].score == pytest.approx(1, abs=1e-3)
+        with pytest.raises(StoreError, match="no embeddings of the labels of other"):
+            store.search_vector(vectors[5], dictionary="other")
+        with pytest.raises(StoreError, match="needs 8 numbers"):
+            store.search_vector(vectors[5][:3])
+
+
 def test_search_refuses_nonsense_in_one_line(store: FeatureStore) -> None:
     with pytest.raises(StoreError, match="at least one word"):
         store.search(" ,;! ")
@@ -152,17 +221,17 @@ def test_neighbours_and_logit_effects(store: FeatureStore) -> None:
 
 
 @pytest.mark.parametrize("statement", REFUSED)
-def test_sql_cannot_write_or_escape(store: FeatureStore, store_path: Path, statement: str) -> None:
-    secret_python_variable = store.sql("SELECT 42 AS password")
+def test_the_trusted_connection_cannot_write_or_escape(store: FeatureStore, store_path: Path, statement: str) -> None:
+    secret_python_variable = store.trusted_sql("SELECT 42 AS password")
     before = hashlib.sha256(store_path.read_bytes()).hexdigest()
     files = set(store_path.parent.iterdir())
     with pytest.raises(SQLError) as caught:
-        store.sql(statement)
+        store.trusted_sql(statement)
     assert "\n" not in str(caught.value) and secret_python_variable.num_rows == 1
     assert hashlib.sha256(store_path.read_bytes()).hexdigest() == before
     assert set(store_path.parent.iterdir()) == files
     assert not list(Path("/tmp").glob("saeql-escape*"))
-    assert store.sql("SELECT count(*) AS n FROM features")["n"][0].as_py() == 80
+    assert store.trusted_sql("SELECT count(*) AS n FROM features")["n"][0].as_py() == 80
 
 
 def test_sql_messages_help(store: FeatureStore) -> None:

@@ -31,14 +31,14 @@ def test_statistics_equal_numpy(store: FeatureStore, evidence: Evidence, rows: d
         assert got["num_activations"] == mine.sum()
         assert got["density"] == pytest.approx(mine.sum() / kept[got["split"]])
         if not mine.any():
-            zeros = {k: v for k, v in got.items() if k not in ("dictionary", "feature", "split")}
+            zeros = {k: v for k, v in got.items() if k not in ("dictionary", "corpus", "feature", "split")}
             assert set(zeros.values()) == {0}
             continue
         assert got["mean_activation"] == pytest.approx(values.mean())
         assert got["max_activation"] == pytest.approx(values.max())
         assert [got["p50"], got["p90"], got["p99"]] == pytest.approx(np.quantile(values, [0.5, 0.9, 0.99]), rel=1e-5)
         share = np.unique(tokens, return_counts=True)[1] / len(tokens)
-        assert got["token_entropy"] == pytest.approx(-(share * np.log2(share)).sum(), abs=1e-9)
+        assert got["token_entropy"] == pytest.approx(-(share * np.log2(share)).sum(), abs=1e-5)
         assert got["num_distinct_tokens"] == len(share)
         assert got["num_documents"] == len(np.unique(rows["document_id"][mine]))
 
@@ -115,13 +115,67 @@ def test_build_is_deterministic(store: FeatureStore, evidence: Evidence, tmp_pat
 def test_many_chunks_give_what_one_gives(
     store: FeatureStore, evidence: Evidence, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saeql.store.build.CHUNK_ROWS", 500)
+    monkeypatch.setattr("saeql.store.segment.CHUNK_ROWS", 500)
     again = FeatureStore.build(tmp_path / "again.duckdb", evidence)
     with FeatureStore.open(again) as other:
-        query = "SELECT * FROM examples ORDER BY ALL"
-        assert other.sql(query).equals(store.sql(query))
+        for view in ("examples", "activations", "document_activations", "cofirings"):
+            query = f"SELECT * FROM {view} ORDER BY ALL"
+            assert other.sql(query).equals(store.sql(query))
         for view in ("feature_stats", "features"):
             query = f"SELECT * FROM {view} ORDER BY dictionary, feature{', split' if view == 'feature_stats' else ''}"
             for got, wanted in zip(other.sql(query).to_pylist(), store.sql(query).to_pylist(), strict=True):
                 for name, value in wanted.items():  # means and entropies are sums, whose order threads decide
                     assert got[name] == (pytest.approx(value, abs=1e-12) if isinstance(value, float) else value)
+
+
+def test_both_orders_hold_the_evidence(store: FeatureStore, rows: dict[str, np.ndarray]) -> None:
+    keys = list(zip(rows["window_id"], rows["position"], rows["feature"], rows["activation"], strict=True))
+    by_feature = "SELECT window_id, position, feature, activation, split FROM activations WHERE dictionary = 'topk'"
+    got = store.sql(by_feature).to_pylist()
+    assert sorted(tuple(r.values())[:4] for r in got) == sorted(keys)
+    assert {(r["window_id"], r["split"]) for r in got} == set(zip(rows["window_id"], rows["split"], strict=True))
+    order = [(r["feature"], ("train", "calibration", "test").index(r["split"]), -r["activation"]) for r in got]
+    assert order == sorted(order)
+    query = "SELECT window_id, position, feature, activation FROM document_activations WHERE dictionary = 'topk'"
+    got = [tuple(r.values()) for r in store.sql(query).to_pylist()]
+    assert [g[:3] for g in got] == sorted(g[:3] for g in got) and sorted(got) == sorted(keys)
+
+
+def test_cofirings_of_rare_features_are_exact(tmp_path: Any, synthetic: Any) -> None:
+    evidence = synthetic.write(tmp_path / "evidence", synthetic.Size(features=60, windows=20, activations=3_000))
+    with FeatureStore.open(FeatureStore.build(tmp_path / "s.duckdb", evidence)) as store:
+        got = store.sql("SELECT * FROM cofirings ORDER BY feature, rank").to_pylist()
+    table = evidence.read("activations").to_pydict()
+    of: dict[int, set[tuple[int, int]]] = {f: set() for f in range(60)}
+    for place in zip(table["feature"], table["window_id"], table["position"], strict=True):
+        of[place[0]].add(place[1:])
+    num_rows = len(set().union(*of.values()))
+    rare = [f for f in of if 1 < len(of[f]) <= 64]
+    assert len(rare) > 20
+    for feature in rare:
+        wanted = {}
+        for partner in of:
+            both = len(of[feature] & of[partner])
+            if partner != feature and both > 1:
+                pmi = np.log2(both * num_rows / len(of[feature]) / len(of[partner]))
+                if pmi > 0:
+                    wanted[partner] = (both, pmi)
+        mine = [r for r in got if r["feature"] == feature]
+        assert {r["partner"]: r["count"] for r in mine} == {p: c for p, (c, _) in wanted.items()}
+        for r in mine:
+            assert r["pmi"] == pytest.approx(wanted[r["partner"]][1], abs=0.006) and r["num_sampled"] == len(
+                of[feature]
+            )
+        scores = [wanted[r["partner"]][0] * wanted[r["partner"]][1] for r in mine]
+        assert scores == pytest.approx(sorted(scores, reverse=True))
+        assert [r["rank"] for r in mine] == list(range(1, len(mine) + 1))
+
+
+def test_cofirings_of_frequent_features_are_near(store: FeatureStore, rows: dict[str, np.ndarray]) -> None:
+    place = rows["window_id"].astype(np.int64) * 32 + rows["position"]
+    of = {f: set(place[rows["feature"] == f].tolist()) for f in range(40)}
+    got = store.sql("SELECT * FROM cofirings WHERE dictionary = 'topk' AND num_sampled = 64").to_pylist()
+    assert len(got) > 20
+    for r in got:
+        share = len(of[r["feature"]] & of[r["partner"]]) / len(of[r["feature"]])
+        assert r["count"] / len(of[r["feature"]]) == pytest.approx(share, abs=5 * np.sqrt(share / 64) + 0.02)

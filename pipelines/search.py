@@ -1,0 +1,138 @@
+"""Searching for features with the model or the dictionary at hand: what fires on a text, what points in a direction."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from saeql.sae.config import ConfigError
+from saeql.sae.hooks import capture
+from saeql.store.feature_store import FeatureStore
+from saeql.store.search import Scored, SearchHit
+from saeql.store.vectors import unit_rows
+
+from .find_dictionary import find_dictionary
+
+if TYPE_CHECKING:
+    from .run import Run
+
+#: Tokens named as the reason for a hit.
+MAX_REASONS = 3
+
+
+@dataclass(frozen=True)
+class PromptHits:
+    """What fires on a text: overall, and on each token."""
+
+    hits: list[SearchHit]  # score: largest activation as a share of the feature's largest on train
+    tokens: list[str]
+    by_token: list[list[SearchHit]]  # strongest shares first
+
+
+@torch.no_grad()
+def search_prompt(
+    run: "Run", store: FeatureStore, text: str, *, limit: int = 10, where: str | None = None
+) -> PromptHits:
+    """Features of the run's dictionary that fire on `text`, nearest to their largest train activation first.
+
+    The first position is BOS where the harvest had one, and is left out as it is everywhere.
+    Raises ConfigError for a text without tokens.
+    """
+    lm, dictionary = run.language_model, run.dictionary().to(run.language_model.device)
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ConfigError(f"no tokens in {text!r}: give some text")
+    with capture(lm.model, list(run.spec.reads), lm.device) as reader:
+        acts = reader.run(torch.tensor([[lm.bos_id, *ids]], device=lm.input_device))
+    rows = torch.cat([acts[name][0] for name in run.spec.reads], dim=-1)[1:]  # [T, d_in]
+    latents = dictionary.encode(rows.float())
+    values, indices = latents.values.cpu().numpy(), latents.indices.cpu().numpy()  # [T, k] each
+    largest = _largest_activations(store, run.spec.name, dictionary.d_sae)
+    shares = np.where(values > 0, values / np.maximum(largest[indices], 1e-9), 0)
+    shares[largest[indices] <= 0] = 0
+    tokens = lm.token_texts(ids)
+    best: dict[int, list[tuple[float, int, float]]] = {}
+    for place, feature in zip(*np.nonzero(shares), strict=True):
+        best.setdefault(int(indices[place, feature]), []).append(
+            (float(shares[place, feature]), int(place), float(values[place, feature]))
+        )
+    scored = []
+    for feature, places in best.items():
+        places.sort(reverse=True)
+        why = [f"[{tokens[place]}] {value:.2f}" for _, place, value in places[:MAX_REASONS]]
+        scored.append(Scored(feature, places[0][0], {"fires on": why}))
+    scored.sort(key=lambda s: (-s.score, s.feature))
+    name = run.spec.name
+    by_token = []
+    for place in range(len(tokens)):
+        order = np.argsort(-shares[place], kind="stable")
+        mine = [
+            Scored(int(indices[place, i]), float(shares[place, i]), {"activation": [f"{values[place, i]:.2f}"]})
+            for i in order
+            if shares[place, i] > 0
+        ]
+        by_token.append(store.hits(mine, limit=3, where=where, dictionary=name))
+    return PromptHits(store.hits(scored, limit=limit, where=where, dictionary=name), tokens, by_token)
+
+
+def _largest_activations(store: FeatureStore, name: str, d_sae: int) -> np.ndarray:
+    """[d_sae] largest train activation, 0 where a feature never fired."""
+    table = store.trusted_sql("SELECT feature, max_activation FROM features WHERE dictionary = $name", {"name": name})
+    largest = np.zeros(d_sae)
+    largest[table["feature"].to_numpy()] = table["max_activation"].to_numpy()
+    return largest
+
+
+def search_direction(
+    run: "Run",
+    store: FeatureStore,
+    like: int | np.ndarray,
+    *,
+    among: str | None = None,
+    limit: int = 10,
+    where: str | None = None,
+) -> list[SearchHit]:
+    """Features whose decoder rows are nearest, by cosine, to that of feature `like` of the run, or to a vector [d_out].
+
+    `among` names another dictionary to look in, as `find_dictionary` does; its features have labels where the store
+    has them. Raises ConfigError for a feature that there is not, StoreError for a vector of another length.
+    """
+    dictionary, name = run.dictionary(), run.spec.name
+    vector, itself = like, None
+    if isinstance(like, int):
+        if not 0 <= like < dictionary.d_sae:
+            raise ConfigError(f"{name} has no feature {like}: its features are 0 to {dictionary.d_sae - 1}")
+        vector, itself = dictionary.W_dec[like].detach().float().numpy(), like if among is None else None
+    if among is not None:
+        name, dictionary, _ = find_dictionary(run, among)
+    rows = unit_rows(np.arange(dictionary.d_sae), dictionary.W_dec.detach().float().numpy())
+    known = name in (row["dictionary"] for row in store.dictionaries())
+    found = rows.nearest(np.asarray(vector), dictionary.d_sae if where else limit + 1)
+    scored = [Scored(f, c, {"cosine": [f"{c:.3f}"]}) for f, c in found if f != itself]
+    if known:
+        return store.hits(scored, limit=limit, where=where, dictionary=name)
+    if where:
+        raise ConfigError(f"--where asks the store, which does not have {name}: `saeql store RUN --add` adds it")
+    return [SearchHit(name, s.feature, s.score, "", "", None, float("nan"), s.matched) for s in scored[:limit]]
+
+
+def find(
+    run: "Run", store: FeatureStore, asked: dict[str, Any], *, among: str | None, limit: int, where: str | None
+) -> tuple[list[SearchHit], PromptHits | None]:
+    """What one command line asks for: hits, and for a prompt those of each token.
+
+    `asked` has words, token, effect, prompt and like, all None but one. Raises ConfigError where it is not one.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) != 1:
+        raise ConfigError("search for one thing: words, or one of --token, --effect, --prompt, --like")
+    way, what = next(iter(given.items()))
+    if among is not None and way != "like":
+        raise ConfigError("--among goes with --like")
+    if way == "prompt":
+        found = search_prompt(run, store, what, limit=limit, where=where)
+        return found.hits, found
+    if way == "like":
+        return search_direction(run, store, what, among=among, limit=limit, where=where), None
+    return store.search(what, by=way, limit=limit, where=where), None

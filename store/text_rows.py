@@ -1,0 +1,117 @@
+"""The rows of one corpus as arrays: row r is one position of one window, numbered in the order of the text."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import duckdb
+import numpy as np
+
+from .errors import StoreError
+from .records import SPLITS
+
+#: Visible context of an example, in tokens before and after its peak.
+BEFORE, AFTER = 16, 8
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """What a row number stands for. R rows, W window ids from `first_window` on."""
+
+    first_window: int
+    starts: np.ndarray  # [W + 1] int64: first row of each window
+    window_ids: np.ndarray  # [R] int32
+    positions: np.ndarray  # [R] int16
+    token_ids: np.ndarray  # [R] int32
+    document_ids: np.ndarray  # [R] int32
+    splits: np.ndarray  # [R] int8, index into SPLITS
+    vocabulary: np.ndarray  # [V] object: text of every token id
+    num_kept_rows: np.ndarray  # [S] int64 by split
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.window_ids)
+
+    def rows(self, window_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """[N] int64 row numbers. Raises StoreError for a place that is in no window."""
+        windows = window_ids.astype(np.int64) - self.first_window
+        known = (windows >= 0) & (windows < len(self.starts) - 1)
+        rows = self.starts[np.where(known, windows, 0)] + positions
+        known &= (positions >= 0) & (rows < self.starts[np.where(known, windows + 1, 0)])
+        if not known.all():
+            first = int(window_ids[~known].min()) - self.first_window
+            raise StoreError(
+                f"{(~known).sum()} activations lie outside the windows, first in window {first}: index again"
+            )
+        return rows
+
+    @cached_property
+    def has_whole_documents(self) -> bool:
+        """Whether the rows of every document of a split follow each other, other splits left out."""
+        for split in range(len(SPLITS)):
+            documents = self.document_ids[self.splits == split]
+            if len(documents) and (np.diff(documents) != 0).sum() + 1 != len(np.unique(documents)):
+                return False
+        return True
+
+
+def read_text_rows(connection: duckdb.DuckDBPyConnection, corpus_id: int) -> TextRows:
+    """The rows of a corpus that is loaded."""
+    first, count, vocabulary_id = connection.execute(
+        "SELECT first_window, num_windows, vocabulary_id FROM evidence.corpora WHERE corpus_id = ?", [corpus_id]
+    ).fetchall()[0]
+    tokens = columns(
+        connection,
+        "SELECT window_id, position, token_id, document_id FROM evidence.tokens "
+        f"WHERE window_id BETWEEN {first} AND {first + count - 1} ORDER BY window_id, position",
+    )
+    windows = connection.execute(
+        f"SELECT window_id, split FROM evidence.windows WHERE corpus_id = {corpus_id}"
+    ).fetchall()
+    split_of_window = np.zeros(count, np.int8)
+    for window, split in windows:
+        split_of_window[window - first] = SPLITS.index(split)
+    lengths = np.bincount(tokens["window_id"] - first, minlength=count)
+    kept = dict(
+        connection.execute(
+            f"SELECT split, num_kept_rows FROM evidence.split_rows WHERE corpus_id = {corpus_id}"
+        ).fetchall()
+    )
+    texts = connection.execute(
+        f"SELECT token_id, token FROM evidence.vocabulary WHERE vocabulary_id = {vocabulary_id}"
+    ).fetchall()
+    largest = max([int(tokens["token_id"].max(initial=0)), *(t for t, _ in texts)])
+    vocabulary = np.full(largest + 1, "", object)
+    for token_id, text in texts:
+        vocabulary[token_id] = text or ""
+    return TextRows(
+        first_window=first,
+        starts=np.concatenate([[0], np.cumsum(lengths)]),
+        window_ids=tokens["window_id"],
+        positions=tokens["position"],
+        token_ids=tokens["token_id"],
+        document_ids=tokens["document_id"],
+        splits=split_of_window[tokens["window_id"] - first],
+        vocabulary=vocabulary,
+        num_kept_rows=np.array([kept.get(s) or 0 for s in SPLITS], np.int64),
+    )
+
+
+def columns(connection: duckdb.DuckDBPyConnection, query: str) -> dict[str, np.ndarray]:
+    """Columns of a query without nulls, in its order."""
+    found = connection.execute(query).fetchnumpy()
+    return {name: np.ascontiguousarray(np.ma.getdata(values)) for name, values in found.items()}
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of every range, one range after the other."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+
+
+def run_starts(keys: np.ndarray) -> np.ndarray:
+    """Where a new value begins in ascending `keys`."""
+    if len(keys) == 0:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))

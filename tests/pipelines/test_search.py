@@ -1,0 +1,117 @@
+"""Searching a finished run with its model and dictionary, in Python and on the command line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from saeql.pipelines import Run
+from saeql.pipelines.cli import main
+from saeql.pipelines.search import search_direction, search_prompt
+from saeql.sae.config import ConfigError
+from saeql.store.errors import StoreError
+
+TEXT = " the river bank and the blue house"
+
+
+def test_prompt_is_what_the_dictionary_says(tiny_run: Path) -> None:
+    run = Run.open(tiny_run)
+    lm, dictionary = run.language_model, run.dictionary()
+    with run.store() as store:
+        found = search_prompt(run, store, TEXT, limit=1000)
+        largest = dict(tuple(r.values()) for r in store.sql("SELECT feature, max_activation FROM features").to_pylist())
+    ids = lm.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    acts = []
+    layers = lm.model.base_model.layers
+    handle = layers[1].register_forward_hook(lambda m, i, o: acts.append(o[0] if isinstance(o, tuple) else o))
+    with torch.no_grad():
+        lm.model(torch.tensor([[lm.bos_id, *ids]]))
+    handle.remove()
+    latents = dictionary.encode(acts[0].reshape(-1, acts[0].shape[-1])[1:].float())
+    wanted: dict[int, float] = {}
+    for values, features in zip(latents.values.tolist(), latents.indices.tolist(), strict=True):
+        for value, feature in zip(values, features, strict=True):
+            if value > 0 and largest[feature] > 0:
+                wanted[feature] = max(wanted.get(feature, 0), value / largest[feature])
+    assert len(wanted) > 3 and len(found.tokens) == len(found.by_token) == len(ids)
+    assert {h.feature: h.score for h in found.hits} == pytest.approx(wanted, rel=1e-4)
+    assert [h.score for h in found.hits] == sorted((h.score for h in found.hits), reverse=True)
+    assert max(h.score for own in found.by_token for h in own) == pytest.approx(found.hits[0].score)
+
+
+def test_direction_is_cosine(tiny_run: Path) -> None:
+    run = Run.open(tiny_run)
+    rows = torch.nn.functional.normalize(run.dictionary().W_dec.detach(), dim=1).numpy()
+    cosines = rows @ rows[7]
+    order = [int(i) for i in np.argsort(-cosines) if i != 7][:5]
+    with run.store() as store:
+        hits = search_direction(run, store, 7, limit=5)
+        assert [h.feature for h in hits] == order
+        assert [h.score for h in hits] == pytest.approx(cosines[order], abs=1e-5)
+        assert search_direction(run, store, rows[7] * 3, limit=1)[0].feature == 7
+        itself = search_direction(run, store, 7, among=run.spec.name, limit=1)[0]
+        assert itself.feature == 7 and itself.score == pytest.approx(1, abs=1e-5)
+        kinds = {h.kind for h in search_direction(run, store, 7, where="kind = 'none'")}
+        assert kinds <= {"none"}
+        with pytest.raises(ConfigError, match="0 to 95"):
+            search_direction(run, store, 96)
+        with pytest.raises(StoreError, match="needs 32 numbers"):
+            search_direction(run, store, np.ones(31))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["river"], ["--token", "river"], ["--effect", "river"], ["--prompt", TEXT], ["--like", "3"],
+     ["--like", "3", "--where", "density > 0"]],
+)  # fmt: skip
+def test_command_line(tiny_run: Path, capsys: pytest.CaptureFixture, arguments: list[str]) -> None:
+    main(["search", str(tiny_run), *arguments, "--limit", "3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    hits = found["features"] if isinstance(found, dict) else found
+    assert 0 < len(hits) <= 3 and {"feature", "score", "label", "matched"} <= hits[0].keys()
+    main(["search", str(tiny_run), *arguments])
+    assert str(hits[0]["feature"]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "search for one thing"),
+        (["river", "--token", "river"], "search for one thing"),
+        (["river", "--among", "x"], "--among goes with --like"),
+        (["--prompt", ""], "no tokens"),
+        (["--token", "nosuchtoken"], "as one token"),
+    ],
+)
+def test_command_line_refuses(
+    tiny_run: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["search", str(tiny_run), *arguments])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_store_is_added_to_and_rebuilt(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        shutil.copytree(tiny_run, folder)
+    with Run.open(run).store() as store:
+        row = store.sql("SELECT * FROM runs").to_pylist()[0]
+        assert row["run"] == tiny_run.name and json.loads(row["config"])["dictionary"]["d_sae"] == 96
+        assert row["dataset_fingerprint"] == store.sql("SELECT * FROM corpora").to_pylist()[0]["dataset_fingerprint"]
+        wanted = store.sql("SELECT * FROM examples ORDER BY ALL").to_pylist()
+    main(["store", str(run), "--parquet", str(tmp_path / "shared")])
+    main(["store", str(run), "--add", str(other)])  # the same text and dictionary: nothing comes in
+    assert json.loads((run / "store.json").read_text()) == {"add": ["../other/evidence"]}
+    damaged = bytearray((run / "features.duckdb").read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 4096] = bytes(4096)
+    (run / "features.duckdb").write_bytes(damaged)
+    main(["index", str(run), "--rebuild"])
+    with Run.open(run).store() as store:
+        assert store.sql("SELECT * FROM examples ORDER BY ALL").to_pylist() == wanted
+    with pytest.raises(SystemExit):
+        main(["store", str(run), "--add", str(tmp_path / "nothing")])
+    assert "has no evidence" in capsys.readouterr().err
