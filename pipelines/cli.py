@@ -2,16 +2,21 @@
 
 import errno
 import sys
+import traceback
 from importlib.metadata import version
+from typing import NoReturn
 
 import cyclopts
 from cyclopts import App
 
+from saeql.sae.rank_place import RankPlace, rank_place
+
 from .commands.comparison import compare
 from .commands.exchange import export, import_
-from .commands.jobs import config, demo, hooks, plan, run
+from .commands.jobs import config, demo, hooks, plan, run, submit
 from .commands.questions import search, show, sql, steer
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
+from .stopping import EXIT_STOPPED, Stopped, asked, listen
 
 _DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),  # full, over the quota or the limit of a file, failing
@@ -30,7 +35,7 @@ app = App(
     result_action="return_value",
 )
 for _command in (
-    *(demo, run, plan, harvest, train, index, label, evaluate, store, report, verify),
+    *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
     *(search, show, sql, steer, compare, export, hooks, config),
 ):
     app.command(_command)
@@ -42,29 +47,61 @@ def _one_line(error: BaseException) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. What a user can mend ends in one line on stderr and exit code 2, everything else in a traceback."""
+    """Entry point. What a user can mend ends in one line on stderr and exit code 2, everything else in a traceback.
+
+    Exit code 75: the process was asked to stop, and the work goes on where the command is given again.
+    """
+    place = rank_place()
+    if argv is None:  # as a program of its own
+        listen()
     try:
         app(argv)
-    except cyclopts.CycloptsError as error:
-        sys.exit(_fail(error))
-    except KeyboardInterrupt:
-        print("saeql: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
-    except Exception as error:
-        # every exception class that saeql defines is a message to its user
-        is_ours = type(error).__module__.startswith("saeql.")
-        is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
-        is_disk = is_disk or "No space left on device" in str(error)  # libraries that hide the number
-        if not is_ours and not is_disk:
+    except BaseException as error:
+        code = _exit_code(error, place)
+        if code is None and place.size == 1:
             raise
-        sys.exit(_fail(error))
+        if code is None:
+            traceback.print_exc()
+            code = 1
+        _end(code, place)
 
 
-def _fail(error: BaseException) -> int:
-    print(f"saeql: {_one_line(error)}", file=sys.stderr)
+def _exit_code(error: BaseException, place: RankPlace) -> int | None:
+    """Tell what ended the command in one line; None for a fault of saeql's own."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        print("saeql: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):
+        return 0
+    if isinstance(error, Stopped):
+        if place.rank == 0:
+            print(f"saeql: {error}; it goes on from here when it is started again", file=sys.stderr)
+        return EXIT_STOPPED
+    if (
+        asked() and place.size == 1 and isinstance(error, Exception)
+    ):  # a library's own words for having been interrupted
+        print(f"saeql: stopped ({_one_line(error)})", file=sys.stderr)
+        return EXIT_STOPPED
+    # every exception class that saeql defines is a message to its user
+    is_ours = type(error).__module__.startswith("saeql.") or isinstance(error, cyclopts.CycloptsError)
+    is_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    is_disk = is_disk or "No space left on device" in str(error)  # libraries that hide the number
+    if not is_ours and not is_disk:
+        return None
+    if type(error).__name__ != "FirstRankError":  # which the first rank tells itself
+        who = f"rank {place.rank} of {place.size}: " if place.size > 1 else ""
+        print(f"saeql: {who}{_one_line(error)}", file=sys.stderr)
     return 2
+
+
+def _end(code: int, place: RankPlace) -> NoReturn:
+    if place.size > 1 and code:
+        from .ranks import end_rank
+
+        end_rank(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ resume computes that group again.
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -88,7 +88,8 @@ class LiveSource:
     Kept are positions after the first whose norm exceeds `norm_limits` nowhere. `buffer_bytes` bounds the rows in
     memory; the model and its forward pass come on top. `wanted_rows` is how many rows will be taken in all: groups are
     then of one size, so that the last of them is not computed for nothing. `overlap` fills one buffer in a thread
-    while the other is emptied; unset does so on a GPU.
+    while the other is emptied; unset does so on a GPU. `part` of `parts` reads its own rows of every source of text,
+    for processes that train together. `should_stop` is asked after every forward pass; the stream then ends.
 
     To be used inside its `with` block. One stream at a time: `batches` ends the one before.
     """
@@ -107,7 +108,11 @@ class LiveSource:
         wanted_rows: int = 0,
         device: torch.device | None = None,
         overlap: bool | None = None,
+        part: int = 0,
+        parts: int = 1,
+        should_stop: Callable[[], bool] = lambda: False,
     ):
+        self.part, self.parts, self.should_stop = part, parts, should_stop
         self.lm, self.corpus, self.config = language_model, corpus, config
         self.batch_tokens, self.norm_limits, self.seed = batch_tokens, dict(norm_limits), seed
         self.device = device or language_model.device
@@ -146,23 +151,25 @@ class LiveSource:
         return self._widths
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[ActivationBatch]:
-        """Batches from `cursor` on, endless.
+        """Batches from `cursor` on, endless. A cursor of another part begins the next epoch.
 
         Raises LiveError where the text has no batch in it or is another one than the cursor was made on, ModelError
         where memory does not suffice for the forward pass.
         """
         cursor = cursor or Cursor()
         self._stream = stream = self._stream + 1
+        if cursor.place and cursor.place["part"] != [self.part, self.parts]:
+            cursor = Cursor(cursor.epoch + 1)  # others shared the text out before
         group, offset = self._seek(cursor), cursor.offset
-        from_start, num_batches = group.number == 0 and offset == 0, 0
-        while True:
+        from_start, num_batches = offset == 0 and group is not None and group.number == 0, 0
+        while group is not None:
             self._fill_ahead()
             while offset + self.batch_tokens <= len(group.rows.order):
                 start, offset, num_batches = offset, offset + self.batch_tokens, num_batches + 1
                 yield group.rows.batch(start, offset, self._after(group, offset), self.device)
                 assert stream == self._stream, "another stream of this source was started"
             epoch, group, offset = group.epoch, self._advance(), 0
-            if group.epoch > epoch:
+            if group is not None and group.epoch > epoch:
                 if from_start and num_batches == 0:
                     raise LiveError(
                         f"the train split of {self.corpus.title} has fewer rows than one batch of {self.batch_tokens}; "
@@ -185,17 +192,17 @@ class LiveSource:
         random = np.random.default_rng([self.seed, epoch, 0, 2])
         return at_once * int(random.integers(self.least_windows // at_once, self.group_windows // at_once + 1))
 
-    def _seek(self, cursor: Cursor) -> _Group:
-        """The group of a cursor: the one in memory, or computed again."""
+    def _seek(self, cursor: Cursor) -> _Group | None:
+        """The group of a cursor: the one in memory, or computed again; None where it was given up."""
         if self._current is not None and (self._current.epoch, self._current.number) == (cursor.epoch, cursor.group):
             return self._current
         self._forget()
         if cursor.place is None and (cursor.group or cursor.offset):
             raise LiveError(f"the cursor {cursor.state()} does not come from a live model")
         self._start(cursor.epoch, cursor.group, cursor.place)
-        self._current = group = self._filled()
+        self._current = group = self._fill(self._free())
         expected = (cursor.place or {}).get("tokens_sha256")
-        if cursor.place and expected not in (None, group.place["tokens_sha256"]):
+        if group is not None and cursor.place and expected not in (None, group.place["tokens_sha256"]):
             first = cursor.place["start"]["num_taken"]
             raise LiveError(
                 f"the text of {self.corpus.title} changed since the checkpoint: from window {first} on its tokens have "
@@ -206,29 +213,23 @@ class LiveSource:
     def _start(self, epoch: int, number: int = 0, place: Mapping[str, Any] | None = None) -> None:
         """The next group to be filled is this one."""
         self._next = (epoch, number)
-        self._windows = TrainWindows(self.lm, self.corpus, self.config, place["start"] if place else None)
+        state = place["start"] if place else None
+        self._windows = TrainWindows(self.lm, self.corpus, self.config, state, part=self.part, parts=self.parts)
         if place:
             self.forward.max_windows = place["max_windows"]
 
-    def _advance(self) -> _Group:
-        """The group that follows, in place of the one in memory."""
+    def _advance(self) -> _Group | None:
+        """The group that follows, in place of the one in memory; None where it was given up."""
         if self._ahead is not None:
-            group, self._ahead = self._ahead.result(), None
-            assert group is not None
-            self._current = group
+            self._current, self._ahead = self._ahead.result(), None
         else:
             self._current = None
-            self._current = self._filled()
+            self._current = self._fill(self._free())
         return self._current
 
     def _fill_ahead(self) -> None:
         if self._thread is not None and self._ahead is None:
             self._ahead = self._thread.submit(self._fill, self._free())
-
-    def _filled(self) -> _Group:
-        group = self._fill(self._free())
-        assert group is not None
-        return group
 
     def _free(self) -> RowBuffer:
         return next(rows for rows in self._buffers if self._current is None or rows is not self._current.rows)
@@ -246,14 +247,14 @@ class LiveSource:
         """The next group of the text that has windows; None where it was given up. Runs in the thread, if any."""
         while True:
             (epoch, number), start = self._next, self._windows.state()
-            place = {"start": start, "max_windows": self.forward.max_windows}
+            place = {"start": start, "max_windows": self.forward.max_windows, "part": [self.part, self.parts]}
             digest, stop, kept = hashlib.sha256(), 0, []
             wanted = self._num_windows(epoch, number)
             taken = self._taken(wanted)
             if self.overlap:
                 taken = one_ahead(taken)  # ends with the group: what was read is what was taken
             for windows, found in self.forward.over(taken, lambda batch: batch.token_ids):
-                if self._stopped.is_set():
+                if self._stopped.is_set() or self.should_stop():
                     return None
                 digest.update(windows.token_ids.tobytes())
                 kept.append(stop + self._put(rows, stop, windows, found))
@@ -263,7 +264,7 @@ class LiveSource:
             if ended:
                 self._start(epoch + 1)
             else:
-                after = {"start": self._windows.state(), "max_windows": self.forward.max_windows}
+                after = {**place, "start": self._windows.state(), "max_windows": self.forward.max_windows}
                 self._next, following = (epoch, number + 1), Cursor(epoch, number + 1, 0, after)
             if stop:
                 rows.order = np.concatenate(kept)

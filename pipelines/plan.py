@@ -153,15 +153,13 @@ def make_plan(
         step = _whole_step(config, sweep or [own])
         other = CUDA_CONTEXT_BYTES
         made = layouts(step, card, nodes, gpus_per_node, other)
-        stages = [_on_cluster(stage, made[0], nodes * gpus_per_node, config) for stage in stages]
+        stages = [_on_cluster(stage, made[0], nodes * gpus_per_node, speed) for stage in stages]
         notes.append(f"harvest is shared by {nodes * gpus_per_node} GPUs, training takes the fastest mesh")
         wanted = {f"{m.data} x {m.feature}": batch_for_efficiency(step, card, m, gpus_per_node) for m in made}
     if gpu_name:  # one process a GPU; what a data sheet does not say of the disk is not compared
         assert card
         machine = replace(machine, free_ram_bytes=int(card.node_ram_bytes))
     warnings = _warnings(stages, disk, machine, card, gpus_per_node if gpu_name else 0, made)
-    if is_live(config) and made:
-        warnings.append('train.source = "live" trains on one GPU: set train.source = "shards" for several')
     seconds = sum(stage.seconds for stage in stages)
     where = f"{nodes * gpus_per_node} x {card.name}" if card else "cpu"
     return Plan(stages, where, max(1, len(sweep)), disk, seconds, warnings, notes, made, wanted)
@@ -263,10 +261,15 @@ class _Speed:
         per_row = self.seen.harvest.flops / self.seen.harvest.tokens
         return live_forward_rows(self.config) * per_row if is_live(self.config) else 0.0
 
+    @property
+    def live(self) -> float:
+        """Of the model's passes while one GPU or this machine trains."""
+        return self._forward(self.live_flops)
+
     def train_all(self, sizes: Sequence[Sizes]) -> float:
         """Of dictionaries that learn from one stream; a GPU runs the model meanwhile."""
-        steps, model = sum(self.train(s) for s in sizes), self._forward(self.live_flops)
-        return max(steps, model) if self.card else steps + model
+        steps = sum(self.train(s) for s in sizes)
+        return max(steps, self.live) if self.card else steps + self.live
 
     def index_flops(self, s: Sizes) -> float:
         return 2.0 * s.d_sae * (self.rows.total * s.d_in + s.d_out * self.seen.vocabulary)
@@ -304,12 +307,13 @@ def _stage(name: str, terms: StageTerms, speed: _Speed, own: Sizes) -> Stage:
     return Stage(name, ram, device() if on_card else [], disk, tokens, flops, seconds)
 
 
-def _on_cluster(stage: Stage, mesh: Layout, num_gpus: int, config: RunConfig) -> Stage:
+def _on_cluster(stage: Stage, mesh: Layout, num_gpus: int, speed: _Speed) -> Stage:
     """Times of the stages that a cluster shares; the others run on one GPU."""
     if stage.name == "harvest":
         return replace(stage, seconds=START_SECONDS + (stage.seconds - START_SECONDS) / num_gpus)
     if stage.name.startswith("train"):
-        return replace(stage, seconds=config.train.num_steps * mesh.step_seconds)
+        model = speed.live / mesh.data  # ranks that share out a dictionary run it on the same rows
+        return replace(stage, seconds=max(speed.config.train.num_steps * mesh.step_seconds, model))
     return stage
 
 

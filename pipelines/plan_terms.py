@@ -269,7 +269,7 @@ class StageTerms:
         parameters, train = sum(s.parameter_bytes for s in sizes), self.config.train
         copies = 3 if train.ema_decay is None else 4
         saved = sum(copies * s.parameter_bytes + 8 * s.d_sae for s in sizes)
-        kept = min(2, -(-train.num_steps // train.checkpoint_every_steps))
+        kept = min(train.keep_checkpoints, -(-train.num_steps // train.checkpoint_every_steps))
         terms = [
             Term("checkpoints", kept * saved, f"{kept} x weights and moments"),
             Term("dictionaries", parameters + sum(4 * s.d_sae for s in sizes), "float32 weights"),
@@ -279,7 +279,7 @@ class StageTerms:
     def checkpoint_spare(self, sizes: Sequence[Sizes]) -> float:
         """Disk that is free again afterwards: the checkpoint that is written before the oldest is dropped."""
         train = self.config.train
-        several = train.num_steps > 2 * train.checkpoint_every_steps
+        several = train.num_steps > train.keep_checkpoints * train.checkpoint_every_steps
         return sum(3 * s.parameter_bytes for s in sizes) if several else 0.0
 
     # --- what follows --------------------------------------------------------------------------------------------

@@ -10,47 +10,47 @@ metrics.jsonl          training curve
 report.html            everything on one page
 stages.json            which stages are finished
 hashes.json            hashes of all that is not in a manifest or a checkpoint
+stopped.json           there while a training stands still because it was asked to stop
 """
 
-import fcntl
 import json
 import os
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saeql.kernels.launch import fast_matmul_dtype
 from saeql.sae.architectures import architecture
+from saeql.sae.comm import ALONE, Comm
 from saeql.sae.config import from_dict, suggestion, to_dict
 from saeql.sae.files import load_dictionary, save_dictionary
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.resample import check_resampling
-from saeql.sae.trainer import Trainer
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
 from .atomic import remove_leftovers, write_whole
 from .config import RunConfig, to_toml
-from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify, start_dictionary
+from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
 from .evaluate import Evaluator, metrics_table
-from .harvest import HARVEST_FILE, HarvestInfo, harvest, module_names
+from .harvest import HARVEST_FILE, HarvestInfo, harvest
 from .hook_points import settle
 from .index import index_dictionary
 from .label import label_dictionary
-from .models import LanguageModel, ModelIdentity, load_model, load_skeleton, pick_device
+from .lock import LockedError, hold
+from .models import LanguageModel, ModelIdentity, load_model
 from .progress import progress
 from .provenance import more_evidence, provenance
 from .steer import Steerer
-from .tracking import MetricsLog
-from .training_stream import belongs_to, training_stream
+from .stopping import leave_if_asked
+from .train import STOPPED_FILE, train_dictionaries
 from .verify import Verification, recorded, verify_run
 
 #: In the order in which they run; a stage that runs again makes those after it stale.
@@ -196,36 +196,64 @@ class Run:
         file = self.path / "stages.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-    def execute(self, stages: tuple[str, ...] = STAGES, *, again: bool = False, resume: bool = True, **options: Any):
+    def execute(
+        self,
+        stages: tuple[str, ...] = STAGES,
+        *,
+        again: bool = False,
+        resume: bool = True,
+        comm: Comm = ALONE,
+        **options: Any,
+    ) -> Iterator[tuple[str, float | None]]:
         """Run the stages that are not finished yet, in order, yielding (stage, seconds or None where reused).
 
         `again` runs the named stages even so. `resume` lets an interrupted harvest and training go on where they were.
+        Several ranks can train, and part afterwards.
         Raises RunError where another process works on this run, or a stage that a named one reads from is not finished.
         """
         for stage in stages:
             if stage not in STAGES:
                 raise RunError(f"no stage {stage!r}: there is {', '.join(STAGES)}{suggestion(stage, STAGES)}")
-        with self.locked():
-            remove_leftovers(self.path)
+        with self.locked(comm):
+            if comm.is_first:
+                remove_leftovers(self.path)
+                (self.path / STOPPED_FILE).unlink(missing_ok=True)
             for stage in stages:
-                if not again and stage in self.finished():
+                leave_if_asked()
+                if not again and comm.on_first(lambda stage=stage: stage in self.finished()):
                     yield stage, None
                     continue
-                self._require_inputs(stage)
-                is_begun = stage != "harvest" or stage not in self.finished()  # a finished harvest is made anew
-                self._mark_stale(stage)
+                # a finished harvest is made anew
+                is_begun = stage != "harvest" or comm.on_first(lambda: "harvest" not in self.finished())
                 started = time.monotonic()
-                with recorded(self.path, stage):
-                    self._run_stage(stage, resume=resume and is_begun, **options)
+                with self._entered(stage, comm):
+                    self._run_stage(stage, resume=resume and is_begun, comm=comm, **options)
                 seconds = time.monotonic() - started
-                self._mark_finished(stage, seconds)
+                if comm.is_first:
+                    self._mark_finished(stage, seconds)
                 yield stage, seconds
 
+    @contextmanager
+    def _entered(self, stage: str, comm: Comm) -> Iterator[None]:
+        """Where a stage may run: its inputs are there, what follows is stale, the first rank takes hashes."""
+        comm.on_first(lambda: self._require_inputs(stage))
+        comm.on_first(lambda: self._mark_stale(stage))
+        with recorded(self.path, stage) if comm.is_first else nullcontext():
+            yield
+
     def _run_stage(
-        self, stage: str, *, resume: bool, report_to: str = "none", truncate: bool = False, rebuild: bool = False
+        self,
+        stage: str,
+        *,
+        resume: bool,
+        comm: Comm,
+        report_to: str = "none",
+        truncate: bool = False,
+        reshard: bool = False,
+        rebuild: bool = False,
     ) -> None:
         if stage == "train":
-            self.train(resume=resume, report_to=report_to)
+            self.train(resume=resume, report_to=report_to, comm=comm, reshard=reshard)
         elif stage == "harvest":
             self.harvest(truncate=truncate, resume=resume)
         elif stage == "store":
@@ -247,7 +275,7 @@ class Run:
         config = self.config
         stored = replace(config.harvest, max_train_tokens=config.stored_train_tokens)
         return harvest(
-            self._reading_model(truncate),
+            self.reading_model(truncate),
             config.model.hook_points,
             config.corpus,
             stored,
@@ -257,7 +285,7 @@ class Run:
             **options,
         )
 
-    def _reading_model(self, truncate: bool = False) -> LanguageModel:
+    def reading_model(self, truncate: bool = False) -> LanguageModel:
         """The model for reading activations: without the layers after the deepest hook point where asked for."""
         truncate = truncate or self.config.model.truncate
         return load_model(replace(self.config.model, truncate=True)) if truncate else self.language_model
@@ -286,87 +314,17 @@ class Run:
                 self._mark_finished("harvest", time.monotonic() - started)
             return info
 
-    def train(self, *, resume: bool = True, report_to: str = "none") -> SparseAutoencoder:
-        """shards, or the model itself (train.source = "live") -> dictionary folder."""
-        self.train_together([self.spec], self.path, resume=resume, report_to=report_to)
-        return self.dictionary()
+    def train(
+        self, *, resume: bool = True, report_to: str = "none", comm: Comm = ALONE, reshard: bool = False
+    ) -> SparseAutoencoder | None:
+        """shards, or the model itself (train.source = "live") -> dictionary folder; on all ranks of `comm`.
 
-    def train_together(
-        self, specs: Sequence[DictionarySpec], folder: Path, *, resume: bool = True, report_to: str = "none"
-    ) -> dict[str, float]:
-        """Train dictionaries on one stream into `folder`: checkpoints, metrics.jsonl, `dictionaries/<name>/`.
+        They part at the end; all but the first return None.
 
-        Returns the seconds that each one's steps took.
+        Raises Stopped, after a checkpoint, where the process was asked to stop.
         """
-        config, info = self.config, self.harvest_info
-        if config.train.feature_shards > 1 or os.environ.get("WORLD_SIZE", "1") != "1":
-            raise RunError(
-                "`saeql train` trains in one process: leave train.feature_shards at 1 and start it without torchrun "
-                "(in Python, saeql.sae.trainer.Trainer takes the ranks of saeql.sae.comm.join)"
-            )
-        device = pick_device(config.model.device)
-        needed = {hook_point for spec in specs for hook_point in (*spec.reads, *spec.writes)}
-        widths = {name: width for name, width in info.widths.items() if name in needed}
-        made = {
-            spec.name: start_dictionary(spec, _width(info, spec.reads), _width(info, spec.writes)).to(device)
-            for spec in specs
-        }
-        log_config = {"name": self.path.name, **to_dict(config)}
-        with (
-            progress("train", config.train.num_steps * config.train.batch_tokens, "tok") as advance,
-            MetricsLog(folder / "metrics.jsonl", report_to, run_name=self.path.name, config=log_config) as log,
-            training_stream(config, self.activations, info, widths, device, self._reading_model) as source,
-        ):
-            trainer = Trainer(
-                config.train,
-                made,
-                source,
-                places={spec.name: spec.places for spec in specs},
-                pretrained=[spec.name for spec in specs if spec.config.start_from],
-                folder=folder / "checkpoints",
-                on_log=log,
-                on_step=lambda n: advance(n * config.train.batch_tokens),
-                matmul_dtype=_matmul_dtype(config.train.matmul_dtype, device),
-                belongs_to=belongs_to(config, info, widths),
-            )
-            if resume and trainer.resume():
-                advance(trainer.step * config.train.batch_tokens)
-            else:  # what another start left would be taken for this one's by a later resume
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            log.keep_until(trainer.step)
-            trainer.fit()
-            trainer.finish()
-        for spec in specs:
-            made[spec.name].metadata = self._metadata(spec, info)
-            save_dictionary(made[spec.name], folder / "dictionaries" / spec.name)
-        return {learner.name: learner.seconds for learner in trainer.learners}
-
-    def _metadata(self, spec: DictionarySpec, info: HarvestInfo) -> dict[str, Any]:
-        """Metadata of a dictionary: SAELens's keys, then ours."""
-        config = self.config
-        # the model's weights are not needed to train, and are not loaded for its names
-        names = info.module_names or module_names(load_skeleton(config.model), list(info.widths))
-        metadata = {
-            "model_name": info.identity.model_name,
-            "hook_name": " + ".join(names[name][0] for name in spec.reads),
-            "hf_hook_name": " + ".join(names[name][1] for name in spec.reads),
-            "hook_head_index": None,
-            "context_size": config.harvest.context_tokens,
-            "prepend_bos": config.corpus.bos != "never",
-            "dataset_path": config.corpus.title,
-        }
-        if spec.writes != spec.reads:
-            target = names[spec.writes[0]]
-            metadata |= {"hook_name_out": target[0], "hf_hook_name_out": target[1]}
-        ours = {
-            "identity": asdict(info.identity.at(spec.reads)),
-            "writes": {name: info.widths[name] for name in spec.writes},
-            "median_norms": {name: info.median_norms[name] for name in spec.writes},
-            "massive_norm_multiple": info.massive_norm_multiple,
-            "text": {key: getattr(config.corpus, key) for key in ("bos", "separator", "pack")},
-            "seed": spec.seed,
-        }
-        return {**metadata, "saeql": ours}
+        train_dictionaries(self, [self.spec], self.path, resume=resume, report_to=report_to, comm=comm, reshard=reshard)
+        return self.dictionary() if comm.is_first else None
 
     def index(self) -> None:
         """dictionary + shards -> Parquet evidence."""
@@ -437,24 +395,21 @@ class Run:
     # --- bookkeeping ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def locked(self, *, shared: bool = False) -> Iterator[None]:
-        """Hold this run against other writers; `shared`, only against those that want it for themselves.
+    def locked(self, comm: Comm = ALONE, *, shared: bool = False) -> Iterator[None]:
+        """Hold this run against other writers; the first rank holds it for all.
 
-        Raises RunError at once, naming the other's pid.
+        `shared`: only against those that want it for themselves.
+        Raises RunError at once where another process does, naming its host and pid.
         """
-        file = (self.path / ".lock").open("a+")
-        try:
-            try:
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise RunError(f"{self.path} is in use by another saeql process (pid {file.read().strip()})") from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        with ExitStack() as held:
+            comm.on_first(lambda: self._lock(held, shared))
             yield
-        finally:
-            file.close()
+
+    def _lock(self, held: ExitStack, shared: bool) -> None:
+        try:
+            held.enter_context(hold(self.path / ".lock", shared=shared))
+        except LockedError as error:
+            raise RunError(f"{self.path} is {error}") from None
 
     def _require_inputs(self, stage: str) -> None:
         missing = [name for name in _NEEDS.get(stage, ()) if name not in self.finished()]
@@ -475,14 +430,6 @@ class Run:
     def _mark_finished(self, stage: str, seconds: float) -> None:
         record = {"seconds": round(seconds, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         write_whole(self.path / "stages.json", json.dumps({**self.finished(), stage: record}, indent=2) + "\n")
-
-
-def _width(info: HarvestInfo, hook_points: Sequence[str]) -> int:
-    return sum(info.widths[name] for name in hook_points)
-
-
-def _matmul_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    return fast_matmul_dtype(device) if name == "auto" else getattr(torch, name)
 
 
 def _first_difference(old: dict, new: dict, where: str = "") -> tuple[str, Any, Any] | None:

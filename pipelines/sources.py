@@ -39,6 +39,9 @@ class ShardSource:
     Kept are positions after the first (`first_positions` keeps those too) whose norm exceeds `norm_limits` nowhere.
     `shuffle_seed` None gives one pass in stored order; a seed gives an endless stream, shuffled by blocks and then by
     rows inside the blocks that are in memory at once: half of `buffer_bytes`, since the next ones are read meanwhile.
+
+    Of `num_ranks` processes with the same arguments each hands out its `rank`'s part of every shuffled batch: together
+    the rows, in the order, of one process alone. So a cursor is good for any number of ranks.
     """
 
     def __init__(
@@ -52,7 +55,10 @@ class ShardSource:
         block_rows: int = 1024,
         buffer_bytes: int = 1_000_000_000,
         device: torch.device | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ):
+        self.rank, self.num_ranks = rank, num_ranks
         self.readers = {name: ShardReader(folder) for name, folder in folders.items()}
         self.first = next(iter(self.readers.values()))
         for name, reader in self.readers.items():
@@ -120,9 +126,10 @@ class ShardSource:
                         while offset + self.batch_tokens <= current.count:
                             start, offset = offset, offset + self.batch_tokens
                             after = Cursor(epoch, group, offset)
+                            own = range(start, offset)[self._own_part()]
                             # a loop still holds it when this memory is filled again
                             last = offset + self.batch_tokens > current.count
-                            yield current.batch(start, offset, after, self.device, copy=last)
+                            yield current.batch(own.start, own.stop, after, self.device, copy=last)
                         num_empty = 0 if offset else num_empty + 1
                         if num_empty > shuffle.num_groups:
                             raise ValueError(
@@ -135,6 +142,11 @@ class ShardSource:
                     stopped.set()
         finally:  # the thread has ended
             self._spare = [current, other]
+
+    def _own_part(self) -> slice:
+        """This rank's rows of a batch."""
+        cuts = [self.batch_tokens * rank // self.num_ranks for rank in (self.rank, self.rank + 1)]
+        return slice(*cuts)
 
     def _group_rows(self) -> int:
         row_bytes = buffered_row_bytes(self._row_bytes)

@@ -6,17 +6,21 @@ measured on test documents. The report is a Pareto plot (PNG, and a page) and an
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from saeql.sae.architectures import architecture
+from saeql.sae.comm import ALONE, Comm
 from saeql.sae.config import ConfigError, DictionaryConfig
 from saeql.sae.files import load_dictionary
 
 from .atomic import write_whole
 from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
 from .pareto import advise, write_report
+from .stopping import leave_if_asked
+from .train import train_dictionaries
 from .verify import recorded
 
 if TYPE_CHECKING:
@@ -86,17 +90,25 @@ def _levels(kind: str, config: DictionaryConfig, sweep: SweepConfig) -> list[dic
     return [{"k": v} for v in sweep.ks or (config.k,)]
 
 
-def run_sweep(run: "Run", *, resume: bool = True, report_to: str = "none") -> list[dict[str, Any]]:
+def run_sweep(
+    run: "Run", *, resume: bool = True, report_to: str = "none", comm: Comm = ALONE, reshard: bool = False
+) -> list[dict[str, Any]]:
     """Train every dictionary of the sweep on one stream, measure each, and write the report into `<run>/sweep/`.
 
-    Returns one row a dictionary. Raises RunError before the harvest, ConfigError for a sweep that cannot be.
+    Returns one row a dictionary; of several ranks only the first measures, the others get none.
+    Raises RunError before the harvest, ConfigError for a sweep that cannot be.
     """
     folder, specs = run.path / SWEEP_FOLDER, expand(run.config)
-    folder.mkdir(exist_ok=True)
-    with run.locked(), recorded(run.path, "sweep"):
+    with run.locked(comm), recorded(run.path, "sweep") if comm.is_first else nullcontext():
+        comm.on_first(lambda: folder.mkdir(exist_ok=True))
         started = time.monotonic()
-        step_seconds = run.train_together(specs, folder, resume=resume, report_to=report_to)
+        step_seconds = train_dictionaries(
+            run, specs, folder, resume=resume, report_to=report_to, comm=comm, reshard=reshard
+        )
         seconds = time.monotonic() - started
+        if not comm.is_first:
+            return []
+        leave_if_asked()
         evaluator, rows = run.evaluator(), []
         for spec in specs:
             metrics = evaluator.metrics(load_dictionary(folder / "dictionaries" / spec.name), spec.places)

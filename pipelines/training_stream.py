@@ -3,17 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from saeql.sae.config import to_dict
 from saeql.sae.stream import ActivationSource
 
-from .config import RunConfig
 from .harvest import HarvestInfo, open_source
 from .live_source import LiveError, LiveSource
 from .models import LanguageModel
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 #: Keys of [harvest] that the rows of a live model do not depend on.
 _OF_STORAGE = ("windows_per_shard", "max_train_tokens", "parts")
@@ -21,15 +23,21 @@ _OF_STORAGE = ("windows_per_shard", "max_train_tokens", "parts")
 
 @contextmanager
 def training_stream(
-    config: RunConfig,
+    config: "RunConfig",
     activations: Path,
     info: HarvestInfo,
     widths: Mapping[str, int],
     device: torch.device,
     language_model: Callable[[], LanguageModel],
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[ActivationSource]:
     """The shuffled stream of train rows at the hook points of `widths`; the model is loaded only where it is read.
 
+    Of `num_ranks` processes each gets the part of every batch that is its `rank`'s: of a live model rows of a part of
+    the text that no other reads. `should_stop` ends a live stream between two forward passes.
     Raises LiveError where the model is another one than the harvest's.
     """
     train = config.train
@@ -44,6 +52,8 @@ def training_stream(
             shuffle_seed=config.seed,
             block_rows=train.shuffle_block_rows,
             buffer_bytes=train.shuffle_buffer_bytes,
+            rank=rank,
+            num_ranks=num_ranks,
         )
         return
     lm = language_model()
@@ -59,17 +69,20 @@ def training_stream(
         widths,
         config.corpus,
         config.harvest,
-        batch_tokens=train.batch_tokens,
+        batch_tokens=train.batch_tokens // num_ranks,
         norm_limits={name: info.norm_limit(name) for name in widths},
         seed=config.seed,
         buffer_bytes=train.shuffle_buffer_bytes,
-        wanted_rows=train.num_steps * train.batch_tokens,
+        wanted_rows=train.num_steps * train.batch_tokens // num_ranks,
         device=device,
+        part=rank,
+        parts=num_ranks,
+        should_stop=should_stop,
     ) as source:
         yield source
 
 
-def belongs_to(config: RunConfig, info: HarvestInfo, widths: Mapping[str, int]) -> dict[str, Any]:
+def belongs_to(config: "RunConfig", info: HarvestInfo, widths: Mapping[str, int]) -> dict[str, Any]:
     """What the rows of the stream, and their order, depend on beside [train]: a resume must find it the same."""
     facts = {
         "seed": config.seed,

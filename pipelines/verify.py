@@ -25,7 +25,7 @@ from .progress import progress
 
 HASHES_FILE = "hashes.json"
 #: Bookkeeping that changes without a stage.
-_NOT_RECORDED = (".lock", "stages.json", HASHES_FILE)
+_NOT_RECORDED = (".lock", "stages.json", "stopped.json", HASHES_FILE)
 
 
 class IntegrityError(ValueError):

@@ -2,7 +2,8 @@
 
 One process writes one safetensors file. Ranks that share a dictionary out write their parts side by side through
 torch.distributed.checkpoint, in its safetensors layout: nothing here is a pickle. Its reader puts the parts together
-for any other number of ranks; it does not notice a flipped byte, which is why every file is hashed here.
+for any other number of ranks; it does not notice a flipped byte, which is why every file is hashed here. It is imported
+where it is used: that takes a second, and one process does without.
 """
 
 import hashlib
@@ -11,21 +12,19 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_parts
-from torch.distributed.checkpoint.state_dict_saver import save as save_parts
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .comm import ALONE, Comm
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 CHECKPOINT_VERSION = 2
 #: Hashes of a checkpoint's other files, in the form of store/integrity.py: what `saeql verify` names damage by.
@@ -49,43 +48,80 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, comm: Comm = ALONE, keep: int = 2) -> Path:
-    """Write under a temporary name, fsync, rename; then drop all but the last `keep` checkpoints. All ranks call it."""
+    """Write under a temporary name, fsync, rename; then drop all but the last `keep` checkpoints. All ranks call it.
+
+    Killed at any moment, it leaves the checkpoints before it as they are. Raises CheckpointError where a rank cannot
+    write its part.
+    """
     path = folder / f"step-{checkpoint.step:08d}"
-    temporary = folder / comm.from_first(f"{path.name}.tmp.{os.getpid()}")
-    if comm.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    comm.barrier()
+    temporary = folder / comm.on_first(lambda: _start(path))
     if comm.size > 1:
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+
         placed = _placed(checkpoint.tensors, checkpoint.sharded, comm)
-        save_parts(placed, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        _together(comm, temporary, lambda: save_parts(placed, storage_writer=writer))
     else:
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()},
             temporary / "tensors.safetensors",
         )
-    comm.barrier()
-    if comm.is_first:
-        files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-        shape = {"ranks": [comm.data_size, comm.feature_size], "files": files}
-        state = {"version": CHECKPOINT_VERSION, "step": checkpoint.step, **shape, **checkpoint.state}
-        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        hashes = {file.name: _file_hash(file) for file in sorted(temporary.iterdir())}
-        (temporary / HASHES_FILE).write_text(json.dumps({"files": hashes}) + "\n", encoding="utf-8")
-        for file in temporary.iterdir():
-            _fsync(file)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
-        _fsync(folder)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    comm.barrier()
+    comm.on_first(lambda: _publish(temporary, path, checkpoint, comm, keep))
     return path
 
 
-def _placed(tensors: Mapping[str, torch.Tensor], sharded: Collection[str], comm: Comm) -> dict[str, DTensor]:
+def _start(path: Path) -> str:
+    """An empty folder for a checkpoint's files; what killed writers left is removed. Returns its name."""
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    if path.parent.is_dir():
+        for left in path.parent.glob("step-*.tmp.*"):
+            shutil.rmtree(left)
+    temporary.mkdir(parents=True)
+    return temporary.name
+
+
+def _publish(temporary: Path, path: Path, checkpoint: Checkpoint, comm: Comm, keep: int) -> None:
+    """Add state and hashes to the files of all ranks, give them their name, drop the oldest checkpoints."""
+    files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+    shape = {"ranks": [comm.data_size, comm.feature_size], "files": files}
+    state = {"version": CHECKPOINT_VERSION, "step": checkpoint.step, **shape, **checkpoint.state}
+    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    hashes = {file.name: _file_hash(file) for file in sorted(temporary.iterdir())}
+    (temporary / HASHES_FILE).write_text(json.dumps({"files": hashes}) + "\n", encoding="utf-8")
+    for file in (*temporary.iterdir(), temporary):
+        _fsync(file)
+    if path.exists():
+        _discard(path)
+    temporary.replace(path)
+    _fsync(path.parent)
+    for old in checkpoints(path.parent)[:-keep]:
+        _discard(old)
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint: at no moment is there one that lacks some of its files."""
+    unnamed = path.with_name(f"{path.name}.tmp.old")
+    path.replace(unnamed)
+    shutil.rmtree(unnamed)
+
+
+def _together(comm: Comm, path: Path, work: Callable[[], None]) -> None:
+    """Do what all ranks do with a checkpoint's parts; one that fails fails for all, with its own reason."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with comm.talking():
+            work()
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"{path}: rank {rank}: {type(reason).__name__}: {reason}") from None
+
+
+def _placed(tensors: Mapping[str, torch.Tensor], sharded: Collection[str], comm: Comm) -> dict[str, "DTensor"]:
     """Every tensor as a part, or a copy, of one over the whole mesh."""
-    assert comm.mesh is not None
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     rows = {True: (Replicate(), Shard(0)), False: (Replicate(), Replicate())}
     return {
         name: DTensor.from_local(t.detach(), comm.mesh, rows[name in sharded], run_check=False)
@@ -150,6 +186,9 @@ def load_tensors(
                 name: file.get_slice(name)[comm.shard(shapes[name][0])] if rows[name] > 1 else file.get_tensor(name)
                 for name in wanted
             }
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+
     reader = HuggingFaceStorageReader(str(path))
     if comm.size == 1:
         found = {name: torch.empty(shapes[name], dtype=t.dtype) for name, t in wanted.items()}
@@ -157,7 +196,7 @@ def load_tensors(
         return found
     empty = {name: torch.empty_like(t) for name, t in wanted.items()}
     placed = _placed(empty, sharded, comm)
-    load_parts(placed, storage_reader=reader)
+    _together(comm, path, lambda: load_parts(placed, storage_reader=reader))
     return {name: t.to_local().cpu() for name, t in placed.items()}
 
 
@@ -167,6 +206,9 @@ def _stored_shapes(path: Path) -> dict[str, torch.Size]:
     if file.exists():
         with safe_open(file, "pt") as opened:
             return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 

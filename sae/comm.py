@@ -5,33 +5,64 @@ hold other latents. One process alone is `ALONE`, for which every reduction is t
 `checkpoint.py` know torch.distributed.
 """
 
+import gc
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .rank_place import RankPlace, rank_place
+
 _HISTOGRAM_BITS = 8
+T = TypeVar("T")
 
 
 class CommError(ValueError):
     """The ranks that were started do not fit what is to be trained."""
 
 
+class FirstRankError(CommError):
+    """The first rank failed at something that it does for all of them, and says so itself."""
+
+
+class RankLostError(CommError):
+    """Another rank has ended or does not answer any more."""
+
+
+@dataclass
+class _Group:
+    """What keeps the ranks' connections open; emptied when they part."""
+
+    mesh: DeviceMesh | None = None
+
+
 @dataclass(frozen=True)
 class Comm:
-    """Place of this process among `data_size` x `feature_size` ranks; without a mesh, alone."""
+    """Place of this process among `data_size` x `feature_size` ranks; without a mesh, alone.
+
+    Reductions raise RankLostError where another rank has ended or does not answer in time.
+    """
 
     data_rank: int = 0
     data_size: int = 1
     feature_rank: int = 0
     feature_size: int = 1
-    mesh: DeviceMesh | None = None
+    group: _Group = field(default_factory=_Group, repr=False)
+    timeout_seconds: float = 600
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The mesh data x feature. Raises CommError where this process is alone, or the ranks have parted."""
+        if self.group.mesh is None:
+            raise CommError("there are no other ranks (any more)")
+        return self.group.mesh
 
     @property
     def is_first(self) -> bool:
@@ -49,6 +80,18 @@ class Comm:
             raise CommError(f"d_sae {d_sae} is not a multiple of the {self.feature_size} feature shards")
         own = d_sae // self.feature_size
         return slice(self.feature_rank * own, (self.feature_rank + 1) * own)
+
+    @contextmanager
+    def talking(self) -> Iterator[None]:
+        """Where ranks wait for each other: what goes wrong there is told as a lost rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RankLostError(
+                f"another rank of the {self.size} has ended, or did not answer within train.rank_timeout_seconds "
+                f"({self.timeout_seconds:g}): {reason}"
+            ) from None
 
     # --- reductions, in place where there is more than one rank --------------------------------------------------
 
@@ -70,7 +113,17 @@ class Comm:
     def max_data(self, tensor: Tensor) -> None:
         """Largest over ranks that see other rows."""
         if self.data_size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group("data"))
+            with self.talking():
+                dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group("data"))
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Which of `flags` hold on at least one rank. Host memory only: a rank that is lost shows here at once."""
+        if self.size == 1:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.int32)
+        with self.talking():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found]
 
     def count_features(self, number: int, device: torch.device) -> int:
         """A whole number summed over ranks that hold other latents."""
@@ -82,11 +135,11 @@ class Comm:
 
     def _reduce(self, axis: str, size: int, tensors: Sequence[Tensor]) -> None:
         if size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor, group=self._group(axis))
+            with self.talking():
+                for tensor in tensors:
+                    dist.all_reduce(tensor, group=self._group(axis))
 
     def _group(self, axis: str) -> dist.ProcessGroup:
-        assert self.mesh is not None
         return self.mesh.get_group(axis)
 
     # --- gathering -----------------------------------------------------------------------------------------------
@@ -103,7 +156,8 @@ class Comm:
         if size == 1:
             return [tensor]
         found = [torch.empty_like(tensor) for _ in range(size)]
-        dist.all_gather(found, tensor.contiguous(), group=self._group(axis))
+        with self.talking():
+            dist.all_gather(found, tensor.contiguous(), group=self._group(axis))
         return found
 
     def gather_objects(self, thing: Any) -> list[Any]:
@@ -111,7 +165,8 @@ class Comm:
         if self.data_size == 1:
             return [thing]
         found: list[Any] = [None] * self.data_size
-        dist.all_gather_object(found, thing, group=self._group("data"))
+        with self.talking():
+            dist.all_gather_object(found, thing, group=self._group("data"))
         return found
 
     def from_first(self, thing: Any) -> Any:
@@ -119,13 +174,35 @@ class Comm:
         if self.size == 1:
             return thing
         box = [thing]
-        dist.broadcast_object_list(box, src=0)
+        with self.talking():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """What `action` gives on the first rank, on all of them; it runs on no other.
+
+        What it raises there is raised there; the others raise FirstRankError.
+        """
+        if self.size == 1:
+            return action()
+        if not self.is_first:
+            result, failure = self.from_first(None)
+            if failure is not None:
+                raise FirstRankError(f"the first rank failed: {failure}")
+            return result
+        try:
+            result = action()
+        except Exception as error:
+            self.from_first((None, f"{type(error).__name__}: {error}"))
+            raise
+        self.from_first((result, None))
+        return result
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            with self.talking():
+                dist.barrier()
 
     # --- selection -----------------------------------------------------------------------------------------------
 
@@ -141,7 +218,8 @@ class Comm:
             inside = keys if shift == 24 else keys[(keys >> (shift + _HISTOGRAM_BITS)) == prefix]
             counts = torch.bincount((inside >> shift) & 255, minlength=256)
             if self.size > 1:
-                dist.all_reduce(counts)
+                with self.talking():
+                    dist.all_reduce(counts)
             above = counts.flip(0).cumsum(0).flip(0)  # of this digit or a larger one
             enough = (above >= left).nonzero()
             if not len(enough):
@@ -156,37 +234,53 @@ class Comm:
         if self.size == 1:
             return value
         found = torch.where(value > 0, value, torch.inf)
-        dist.all_reduce(found, dist.ReduceOp.MIN)
+        with self.talking():
+            dist.all_reduce(found, dist.ReduceOp.MIN)
         return torch.where(found.isinf(), 0, found)
 
     def close(self) -> None:
-        """Leave the group, all ranks together: one that still waits for another's last word would be aborted."""
-        if self.size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+        """Part, all ranks together; nothing more can be reduced. A second call does nothing.
+
+        Gloo's threads end with the last reference to their group, not with `destroy_process_group`. One that still runs
+        while Python takes itself apart aborts the process ("terminate called without an active exception") when it
+        drops a tensor: it asks for Python's lock, and is ended inside of a function that must not be left.
+        """
+        if self.group.mesh is None:
+            return
+        self.barrier()
+        self.group.mesh = None
+        dist.destroy_process_group()
+        gc.collect()
 
 
 ALONE = Comm()
 
 
-def join(device: torch.device, feature_shards: int = 1, *, timeout_seconds: float = 600) -> Comm:
-    """The mesh of the ranks that torchrun started, `feature_shards` of them holding the latents together.
+def join(
+    device: torch.device, feature_shards: int = 1, *, timeout_seconds: float = 600, place: RankPlace | None = None
+) -> Comm:
+    """The mesh of the ranks that torchrun or srun started, `feature_shards` of them holding the latents together.
 
-    A process that torchrun did not start is alone. A rank that is lost ends the others after `timeout_seconds`.
-    Raises CommError where the number of ranks is not a multiple of the shards.
+    A process that was not started together with others is alone. A rank that is lost ends the others after
+    `timeout_seconds`. Raises CommError where the number of ranks is not a multiple of the shards, RankLostError where
+    they do not all come.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size % feature_shards:
+    place = place or rank_place()
+    if place.size % feature_shards:
         raise CommError(
-            f"train.feature_shards {feature_shards} does not divide the {size} ranks"
-            + ("; start them with torchrun --nproc-per-node" if size == 1 else "")
+            f"train.feature_shards {feature_shards} does not divide the {place.size} ranks"
+            + ("; start them with torchrun --nproc-per-node" if place.size == 1 else "")
         )
-    if size == 1:
+    if place.size == 1:
         return ALONE
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    shape = (size // feature_shards, feature_shards)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "feature"))
-    data_rank, feature_rank = mesh.get_local_rank("data"), mesh.get_local_rank("feature")
-    return Comm(data_rank, shape[0], feature_rank, feature_shards, mesh)
+    shape = (place.size // feature_shards, feature_shards)
+    comm = Comm(0, shape[0], 0, feature_shards, timeout_seconds=timeout_seconds)
+    with comm.talking():
+        if not dist.is_initialized():
+            os.environ.update(place.rendezvous)
+            # what is in host memory, flags and small objects, goes by gloo on every machine
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "feature"))
+    places = mesh.get_local_rank("data"), mesh.get_local_rank("feature")
+    return Comm(places[0], shape[0], places[1], feature_shards, _Group(mesh), timeout_seconds)

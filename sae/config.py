@@ -128,7 +128,11 @@ class TrainConfig:
     log_every_steps: int = 20
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every_steps: int = 500
-    """Steps between two checkpoints; the last two are kept."""
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept, the newest; older ones are removed when a new one is complete."""
+    rank_timeout_seconds: float = 300.0
+    """Several ranks: one that does not answer for so long ends the others. More than writing a checkpoint takes."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -138,6 +142,9 @@ class TrainConfig:
             "init_tokens",
             "shuffle_block_rows",
             "log_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "rank_timeout_seconds",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")

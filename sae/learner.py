@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
@@ -260,14 +260,15 @@ class Learner:
             if name in rows or name.removesuffix(".first").removesuffix(".second").removesuffix(".average") in rows
         )
 
-    def state(self) -> dict[str, float]:
-        """Counters beside the tensors."""
-        return {name: getattr(self, name) for name in _COUNTERS}
+    def state(self) -> dict[str, Any]:
+        """Counters beside the tensors, and the sums since the last log line."""
+        return {**{name: getattr(self, name) for name in _COUNTERS}, "window": asdict(self.window)}
 
-    def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
+    def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, Any]) -> None:
         """Take over what `tensors` and `state` gave."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
         for name in _COUNTERS:
             setattr(self, name, counters[name])
+        self.window = _Window(**counters.get("window", {}))
         self.W_enc_cast = None

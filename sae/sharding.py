@@ -30,14 +30,19 @@ def shard_dictionary(whole: SparseAutoencoder, comm: Comm) -> SparseAutoencoder:
 
 
 @torch.no_grad()
-def gather_dictionary(part: SparseAutoencoder) -> SparseAutoencoder:
-    """The whole dictionary, on every rank, of the parts that the ranks hold."""
+def gather_dictionary(part: SparseAutoencoder) -> SparseAutoencoder | None:
+    """The whole dictionary of the parts that the ranks hold; where there are several, in the first rank's host memory.
+
+    None on the others. No rank's device ever holds more than one whole tensor.
+    """
     comm = part.comm
     if comm.feature_size == 1:
-        return part
-    config = replace(part.config, d_sae=part.d_sae * comm.feature_size)
-    whole = type(part)(config, part.d_in, part.d_out).to(part.W_enc.device)
-    for name, tensor in whole.state_dict().items():
-        own = part.state_dict()[name]
-        tensor.copy_(torch.cat(comm.gather_features(own)) if name in part.by_latent else own)
+        return part if comm.is_first else None
+    whole = None
+    if comm.is_first:
+        whole = type(part)(replace(part.config, d_sae=part.d_sae * comm.feature_size), part.d_in, part.d_out)
+    for name, own in part.state_dict().items():
+        full = torch.cat(comm.gather_features(own)) if name in part.by_latent else own
+        if whole is not None:
+            whole.state_dict()[name].copy_(full)
     return whole

@@ -21,12 +21,14 @@ from .config import TrainConfig, to_dict
 from .learner import Learner
 from .model import SparseAutoencoder, geometric_median
 from .sharding import gather_dictionary, shard_dictionary
-from .stream import ActivationSource, Cursor
+from .stream import ActivationBatch, ActivationSource, Cursor
 
 #: Called with one line of metrics.
 LogLine = Callable[[dict[str, Any]], None]
 
 _EVERYTHING = slice(None)
+#: Keys of [train] that a resume may change: they do not move a weight.
+_FREE_KEYS = ("feature_shards", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "rank_timeout_seconds")
 
 
 class TrainingError(RuntimeError):
@@ -78,7 +80,10 @@ class Trainer:
 
     `places` says which hook points each dictionary reads and writes; without it each takes every column. `pretrained`
     names dictionaries that work on raw activations already and are trained further. `belongs_to` names what the
-    training depends on besides its configuration, such as the model's revision: a resume compares it.
+    training depends on besides its configuration, such as the model's revision: a resume compares it. `should_stop` is
+    asked before every step; where one rank says so, all stop at the same step, with a checkpoint.
+
+    With several ranks, `source` gives each data rank its own rows: `batch_tokens` divided by their number in a batch.
     """
 
     def __init__(
@@ -95,11 +100,16 @@ class Trainer:
         matmul_dtype: torch.dtype | None = None,
         comm: Comm = ALONE,
         reshard: bool = False,
+        device: torch.device | None = None,
         belongs_to: Mapping[str, Any] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ):
         self.config, self.source, self.folder, self.comm, self.reshard = config, source, folder, comm, reshard
+        self.belongs_to, self.should_stop = dict(belongs_to or {}), should_stop
+        self.stopped = False  # `should_stop` ended the last fit
+        self.saved_step: int | None = None
+        self.best: dict[str, dict[str, float]] = {}  # lowest fvu between two log lines, and its step
         self.resharded: list[str] = []  # resumes on another number of ranks: from there on a run is no longer bit-exact
-        self.belongs_to = dict(belongs_to or {})
         self.on_log, self.on_step, self.matmul_dtype = on_log, on_step, matmul_dtype
         self.pretrained = frozenset(pretrained)
         self.step = 0
@@ -108,12 +118,16 @@ class Trainer:
         self.learners = []
         if comm.size > 1 and config.resample_every_steps:
             raise CommError("train.resample_every_steps works in one process only; leave it at 0 with several ranks")
+        if config.batch_tokens % comm.data_size:
+            raise CommError(
+                f"train.batch_tokens {config.batch_tokens} is not a multiple of the {comm.data_size} data ranks"
+            )
         for name, dictionary in dictionaries.items():
             if comm.feature_size > 1 and not dictionary.selects:
                 raise CommError(
                     f"{name}: train.feature_shards above 1 needs topk or batchtopk, not {dictionary.architecture}"
                 )
-            part = shard_dictionary(dictionary, comm)
+            part = shard_dictionary(dictionary, comm).to(device or dictionary.W_enc.device)
             part.comm = comm
             at = (places or {}).get(name)
             reads, writes = (
@@ -126,31 +140,52 @@ class Trainer:
     # --- the run -------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to `num_steps` from wherever this trainer stands. Raises TrainingError where too much is not finite."""
+        """Train to `num_steps` from wherever this trainer stands, or to where `should_stop` says so on any rank.
+
+        Raises TrainingError where too much is not finite, or the rows of a rank end before.
+        """
+        self.stopped = False
         if self.scaling is None:
             self._measure_input()
         if self.step >= self.config.num_steps:
             return
         started, first = time.monotonic(), self.step
-        for batch in self.source.batches(self.cursor):
-            assert self.scaling is not None
-            self.train_step(self.scaling.apply(batch.acts))
-            self.cursor = batch.cursor
-            if self.on_step:
-                self.on_step(1)
+        batches = iter(self.source.batches(self.cursor))
+        while self.step < self.config.num_steps:
+            batch = next(batches, None)
+            self.stopped, ended = self.comm.any_of(self.should_stop(), batch is None)
+            if self.stopped or ended:
+                self._save_where_it_stands()
+                if self.stopped:
+                    return
+                raise TrainingError(f"the rows end after step {self.step} of train.num_steps {self.config.num_steps}")
+            assert batch is not None
+            self._learn_from(batch)
             if self.step % self.config.log_every_steps == 0 or self.step == self.config.num_steps:
                 self._log(time.monotonic() - started, first)
-            done = self.step >= self.config.num_steps
-            if self.folder and (done or self.step % self.config.checkpoint_every_steps == 0):
-                self.save()
-            if done:
-                return
+            if self.step % self.config.checkpoint_every_steps == 0 or self.step == self.config.num_steps:
+                self._save_where_it_stands()
+
+    def _learn_from(self, batch: ActivationBatch) -> None:
+        assert self.scaling is not None
+        own = self.config.batch_tokens // self.comm.data_size
+        if self.comm.size > 1 and len(batch.acts) != own:
+            raise TrainingError(f"a batch of {len(batch.acts)} rows where every data rank needs {own}")
+        self.train_step(self.scaling.apply(batch.acts))
+        self.cursor = batch.cursor
+        if self.on_step:
+            self.on_step(1)
+
+    def _save_where_it_stands(self) -> None:
+        if self.folder and self.step and self.saved_step != self.step:
+            self.save()
 
     @torch.no_grad()
     def finish(self) -> dict[str, SparseAutoencoder]:
         """Take averaged weights, and fold centring and scaling in: afterwards dictionaries work on raw activations.
 
-        Returns them whole, by name, whatever ranks held them.
+        Returns them by name. Those that ranks hold in parts are put together in the first one's host memory; the other
+        ranks get none of them.
         """
         assert self.scaling is not None, "fit() comes first"
         mean, scale = self.scaling.mean, self.scaling.scale
@@ -158,16 +193,21 @@ class Trainer:
             learner.take_average()
             r, w = learner.reads, learner.writes
             learner.dictionary.fold_scaling(mean[r], scale[r], mean[w], scale[w])
-        return {learner.name: gather_dictionary(learner.dictionary) for learner in self.learners}
+        whole = {learner.name: gather_dictionary(learner.dictionary) for learner in self.learners}
+        return {name: dictionary for name, dictionary in whole.items() if dictionary is not None}
 
     def _measure_input(self) -> None:
-        rows, count = [], 0
-        for batch in self.source.batches(Cursor()):
-            rows.append(batch.acts.float())
-            count += len(batch.acts)
-            if count * self.comm.data_size >= self.config.init_tokens:
+        rows, count, batches = [], 0, iter(self.source.batches(Cursor()))
+        while count < self.config.init_tokens:
+            batch = next(batches, None)
+            if self.comm.any_of(batch is None)[0]:
                 break
-        first = torch.cat(self.comm.gather_data(torch.cat(rows)))[: self.config.init_tokens]
+            assert batch is not None
+            rows += self.comm.gather_data(batch.acts.float())  # in the order in which one process has them
+            count += len(batch.acts) * self.comm.data_size
+        if not rows:
+            raise TrainingError("there are no rows to learn from")
+        first = torch.cat(rows)[: self.config.init_tokens]
         self.scaling = InputScaling.measure(first, self.source.widths)
         start = self.scaling.apply(first)
         centre = geometric_median(start) if self.config.b_dec_init == "geometric_median" else start.mean(0)
@@ -211,11 +251,34 @@ class Trainer:
         lr_share = learning_rate_share(self.step - 1, self.config)
         for learner in self.learners:
             line = learner.log_line()
+            if line and line["fvu"] < self.best.get(learner.name, {"fvu": math.inf})["fvu"]:
+                self.best[learner.name] = {"fvu": line["fvu"], "step": self.step}
             if self.on_log and line:
                 tokens = self.step * self.config.batch_tokens
                 head = {"dictionary": learner.name, "step": self.step, "tokens": tokens}
-                lr = self.config.peak_lr(learner.dictionary.d_sae) * lr_share
-                self.on_log({**head, **line, "lr": lr, "tokens_per_second": round(rate, 1)})
+                lr = self.config.peak_lr(learner.num_latents) * lr_share
+                end = {"resharded": len(self.resharded)} if self.resharded else {}
+                self.on_log({**head, **line, "lr": lr, "tokens_per_second": round(rate, 1), **end})
+
+    def _checked_state(self) -> dict[str, Any] | None:
+        """State of the newest checkpoint, if it is of this training."""
+        state = read_state(self.folder) if self.folder else None
+        if state is None:
+            return None
+        before, now = state["config"], to_dict(self.config)
+        changed = [
+            (f"train.{key}", before.get(key), now.get(key)) for key in {**before, **now} if key not in _FREE_KEYS
+        ]
+        origin = state.get("belongs_to", {})
+        changed += [(key, origin.get(key), self.belongs_to.get(key)) for key in {**origin, **self.belongs_to}]
+        for key, old, new in changed:
+            if old != new:
+                raise CheckpointError(
+                    f"{self.folder}: the checkpoint was trained with {key} = {old}, this run asks for {new}; "
+                    "remove the folder to train anew"
+                )
+
+        return {**state, "resharded": [*state["resharded"], *self._check_ranks(state["ranks"], state["step"])]}
 
     def _check_ranks(self, before: list[int], step: int) -> list[str]:
         now = [self.comm.data_size, self.comm.feature_size]
@@ -241,27 +304,24 @@ class Trainer:
             "belongs_to": self.belongs_to,
             "cursors": self.comm.gather_objects(self.cursor.state()),
             "resharded": self.resharded,
+            "best": self.best,
             "learners": {learner.name: learner.state() for learner in self.learners},
         }
         sharded = frozenset().union(*(learner.sharded_tensors() for learner in self.learners))
-        return save_checkpoint(self.folder, Checkpoint(self.step, tensors, state, sharded), comm=self.comm)
+        made = Checkpoint(self.step, tensors, state, sharded)
+        path = save_checkpoint(self.folder, made, comm=self.comm, keep=self.config.keep_checkpoints)
+        self.saved_step = self.step
+        return path
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint; False where there is none.
 
         Raises CheckpointError where it is damaged, was written under another training configuration or on other rows.
         """
-        state = read_state(self.folder) if self.folder else None
+        state = self.comm.on_first(self._checked_state)
         if state is None:
             return False
-        for before, now in ((state["config"], to_dict(self.config)), (state.get("belongs_to", {}), self.belongs_to)):
-            for key in {**before, **now}:
-                if key != "feature_shards" and before.get(key) != now.get(key):
-                    raise CheckpointError(
-                        f"{self.folder}: the checkpoint was trained with {key} = {before.get(key)}, "
-                        f"this run asks for {now.get(key)}"
-                    )
-        self.resharded = [*state["resharded"], *self._check_ranks(state["ranks"], state["step"])]
+        self.resharded = state["resharded"]
         scaling = {f"scaling.{name}": torch.empty(sum(self.source.widths.values())) for name in ("mean", "scale")}
         wanted, sharded = dict(scaling), set()
         for learner in self.learners:
@@ -273,8 +333,13 @@ class Trainer:
         for learner in self.learners:
             learner.load(tensors, state["learners"][learner.name])
         self.step, cursors = state["step"], [Cursor.from_state(cursor) for cursor in state["cursors"]]
+        self.saved_step, self.best = self.step, state.get("best", {})
         if len(cursors) == self.comm.data_size:
             self.cursor = cursors[self.comm.data_rank]
+        elif all(
+            cursor == cursors[0] for cursor in cursors
+        ):  # ranks that share out one stream of batches stand at the same place in it
+            self.cursor = cursors[0]
         else:  # other ranks read other rows: all begin the next epoch
             self.cursor = Cursor(max(cursor.epoch for cursor in cursors) + 1)
         return True

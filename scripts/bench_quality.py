@@ -44,6 +44,7 @@ from saeql.pipelines.atomic import write_whole
 from saeql.pipelines.dictionaries import specify
 from saeql.pipelines.harvest import open_source
 from saeql.pipelines.sources import ShardSource
+from saeql.pipelines.train import train_dictionaries
 from saeql.sae.exchange.registry import read
 from saeql.sae.exchange.weights import DictionaryWeights
 from saeql.sae.files import load_dictionary
@@ -166,7 +167,7 @@ def train_ours(run: Run, training: Training, folder: Path):
     config = replace(run.config, seed=training.seed, dictionary=dictionary, train=train)
     spec = specify(dictionary, config.model, training.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    Run(run.path, config).train_together([spec], folder, resume=False)
+    train_dictionaries(Run(run.path, config), [spec], folder, resume=False)
     return folder / "dictionaries" / spec.name, load_dictionary, None
 
 

@@ -70,12 +70,13 @@ _STAGE = """
 import sys, time, torch
 from saeql.pipelines import Run
 from saeql.pipelines.sweep import expand
+from saeql.pipelines.train import train_dictionaries
 torch.set_num_threads(1)
 run, stage = Run.open(sys.argv[1]), sys.argv[2]
 started = time.process_time()
 if stage == "train --sweep":
     (run.path / "sweep").mkdir(exist_ok=True)
-    run.train_together(expand(run.config), run.path / "sweep", resume=False)
+    train_dictionaries(run, expand(run.config), run.path / "sweep", resume=False)
 else:
     list(run.execute((stage,), again=True))
 print("seconds", time.process_time() - started)
@@ -173,9 +174,11 @@ def sweep_cost(folder: Path) -> dict:
 
 
 def _train_seconds(run: Run, specs: list) -> float:
+    from saeql.pipelines.train import train_dictionaries
+
     (run.path / "cost").mkdir(exist_ok=True)
     started = time.process_time()
-    run.train_together(specs, run.path / "cost", resume=False)
+    train_dictionaries(run, specs, run.path / "cost", resume=False)
     return time.process_time() - started
 
 

@@ -17,21 +17,38 @@ Truncate = Annotated[
 def execute(path: Path, config: Any, *, report_to: str, resume: bool) -> Any:
     from ..run import Run
 
+    refuse_ranks()
     made = Run.create(path, config)
     report_stages(made.execute(resume=resume, report_to=report_to))
     return made
 
 
-def report_stages(stages: Any) -> None:
+def report_stages(stages: Any, *, quiet: bool = False) -> None:
     for stage, seconds in stages:
         text = "reused" if seconds is None else f"{seconds:.1f} s"
-        print(f"{stage:<10} {text}", file=sys.stderr, flush=True)
+        if not quiet:
+            print(f"{stage:<10} {text}", file=sys.stderr, flush=True)
 
 
 def run_stage(stage: str, path: Path, *, again: bool = True, **options: Any) -> None:
     from ..run import Run
 
+    refuse_ranks()
     report_stages(Run.open(path).execute((stage,), again=again, **options))
+
+
+def refuse_ranks() -> None:
+    """Raise RunError where several processes were started together for what one does."""
+    from saeql.sae.rank_place import rank_place
+
+    from ..run import RunError
+
+    size = rank_place().size
+    if size > 1:
+        raise RunError(
+            f"{size} ranks were started for what one process does: only `saeql train` and "
+            "`saeql harvest --join` share their work out"
+        )
 
 
 def parse_overrides(tokens: tuple[str, ...]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Commands about a whole run: demo, run, plan, config, hooks."""
+"""Commands about a whole run: demo, run, plan, config, hooks, submit."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from .common import Overrides, Truncate, execute, parse_overrides
+from .common import Overrides, RunPath, Truncate, execute, parse_overrides
 
 DEMO_RUN = Path("runs/demo")
 
@@ -117,3 +117,30 @@ def hooks(
     config = ModelConfig(name=model, revision=revision, trust_remote_code=trust_remote_code)
     records = [asdict(line) for line in list_hook_points(config, pattern)]
     print_records(list(records[0]), [list(record.values()) for record in records], "json" if json else "table")
+
+
+def submit(
+    run: RunPath,
+    *,
+    nodes: Annotated[int, Parameter(help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int | None, Parameter(help="GPUs of a node, a rank each; unset: none.")] = None,
+    ranks_per_node: Annotated[int | None, Parameter(help="Ranks of a node where there are no GPUs.")] = None,
+    minutes: Annotated[int, Parameter(help="Time of one job; a training that needs more is queued again.")] = 240,
+    partition: Annotated[str | None, Parameter(help="SLURM partition.")] = None,
+    cluster: Annotated[str, Parameter(help="slurm, or local to try it on this machine.")] = "slurm",
+    reshard: Annotated[bool, Parameter(help="Like saeql train --reshard.", negative="")] = False,
+    sweep: Annotated[bool, Parameter(help="Like saeql train --sweep.", negative="")] = False,
+) -> None:
+    """Queue the training of a harvested run on SLURM with submitit; its logs are in RUN.jobs (docs/cluster.md).
+
+    Example: saeql submit runs/wide --nodes 8 --gpus-per-node 8 --minutes 240 --partition gpu
+    """  # fmt: skip
+    from ..run import Run
+    from ..submit import submit_training
+
+    job = submit_training(
+        Run.open(run).path, cluster=cluster, nodes=nodes, gpus_per_node=gpus_per_node, minutes=minutes,
+        ranks_per_node=ranks_per_node or gpus_per_node or 1, partition=partition,
+        flags=(*(["--reshard"] if reshard else []), *(["--sweep"] if sweep else [])),
+    )  # fmt: skip
+    print(f"job {job.job_id}, logs in {job.paths.folder}")

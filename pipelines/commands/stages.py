@@ -2,11 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from .common import RunPath, Truncate, run_stage
+from .common import RunPath, Truncate, report_stages, run_stage
 
 
 def harvest(
@@ -51,6 +51,10 @@ def train(
     run: RunPath,
     *,
     resume: Annotated[bool, Parameter(help="Go on from the last checkpoint instead of starting anew.")] = False,
+    reshard: Annotated[
+        bool,
+        Parameter(help="With --resume: go on with another number of ranks, no longer bit for bit.", negative=""),
+    ] = False,
     sweep: Annotated[
         bool, Parameter(help="Train every dictionary of [sweep] on one stream and compare them.", negative="")
     ] = False,
@@ -58,23 +62,38 @@ def train(
 ) -> None:
     """Train the dictionary on stored activations, or with --sweep many of them on one stream.
 
+    Under torchrun or srun all ranks train together (docs/cluster.md). Exit code 75: stopped by SIGTERM or SIGUSR1, with
+    a checkpoint.
+
     Example: saeql train runs/demo --resume
     """  # fmt: skip
-    if not sweep:
-        return run_stage("train", run, resume=resume, report_to=report_to)
+    from ..ranks import joined
+    from ..run import Run
+
+    opened = Run.open(run)
+    options = {"resume": resume, "reshard": reshard, "report_to": report_to}
+    with joined(opened.config.train, opened.config.model.device) as comm:
+        if sweep:
+            _train_sweep(opened, comm, options)
+        else:
+            stages = opened.execute(("train",), again=True, comm=comm, **options)
+            report_stages(stages, quiet=not comm.is_first)
+
+
+def _train_sweep(run: Any, comm: Any, options: dict[str, Any]) -> None:
     import json
 
     from ..output import print_records
-    from ..run import Run
     from ..sweep import run_sweep
 
-    opened = Run.open(run)
-    rows = run_sweep(opened, resume=resume, report_to=report_to)
+    rows = run_sweep(run, comm=comm, **options)
+    if not comm.is_first:
+        return
     columns = ["dictionary", "l0", "fvu", "dead_share", "ce_increase", "ce_recovered", "train_seconds"]
     print_records(columns, [[row.get(c) for c in columns] for row in rows], "table")
-    for advice in json.loads((opened.path / "sweep" / "sweep.json").read_text(encoding="utf-8"))["advice"]:
+    for advice in json.loads((run.path / "sweep" / "sweep.json").read_text(encoding="utf-8"))["advice"]:
         print(f"at {advice['hook_point']} take {advice['dictionary'] or 'none'}: {advice['reason']}")
-    print(f"report: {opened.path / 'sweep' / 'sweep.html'}")
+    print(f"report: {run.path / 'sweep' / 'sweep.html'}")
 
 
 def index(

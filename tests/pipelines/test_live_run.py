@@ -17,6 +17,9 @@ from saeql.pipelines.cli import main
 from saeql.sae.checkpoint import CheckpointError, checkpoints
 from saeql.store.shards import ShardReader
 
+sys.path.insert(0, str(Path(__file__).parent))
+from train_processes import settle_copy, torchrun
+
 #: Groups of a fifth of the text or so.
 LIVE = {"train.source": "live", "train.shuffle_buffer_bytes": "220000", "train.checkpoint_every_steps": "7",
         "train.num_steps": "150", "harvest.max_train_tokens": "3000"}  # fmt: skip
@@ -79,6 +82,60 @@ def test_a_training_killed_and_resumed_ends_bit_identical(live_run: Path, tmp_pa
     assert weights(folder) == before
     logged = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert logged == list(range(10, 151, 10))
+
+
+def test_a_signal_in_the_middle_of_a_group_stops_with_a_checkpoint(live_run: Path, tmp_path: Path):
+    folder = settle_copy(live_run, tmp_path / "run", checkpoint_every_steps=1000)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    passes, step = (int(n) for n in re.findall(r"passes (\d+) step (\d+)", out)[0])
+    assert passes == 20 and 0 < step < 150 and re.search(r"stopped by SIGTERM at step \d+ of 150", errors)
+    assert [int(c.name[5:]) for c in checkpoints(folder / "checkpoints")] == [step]
+    subprocess.run(command("train", str(folder), "--resume"), check=True, capture_output=True)
+    assert weights(folder) == weights(live_run)
+
+
+#: A training that gets SIGTERM in its twentieth forward pass, which is not the last of a group.
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from saeql.pipelines import Run, cli
+from saeql.pipelines.forward import ForwardPass
+from saeql.sae.checkpoint import checkpoints
+
+passes, run_pass = [], ForwardPass._pass
+
+def counted(self, token_ids):
+    passes.append(1)
+    if len(passes) == 20:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return run_pass(self, token_ids)
+
+ForwardPass._pass = counted
+sys.argv = ["saeql", "train", sys.argv[1]]
+try:
+    cli.main()
+finally:
+    last = checkpoints(Path(sys.argv[2]) / "checkpoints")[-1]
+    print("passes", len(passes), "step", int(last.name[5:]))
+"""
+
+
+def test_ranks_read_a_part_of_the_text_each_and_go_on_bit_for_bit(live_run: Path, tmp_path: Path):
+    whole, run = (settle_copy(live_run, tmp_path / name, num_steps=60) for name in ("whole", "run"))
+    done = torchrun(whole, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((checkpoints(whole / "checkpoints")[-1] / "state.json").read_text())
+    places = [cursor["place"] for cursor in state["cursors"]]
+    assert [place["part"] for place in places] == [[0, 2], [1, 2]]
+    shutil.copytree(whole, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns("dictionaries"))
+    shutil.rmtree(checkpoints(run / "checkpoints")[-1])  # as if killed after the one before
+    done = torchrun(run, 2, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights(run) == weights(whole)
 
 
 def test_a_resume_on_other_text_model_or_windows_is_refused_with_both_values(

@@ -236,6 +236,43 @@ def test_a_mixture_is_read_in_the_order_of_a_harvest(run: Run, tmp_path: Path):
     assert (origins == rows_of(list(stored.batches()))[0]).all()
 
 
+def test_parts_share_the_text_out_and_another_number_of_them_begins_the_next_epoch(run: Run):
+    with live(run, batch_tokens=1) as source:
+        every = {tuple(row) for row in rows_of(first_epoch(source))[0][:, :1].tolist()}
+    owners, cursors = [], []
+    for part in range(2):
+        with live(run, batch_tokens=1, part=part, parts=2) as source:
+            batches = first_epoch(source)
+            owners.append({tuple(row) for row in rows_of(batches)[0][:, :1].tolist()})
+            cursors.append(batches[20].cursor)
+    assert not owners[0] & owners[1]
+    assert len(owners[0]) + len(owners[1]) == pytest.approx(len(every), abs=2)  # but for the last windows
+    with live(run, part=1, parts=2) as source:
+        following = next(source.batches(cursors[0]))
+        assert following.acts.equal(next(source.batches(Cursor(1))).acts)
+        assert not following.acts.equal(next(source.batches(Cursor(0))).acts)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stream_that_should_stop_ends_in_the_middle_of_a_group(run: Run, overlap: bool):
+    passes = []
+    counter = run.language_model.model.model.embed_tokens.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        with live(run, overlap=overlap, should_stop=lambda: len(passes) > 3) as source:
+            assert list(source.batches()) == [] and len(passes) <= 5
+        passes.clear()
+        with live(run, groups=3, overlap=overlap, should_stop=lambda: len(passes) > 20) as source:
+            batches = list(source.batches())
+            assert 10 * 8 < source.group_windows < 20 * 8 and 20 < len(passes) <= 22
+    finally:
+        counter.remove()
+    assert batches and {b.cursor.epoch for b in batches} == {0} and batches[-1].cursor.offset == 0
+    with live(run, groups=3, overlap=overlap) as source:
+        whole = first(source.batches(), len(batches) + 1)
+    with live(run, groups=3, overlap=overlap) as source:
+        assert next(source.batches(batches[-1].cursor)).acts.equal(whole[-1].acts)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_fills_ahead_on_a_stream_of_its_own_and_gives_the_rows_of_a_cpu(run: Run):
     config = replace(run.config.model, device="cuda", dtype="float32")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from saeql.sae.checkpoint import checkpoints
 from saeql.sae.comm import ALONE, CommError, join
 
 WORKER = Path(__file__).parent / "rank_worker.py"
@@ -98,6 +99,14 @@ def test_a_stopped_training_goes_on_bit_for_bit_and_on_other_ranks_only_if_asked
     part.write_bytes(damaged)
     done = run(stopped, ["topk"], ranks=2, shards=2)
     assert done.returncode != 0 and f"{part.name} does not match its hash" in done.stderr
+
+
+def test_ranks_whose_rows_end_at_different_steps_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ROWS_END", "30")  # of the second rank; the first one has rows for 35 steps
+    done = run(tmp_path, ["topk"], ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("TrainingError: the rows end after step 30 of train.num_steps 50") == 2
+    assert checkpoints(tmp_path / "topk/checkpoints")[-1].name == "step-00000030"
 
 
 def test_the_kth_largest_by_histograms():
