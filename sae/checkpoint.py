@@ -106,7 +106,7 @@ def _discard(path: Path) -> None:
     shutil.rmtree(unnamed)
 
 
-def _together(comm: Comm, path: Path, work: Callable[[], None]) -> None:
+def _together(comm: Comm, path: Path, work: Callable[[], object]) -> None:
     """Do what all ranks do with a checkpoint's parts; one that fails fails for all, with its own reason."""
     from torch.distributed.checkpoint.api import CheckpointException
 

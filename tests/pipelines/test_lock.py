@@ -38,7 +38,8 @@ def test_a_second_process_is_told_who_holds_it_until_that_one_ends(tmp_path: Pat
 def held_elsewhere(path: Path, seconds_ago: float, job: str | None = None) -> None:
     """What a holder leaves that another host's file system does not lock."""
     path.write_text(json.dumps({"host": "elsewhere", "pid": 17, "job": job}))
-    os.utime(path, (time.time() - seconds_ago,) * 2)
+    then = time.time() - seconds_ago
+    os.utime(path, (then, then))
 
 
 def test_a_holder_on_another_host_counts_while_it_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

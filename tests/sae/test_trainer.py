@@ -96,9 +96,47 @@ def test_resume_is_bit_identical(tmp_path: Path):
     assert all(torch.equal(value, expected[name]) for name, value in weights(trainer).items())
 
 
-def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path):
-    trained(tmp_path)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000100", "step-00000120"]
+@pytest.mark.parametrize(("keep", "steps"), [(1, [120]), (2, [90, 120]), (9, [30, 60, 90, 120])])
+def test_only_the_last_checkpoints_are_kept(keep: int, steps: list[int], tmp_path: Path):
+    (tmp_path / "step-00000030.tmp.17").mkdir()  # of a writer that was killed
+    trained(tmp_path, config=replace(CONFIG, checkpoint_every_steps=30, keep_checkpoints=keep))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{step:08d}" for step in steps]
+
+
+def test_asked_to_stop_it_leaves_a_checkpoint_and_goes_on_to_the_same_weights_and_lines(tmp_path: Path):
+    lines: list[dict] = []
+    expected = weights(trained(on_log=lines.append))
+    dictionary, found = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN, seed=0), []
+    stopping = Trainer(
+        CONFIG, {"a": dictionary}, PlantedSource(), folder=tmp_path, on_log=found.append,
+        should_stop=lambda: stopping.step == 57,
+    )  # fmt: skip
+    stopping.fit()
+    assert stopping.stopped and [p.name for p in checkpoints(tmp_path)] == ["step-00000050", "step-00000057"]
+    rest = Trainer(CONFIG, {"a": dictionary}, PlantedSource(), folder=tmp_path, on_log=found.append)
+    assert rest.resume() and rest.step == 57
+    rest.fit()
+    assert not rest.stopped and all(torch.equal(value, expected[name]) for name, value in weights(rest).items())
+    for line in (*lines, *found):
+        line.pop("tokens_per_second")
+    assert found == lines  # the sums of the line that was cut in two went on too
+    best = min(lines, key=lambda line: line["fvu"])
+    assert rest.best == {"a": {"fvu": best["fvu"], "step": best["step"]}}
+
+
+def test_a_checkpoint_of_another_origin_is_refused_with_both_values(tmp_path: Path):
+    trained(tmp_path, belongs_to={"model.revision": "main", "layers": [3, 4]})
+    dictionary = build(DictionaryConfig(d_sae=D_SAE, k=K), D_IN)
+
+    def resume(**belongs_to: object) -> bool:
+        origin = {"model.revision": "main", "layers": [3, 4], **belongs_to}
+        return Trainer(CONFIG, {"a": dictionary}, PlantedSource(), folder=tmp_path, belongs_to=origin).resume()
+
+    assert resume()
+    with pytest.raises(CheckpointError, match=r"with model\.revision = main, this run asks for v2"):
+        resume(**{"model.revision": "v2"})
+    with pytest.raises(CheckpointError, match=r"with layers = \[3, 4\], this run asks for \[3\]"):
+        resume(layers=[3])
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path):
