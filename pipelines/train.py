@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -64,14 +64,7 @@ def train_dictionaries(
     needed = {hook_point for spec in specs for hook_point in (*spec.reads, *spec.writes)}
     widths = {name: width for name, width in info.widths.items() if name in needed}
     with deferred(), ExitStack() as held:
-        log = advance = None
-        if comm.is_first:
-            tokens = train.num_steps * train.batch_tokens
-            advance = held.enter_context(progress("train", tokens, "tok"))
-            settings = {"name": run.path.name, **to_dict(run.config)}
-            log = held.enter_context(
-                MetricsLog(folder / "metrics.jsonl", report_to, run_name=run.path.name, config=settings)
-            )
+        log, advance = _telling(run, folder, report_to, held) if comm.is_first else (None, lambda steps: None)
         source = held.enter_context(
             training_stream(
                 run.config, run.activations, info, widths, device, run.reading_model,
@@ -86,7 +79,7 @@ def train_dictionaries(
             pretrained=[spec.name for spec in specs if spec.config.start_from],
             folder=folder / "checkpoints",
             on_log=log,
-            on_step=(lambda n: advance(n * train.batch_tokens)) if advance else None,
+            on_step=advance,
             matmul_dtype=_matmul_dtype(train.matmul_dtype, device),
             comm=comm,
             reshard=reshard,
@@ -94,11 +87,9 @@ def train_dictionaries(
             belongs_to={**belongs_to(run.config, info, widths), **_dictionaries(specs)},
             should_stop=asked,
         )
-        if resume and trainer.resume():
-            if advance:
-                advance(trainer.step * train.batch_tokens)
-        else:  # what another start left would be taken for this one's by a later resume
+        if not (resume and trainer.resume()):  # what another start left would be taken for this one's by a later resume
             comm.on_first(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
+        advance(trainer.step)
         if log:
             log.keep_until(trainer.step)
         for change in trainer.resharded if comm.is_first else ():
@@ -118,6 +109,14 @@ def train_dictionaries(
             dictionary.metadata["saeql"]["resharded"] = trainer.resharded
         save_dictionary(dictionary, folder / "dictionaries" / spec.name)
     return {learner.name: learner.seconds for learner in trainer.learners}
+
+
+def _telling(run: "Run", folder: Path, report_to: str, held: ExitStack) -> tuple[MetricsLog, Callable[[int], None]]:
+    """Where lines of metrics go, and what moves the progress bar by some steps."""
+    train, settings = run.config.train, {"name": run.path.name, **to_dict(run.config)}
+    bar = held.enter_context(progress("train", train.num_steps * train.batch_tokens, "tok"))
+    log = MetricsLog(folder / "metrics.jsonl", report_to, run_name=run.path.name, config=settings)
+    return held.enter_context(log), lambda steps: bar(steps * train.batch_tokens)
 
 
 def _dictionaries(specs: Sequence[DictionarySpec]) -> dict[str, Any]:
