@@ -1,9 +1,10 @@
 """One writer for a run: a lock on the file `.lock`, which names the process that holds it.
 
 The lock belongs to the system, and ends with the process however that ends. Not every network file system shows it to
-other hosts: so the holder also touches the file, and a fresh file of another host is taken for a living process.
+other hosts, some have none: so the holder also touches the file, and a fresh file is then taken for a living process.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,8 @@ from typing import IO, Any
 SIGN_OF_LIFE_SECONDS = 10
 TAKEN_FOR_DEAD_SECONDS = 90
 
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
 
 class LockedError(ValueError):
     """Another process holds the lock; the message names it."""
@@ -32,11 +35,7 @@ def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
     who they are, and only file systems that show locks to other hosts show theirs.
     """
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockedError(f"in use by another saeql process ({_described(_holder(file))})") from None
-        _refuse_other_host(file)
+        _refuse_living(file, has_system_lock=_lock(file, shared=shared))
         if shared:
             yield
             return
@@ -52,11 +51,25 @@ def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
             _write(file, {})  # left in order: another host need not wait for signs of life
 
 
-def _refuse_other_host(file: IO[str]) -> None:
+def _lock(file: IO[str], *, shared: bool) -> bool:
+    """Take the system's lock; False where the file system has none. Raises LockedError where another process has it."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LockedError(f"in use by another saeql process ({_described(_holder(file))})") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _refuse_living(file: IO[str], *, has_system_lock: bool) -> None:
+    """Refuse what the system's lock does not: a holder on another host, any holder where there is no such lock."""
     holder = _holder(file)
     host, job = holder.get("host"), holder.get("job")
     silent = time.time() - os.fstat(file.fileno()).st_mtime
-    if host in (None, socket.gethostname()) or silent > TAKEN_FOR_DEAD_SECONDS:
+    if host is None or silent > TAKEN_FOR_DEAD_SECONDS or (host == socket.gethostname() and has_system_lock):
         return
     if job is not None and job == os.environ.get("SLURM_JOB_ID"):  # an earlier start of this very job, on other nodes
         return

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from saeql.sae.rank_place import rank_place
+
 #: EX_TEMPFAIL of sysexits.h: not done, not failed.
 EXIT_STOPPED = 75
 
@@ -39,7 +41,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     first, _state.asked = _state.asked is None, signal.Signals(number).name
     if not _state.deferred:
         raise Stopped(f"stopped by {_state.asked}")
-    if first:
+    if first and rank_place().rank == 0:
         print(f"saeql: {_state.asked}: stopping after this step", file=sys.stderr, flush=True)
 
 

@@ -1,5 +1,6 @@
 """The lock of a run: one writer, on this host and on others."""
 
+import errno
 import json
 import os
 import socket
@@ -57,6 +58,17 @@ def test_a_holder_on_another_host_counts_while_it_gives_signs_of_life(tmp_path: 
         pass
     held_elsewhere(path, 1, job="41")
     with pytest.raises(LockedError), hold(path):
+        pass
+
+
+def test_a_file_system_without_locks_goes_by_signs_of_life_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def flock(*_: object) -> None:  # as Lustre answers where it is mounted without locks
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with hold(tmp_path / "lock"), pytest.raises(LockedError, match=rf"pid {os.getpid()} on"), hold(tmp_path / "lock"):
+        pass
+    with hold(tmp_path / "lock"):
         pass
 
 
