@@ -15,6 +15,7 @@ import tomli_w
 from saeql.sae.config import DictionaryConfig, TrainConfig, load_toml, to_dict
 
 from .corpus import CorpusConfig
+from .embedder import EmbedderConfig
 from .evaluate import EvaluateConfig
 from .harvest import HarvestConfig
 from .index import IndexConfig
@@ -40,6 +41,7 @@ class RunConfig:
     index: IndexConfig = field(default_factory=IndexConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     @property

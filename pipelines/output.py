@@ -28,6 +28,11 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 
+def note(text: str) -> None:
+    """A line beside the output, on stderr."""
+    print(f"saeql: {text}", file=sys.stderr)
+
+
 def visible(token: str) -> str:
     """A token as text of one line: line breaks and control characters shown as signs."""
     return "".join(_VISIBLE.get(c, c if c.isprintable() else "·") for c in token)

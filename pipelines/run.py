@@ -39,13 +39,16 @@ from saeql.store.feature_store import FeatureStore
 from .atomic import remove_leftovers, write_whole
 from .config import RunConfig, to_toml
 from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
+from .embedder import EMBEDDED_EMBEDDER, Embedder, EmbedderError
 from .evaluate import Evaluator, metrics_table
 from .harvest import HARVEST_FILE, HarvestInfo, harvest
 from .hook_points import settle
 from .index import index_dictionary
 from .label import label_dictionary
 from .lock import LockedError, hold
+from .meaning import embed_features
 from .models import LanguageModel, ModelIdentity, load_model
+from .output import note
 from .progress import progress
 from .provenance import more_evidence, provenance
 from .steer import Steerer
@@ -377,8 +380,31 @@ class Run:
 
             if rebuild:
                 FeatureStore.build(path, folders, on_step=on_step)
-                return ["built anew"]
-            return FeatureStore.sync(path, folders, on_step=on_step)
+                done = ["built anew"]
+            else:
+                done = FeatureStore.sync(path, folders, on_step=on_step)
+        if self._embed():
+            done += FeatureStore.sync(path, folders)
+        return done
+
+    def _embed(self) -> bool:
+        """Labels and tokens -> sentence embeddings as evidence, where there is a model for them; whether there is.
+
+        Raises EmbedderError where the configuration names another model than the default, and it cannot be had.
+        """
+        config = self.config.embedder
+        if config.model == "none":
+            return False
+        try:
+            embedder = Embedder(config)
+        except EmbedderError as error:
+            if config.model != EMBEDDED_EMBEDDER:
+                raise
+            note(f"without search by meaning: {error}")
+            return False
+        with self.store() as store, progress("embed", None, "texts") as advance:
+            self.evidence.write("embeddings", embed_features(store, self.spec.name, embedder, advance.to))
+        return True
 
     def report(self) -> None:
         """store -> showcase.json and report.html."""

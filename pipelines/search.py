@@ -13,6 +13,7 @@ from saeql.store.search import Scored, SearchHit
 from saeql.store.vectors import unit_rows
 
 from .find_dictionary import find_dictionary
+from .meaning import search_meaning
 
 if TYPE_CHECKING:
     from .run import Run
@@ -122,17 +123,19 @@ def find(
 ) -> tuple[list[SearchHit], PromptHits | None]:
     """What one command line asks for: hits, and for a prompt those of each token.
 
-    `asked` has words, token, effect, prompt and like, all None but one. Raises ConfigError where it is not one.
+    `asked` has words, meaning, token, effect, prompt and like, all None but one. Raises ConfigError otherwise.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     if len(given) != 1:
-        raise ConfigError("search for one thing: words, or one of --token, --effect, --prompt, --like")
+        raise ConfigError("search for one thing: words, or one of --meaning, --token, --effect, --prompt, --like")
     way, what = next(iter(given.items()))
     if among is not None and way != "like":
         raise ConfigError("--among goes with --like")
     if way == "prompt":
         found = search_prompt(run, store, what, limit=limit, where=where)
         return found.hits, found
+    if way == "meaning":
+        return search_meaning(run, store, what, limit=limit, where=where), None
     if way == "like":
         return search_direction(run, store, what, among=among, limit=limit, where=where), None
     return store.search(what, by=way, limit=limit, where=where), None

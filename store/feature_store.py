@@ -80,6 +80,7 @@ class FeatureStore:
         self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
         self._segments = {i: [g for g in segments if g["dictionary_id"] == i] for i, _ in self._known.values()}
         self._vectors: dict[str, VectorTable] = {}
+        self._embedded: dict[str, np.ndarray] = {}  # what each of them is of: 'label' | 'evidence'
         self._texts: dict[int, TextRows] = {}
         self._cards: dict[int, Cards] = {}
         FeatureStore._readers.add(self)
@@ -211,38 +212,45 @@ class FeatureStore:
         segment = self._segment(dictionary_id)
         return Scope(name, dictionary_id, segment["segment_id"] if segment else -1)
 
-    def has_embeddings(self) -> bool:
-        """Whether the store has sentence embeddings of labels."""
-        return bool(self._rows("SELECT count(*) > 0 AS found FROM evidence.embeddings")[0]["found"])
+    def embedding_model(self, dictionary: str | None = None) -> str | None:
+        """What made the sentence embeddings of a dictionary's labels and evidence; None where it has none."""
+        _, (dictionary_id, _) = self._dictionary(dictionary)
+        query = f"SELECT any_value(model) AS model FROM evidence.embeddings WHERE dictionary_id = {dictionary_id}"
+        return self._rows(query)[0]["model"]
 
     def embedding_width(self, dictionary: str | None = None) -> int:
-        """Length of the label embeddings. Raises StoreError where there are none."""
+        """Length of the embeddings. Raises StoreError where there are none."""
         return self._embeddings(dictionary).vectors.shape[1]
 
     def search_vector(
         self, vector: np.ndarray, *, limit: int = 10, where: str | None = None, dictionary: str | None = None
     ) -> list[SearchHit]:
-        """Features whose label's sentence embedding is nearest to an embedded text, by cosine.
+        """Features of which a label or the evidence has a sentence embedding nearest to an embedded text, by cosine.
 
         Raises StoreError where the store has no embeddings.
         """
-        table = self._embeddings(dictionary)
-        found = table.nearest(vector, limit if where is None else len(table.features))
-        scored = [Scored(feature, cosine, {"cosine": [f"{cosine:.3f}"]}) for feature, cosine in found]
-        return self.hits(scored, limit=limit, where=where, dictionary=dictionary)
+        table, sources = self._embeddings(dictionary), self._embedded[self._dictionary(dictionary)[0]]
+        # a feature has two embeddings at most, and stands where the nearer one does
+        found = table.nearest_rows(vector, 2 * limit if where is None else len(table.features))
+        best: dict[int, Scored] = {}
+        for row, cosine in found:
+            feature = int(table.features[row])
+            best.setdefault(feature, Scored(feature, cosine, {str(sources[row]): [f"cosine {cosine:.3f}"]}))
+        return self.hits(list(best.values()), limit=limit, where=where, dictionary=dictionary)
 
     def _embeddings(self, dictionary: str | None) -> VectorTable:
         name, (dictionary_id, _) = self._dictionary(dictionary)
         if name not in self._vectors:
             query = (
-                "SELECT feature, vector FROM evidence.embeddings "
-                f"WHERE dictionary_id = {dictionary_id} AND source = 'label' ORDER BY feature"
+                "SELECT feature, source, vector FROM evidence.embeddings "
+                f"WHERE dictionary_id = {dictionary_id} ORDER BY feature, source DESC"
             )
             table = run_statement(self._connection, self.path, query)
             if table.num_rows == 0:
-                raise StoreError(f"{self.path} has no embeddings of the labels of {name}")
+                raise StoreError(f"{self.path} has no embeddings of {name}")
             rows = np.frombuffer(b"".join(table["vector"].to_pylist()), "<f2").reshape(table.num_rows, -1)
             self._vectors[name] = unit_rows(table["feature"].to_numpy(), rows)
+            self._embedded[name] = table["source"].to_numpy()
         return self._vectors[name]
 
     def feature(self, feature: int, dictionary: str | None = None) -> dict[str, Any]:

@@ -22,6 +22,10 @@ class VectorTable:
 
         Raises StoreError where it has another length or none.
         """
+        return [(int(self.features[row]), cosine) for row, cosine in self.nearest_rows(vector, limit)]
+
+    def nearest_rows(self, vector: np.ndarray, limit: int) -> list[tuple[int, float]]:
+        """(row, cosine) instead."""
         vector = np.asarray(vector, np.float32).ravel()
         norm = float(np.linalg.norm(vector))
         if len(vector) != self.vectors.shape[1] or not norm > 0:
@@ -30,7 +34,7 @@ class VectorTable:
         limit = min(limit, len(cosines))
         found = np.argpartition(-cosines, limit - 1)[:limit] if limit else np.zeros(0, np.int64)
         found = found[np.lexsort((self.features[found], -cosines[found]))]
-        return [(int(self.features[i]), float(cosines[i])) for i in found]
+        return [(int(row), float(cosines[row])) for row in found]
 
 
 def unit_rows(features: np.ndarray, rows: np.ndarray) -> VectorTable:

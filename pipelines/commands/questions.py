@@ -17,6 +17,9 @@ def search(
         str | None, Parameter(help="Words to look for in labels and in promoted and activating tokens.")
     ] = None,
     *,
+    meaning: Annotated[
+        str | None, Parameter(help="Features whose label, or tokens they fire on, mean something like this text.")
+    ] = None,
     token: Annotated[str | None, Parameter(help='Features that fire on this token, such as " bank".')] = None,
     effect: Annotated[str | None, Parameter(help="Features that raise the logit of this token.")] = None,
     prompt: Annotated[str | None, Parameter(help="Features that fire on this text; loads the model.")] = None,
@@ -28,7 +31,7 @@ def search(
     where: Annotated[str | None, Parameter(help="SQL condition on the view features.")] = None,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
 ) -> None:
-    """Find features by words, token, effect, text or direction, best first, with what matched.
+    """Find features by words, meaning, token, effect, text or direction, best first, with what matched.
 
     Example: saeql search runs/demo "music" --where "density < 0.01"
     """
@@ -38,7 +41,7 @@ def search(
 
     opened = Run.open(run)
     with opened.store() as store:
-        asked = {"words": text, "token": token, "effect": effect, "prompt": prompt, "like": like}
+        asked = {"words": text, "meaning": meaning, "token": token, "effect": effect, "prompt": prompt, "like": like}
         print_hits(*find(opened, store, asked, among=among, limit=limit, where=where), as_json=json)
 
 

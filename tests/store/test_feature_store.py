@@ -189,7 +189,9 @@ def test_search_by_vector(evidence: Evidence, tmp_path: Path) -> None:
         wanted = np.argsort(-(full @ full[5]))[:4]
         hits = store.search_vector(vectors[5], limit=4)
         assert [h.feature for h in hits] == wanted.tolist() and hits[0].score == pytest.approx(1, abs=1e-3)
-        with pytest.raises(StoreError, match="no embeddings of the labels of other"):
+        assert hits[0].matched == {"label": ["cosine 1.000"]} and store.embedding_model() == "m"
+        assert store.embedding_model("other") is None
+        with pytest.raises(StoreError, match="no embeddings of other"):
             store.search_vector(vectors[5], dictionary="other")
         with pytest.raises(StoreError, match="needs 8 numbers"):
             store.search_vector(vectors[5][:3])

@@ -1,0 +1,76 @@
+"""Features by meaning: sentence embeddings of labels and of evidence, and the features nearest to a text.
+
+A feature's evidence is the tokens that it fires on most; so features that no label explains are found too.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from saeql.store.feature_store import FeatureStore
+from saeql.store.records import EMBEDDINGS
+from saeql.store.search import SearchHit
+
+from .embedder import Embedder, EmbedderError
+from .output import note
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def embed_features(
+    store: FeatureStore,
+    dictionary: str,
+    embedder: Embedder,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> pa.Table:
+    """The evidence table `embeddings` of a dictionary: its labels that passed, and the tokens its features fire on."""
+    rows = store.trusted_sql(
+        "SELECT feature, label, kind, top_tokens FROM features WHERE dictionary = $name ORDER BY feature",
+        {"name": dictionary},
+        timeout_seconds=None,
+    ).to_pylist()
+    texts = [("label", row["feature"], row["label"]) for row in rows if row["kind"] != "none"]
+    for row in rows:
+        words = dict.fromkeys(token.strip() for token in row["top_tokens"])
+        words.pop("", None)
+        if words:
+            texts.append(("evidence", row["feature"], ", ".join(words)))
+    vectors = embedder.embed([text for *_, text in texts], on_progress)
+    return pa.table(
+        {
+            "dictionary": [dictionary] * len(texts),
+            "feature": [feature for _, feature, _ in texts],
+            "source": [source for source, *_ in texts],
+            "model": [embedder.identity] * len(texts),
+            "vector": [row.astype("<f2").tobytes() for row in vectors],
+        },
+        schema=EMBEDDINGS,
+    )
+
+
+def search_meaning(
+    run: "Run", store: FeatureStore, text: str, *, limit: int = 10, where: str | None = None
+) -> list[SearchHit]:
+    """Features whose label or evidence is nearest in meaning to `text`, by cosine.
+
+    Without embeddings in the store, or without the model that made them, words are searched, and a line says so.
+    """
+    try:
+        embedder = Embedder(run.config.embedder) if run.config.embedder.model != "none" else None
+        reason = "embedder.model is none" if embedder is None else ""
+    except EmbedderError as error:
+        embedder, reason = None, str(error)
+    if embedder is not None:
+        made_by = store.embedding_model()
+        if made_by == embedder.identity:
+            return store.search_vector(np.asarray(embedder.embed([text])[0]), limit=limit, where=where)
+        reason = (
+            f"the store has no embeddings: `saeql store {run.path}` makes them"
+            if made_by is None
+            else f"the store's embeddings are of {made_by}, not of {embedder.identity}: `saeql store {run.path}`"
+        )
+    note(f"searched by words instead: {reason}")
+    return store.search(text, limit=limit, where=where)
