@@ -29,17 +29,19 @@ class LockedError(ValueError):
 
 @contextmanager
 def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock file `path`; `shared` holders exclude only those that are not.
+    """Hold the lock file `path`; `shared`, beside others that do so too.
 
-    Raises LockedError at once where another process holds it so, on this or another host. Shared holders do not write
-    who they are, and only file systems that show locks to other hosts show theirs.
+    Raises LockedError at once where another process holds it, on this or another host.
     """
     with path.open("a+", encoding="utf-8") as file:
-        _refuse_living(file, has_system_lock=_lock(file, shared=shared))
-        if shared:
-            yield
-            return
-        _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")})
+        _refuse_living(file, has_system_lock=_lock(file, shared=shared), shared=shared)
+        own = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "shared": shared,
+        }
+        _write(file, own)
         ended = threading.Event()
         life = threading.Thread(target=_show_life, args=(file.fileno(), ended), name="lock", daemon=True)
         life.start()
@@ -48,7 +50,8 @@ def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
         finally:
             ended.set()
             life.join()
-            _write(file, {})  # left in order: another host need not wait for signs of life
+            if _holder(file) == own:
+                _write(file, {})  # left in order: another host need not wait for signs of life
 
 
 def _lock(file: IO[str], *, shared: bool) -> bool:
@@ -64,12 +67,14 @@ def _lock(file: IO[str], *, shared: bool) -> bool:
     return True
 
 
-def _refuse_living(file: IO[str], *, has_system_lock: bool) -> None:
+def _refuse_living(file: IO[str], *, has_system_lock: bool, shared: bool) -> None:
     """Refuse what the system's lock does not: a holder on another host, any holder where there is no such lock."""
     holder = _holder(file)
     host, job = holder.get("host"), holder.get("job")
     silent = time.time() - os.fstat(file.fileno()).st_mtime
     if host is None or silent > TAKEN_FOR_DEAD_SECONDS or (host == socket.gethostname() and has_system_lock):
+        return
+    if shared and holder.get("shared"):
         return
     if job is not None and job == os.environ.get("SLURM_JOB_ID"):  # an earlier start of this very job, on other nodes
         return

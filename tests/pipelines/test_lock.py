@@ -72,6 +72,19 @@ def test_a_file_system_without_locks_goes_by_signs_of_life_alone(tmp_path: Path,
         pass
 
 
+def test_those_who_share_it_hold_it_together_against_one_who_wants_it_alone(tmp_path: Path):
+    path = tmp_path / "lock"
+    with hold(path, shared=True), hold(path, shared=True), pytest.raises(LockedError), hold(path):
+        pass
+    with hold(path), pytest.raises(LockedError), hold(path, shared=True):
+        pass
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 17, "job": None, "shared": True}))
+    with pytest.raises(LockedError, match="pid 17 on elsewhere"), hold(path):
+        pass
+    with hold(path, shared=True):
+        pass
+
+
 def test_the_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("saeql.pipelines.lock.SIGN_OF_LIFE_SECONDS", 0.05)
     with hold(tmp_path / "lock"):
