@@ -1,12 +1,16 @@
 """`saeql sql`: formats, files, limits, statements from stdin and from a person."""
 
 import csv
+import fcntl
 import io
 import json
 import os
 import pty
+import select
+import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pyarrow as pa
@@ -153,9 +157,14 @@ def test_a_person_at_a_prompt(tiny_run: Path, tmp_path: Path) -> None:
     outer, inner = pty.openpty()
     environment = {**os.environ, "HOME": str(tmp_path), "TERM": "dumb"}
     command = [sys.executable, "-m", "saeql.pipelines", "sql", tiny_run]
+
+    def at_a_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background were told to ignore it
+
     process = subprocess.Popen(
         command, stdin=inner, stdout=inner, stderr=inner, env=environment, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=at_a_terminal,
     )  # fmt: skip
     os.close(inner)
     shown = b""
@@ -164,7 +173,7 @@ def test_a_person_at_a_prompt(tiny_run: Path, tmp_path: Path) -> None:
         nonlocal shown
         while text not in shown:
             try:
-                piece = os.read(outer, 4096)
+                piece = os.read(outer, 4096) if select.select([outer], [], [], 60)[0] else b""
             except OSError:
                 piece = b""
             assert piece, f"{text!r} never came, but {shown!r}"
