@@ -45,6 +45,7 @@ class Compared:
     model: str
     hook_point: str
     seed: int | None
+    run: Path | None = None  # of which it is the own dictionary, where it was named by that run
 
     @property
     def d_sae(self) -> int:
@@ -102,11 +103,12 @@ def find_compared(sources: Sequence[str], device: torch.device | None = None) ->
     """
     if len(sources) < 2:
         raise ConfigError("name at least two dictionaries to compare")
-    places = [_locate(source) for source in sources]
-    twice = next((s for n, s in enumerate(sources) if places[n] in places[:n]), None)
+    places = [locate(source) for source in sources]
+    folders = [place.folder.resolve() for place in places]
+    twice = next((s for n, s in enumerate(sources) if folders[n] in folders[:n]), None)
     if twice is not None:
         raise ConfigError(f"{twice} is named twice")
-    found = [_load(place.folder, name, device) for place, name in zip(places, _names(places), strict=True)]
+    found = [_load(place, name, device) for place, name in zip(places, _names(places), strict=True)]
     for other in found[1:]:
         for what in ("decoder", "encoder"):
             widths = [getattr(c.rows, what).shape[1] for c in (found[0], other)]
@@ -151,28 +153,33 @@ def compare(
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
+    """Where a dictionary lies."""
+
     folder: Path
     home: Path  # the run directory, or the folder itself
     dictionary: str = ""  # name within the run, where it was given
+    run: Path | None = None  # the run directory where it is the run's own dictionary
 
 
-def _locate(source: str) -> _Place:
+def locate(source: str) -> Place:
+    """The place of a dictionary as `find_compared` takes it. Raises DictionaryError where there is none."""
     path = Path(source).expanduser().absolute()
     if (path / "config.toml").exists():
-        return _Place(Run.open(path).dictionary_path, path)
+        return Place(Run.open(path).dictionary_path, path, run=path)
     if path.exists():
-        return _Place(path, path)
+        return Place(path, path)
     place, colon, name = source.rpartition(":")
     run = Path(place).expanduser().absolute()
     if colon and (run / "config.toml").exists():
         for home in dictionary_homes(run):
             if (home / name).exists():
-                return _Place(home / name, run, name)
+                own = home / name == Run.open(run).dictionary_path
+                return Place(home / name, run, name, run if own else None)
     raise DictionaryError(f"no dictionary {source!r}: name a run directory, RUN:NAME, or a dictionary's folder")
 
 
-def _names(places: Sequence[_Place]) -> list[str]:
+def _names(places: Sequence[Place]) -> list[str]:
     """The shortest ends of paths that tell all places apart."""
     length, names = 0, [""] * len(places)
     while len(set(names)) < len(names):
@@ -181,7 +188,8 @@ def _names(places: Sequence[_Place]) -> list[str]:
     return names
 
 
-def _load(folder: Path, name: str, device: torch.device | None) -> Compared:
+def _load(place: Place, name: str, device: torch.device | None) -> Compared:
+    folder = place.folder
     dictionary = load_any(folder)
     metadata = dictionary.metadata
     ours = metadata.get("saeql", {})
@@ -198,6 +206,7 @@ def _load(folder: Path, name: str, device: torch.device | None) -> Compared:
         model=str(ours.get("identity", {}).get("model_name") or metadata.get("model_name") or ""),
         hook_point=str(ours.get("identity", {}).get("hook_point") or metadata.get("hook_name") or ""),
         seed=ours.get("seed"),
+        run=place.run,
     )
 
 

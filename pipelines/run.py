@@ -25,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from saeql.sae.architectures import architecture
@@ -67,6 +68,10 @@ _NEEDS = {
     "store": ("index", "label", "evaluate"),
     "report": ("store",),
 }
+
+
+#: Evidence about the dictionary as it is that no stage makes anew: training removes it.
+COMPARISON_TABLES = ("stability", "matches")
 
 
 class RunError(ValueError):
@@ -326,6 +331,9 @@ class Run:
 
         Raises Stopped, after a checkpoint, where the process was asked to stop.
         """
+        if comm.is_first:
+            for table in COMPARISON_TABLES:  # of the dictionary that was here before
+                self.evidence.path(table).unlink(missing_ok=True)
         train_dictionaries(self, [self.spec], self.path, resume=resume, report_to=report_to, comm=comm, reshard=reshard)
         return self.dictionary() if comm.is_first else None
 
@@ -386,6 +394,19 @@ class Run:
         if self._embed():
             done += FeatureStore.sync(path, folders)
         return done
+
+    def save_comparison(self, tables: dict[str, pa.Table]) -> bool:
+        """Write the evidence tables `COMPARISON_TABLES` and bring the store up to date with them, where it is built.
+
+        Returns whether it is. To be called within `locked`.
+        """
+        with recorded(self.path, "compare"):
+            for name in COMPARISON_TABLES:
+                self.evidence.write(name, tables[name])
+            is_built = "store" in self.finished()
+            if is_built:
+                FeatureStore.sync(self.path / "features.duckdb", [self.evidence, *more_evidence(self.path)])
+        return is_built
 
     def _embed(self) -> bool:
         """Labels and tokens -> sentence embeddings as evidence, where there is a model for them; whether there is.

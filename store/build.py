@@ -107,7 +107,7 @@ def upgrade_store(path: str | Path, *, threads: int | None = None, memory_limit:
             connect_writer(temporary, threads, memory_limit) as connection,
         ):
             applied = migrations.apply(connection)
-            if applied:
+            if any(step.name == "keyed" for step in applied):  # what that migration dropped
                 _Writer(connection, Path(f"{temporary}.spill")).derive_new()
             return [step.name for step in applied]
     except duckdb.Error as error:
@@ -275,7 +275,7 @@ class _Writer:
         )
 
     def derive_new(self) -> None:
-        """What an upgraded store does not have: co-activation and the word index of this schema."""
+        """What a store without segments does not have: co-activation and the word index."""
         for (dictionary_id,) in self.connection.execute("SELECT dictionary_id FROM evidence.dictionaries").fetchall():
             index_words(self.connection, dictionary_id)
         for (segment_id,) in self.connection.execute("SELECT segment_id FROM evidence.segments").fetchall():

@@ -19,6 +19,8 @@ SMALL_TABLES = {
     "metrics": "split, metric",
     "receipts": "feature, control",
     "embeddings": "source, feature",
+    "stability": "feature",
+    "matches": "other_dictionary, feature",
 }
 #: What the text of a corpus is made of.
 TEXT_TABLES = ("documents", "windows", "vocabulary", "split_rows")

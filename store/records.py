@@ -164,6 +164,35 @@ EMBEDDINGS = pa.schema(
     ]
 )
 
+#: How many of the dictionaries that it was compared with have a feature; one comparison a dictionary, the last saved.
+STABILITY = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("feature", pa.int32()),
+        ("num_compared", pa.int16()),  # other dictionaries
+        ("num_shared", pa.int16()),  # those of them that have it
+        ("stability", pa.float32()),  # num_shared / num_compared
+        ("mean_cosine", pa.float32()),  # of decoder rows with its partners, 0 where it has none
+        ("first_seen", pa.string()),  # the first of `compared` that has it
+        ("compared_as", pa.string()),  # name of this dictionary in `compared`
+        ("compared", pa.list_(pa.string())),  # all of the comparison, in the order given
+    ]
+)
+
+#: Partners of features in the dictionaries that they were compared with, which have the names of the comparison.
+MATCHES = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("feature", pa.int32()),
+        ("other_dictionary", pa.string()),
+        ("other_feature", pa.int32()),
+        ("decoder_cosine", pa.float32()),
+        ("encoder_cosine", pa.float32()),
+        ("encoder_agrees", pa.bool_()),  # encoder rows, matched apart, give the same pair
+        ("shared", pa.bool_()),
+    ]
+)
+
 #: Where a dictionary's evidence comes from, one row a dictionary. `config` is JSON, `indexed` UTC.
 RUNS = pa.schema(
     [
@@ -195,8 +224,10 @@ TABLES: dict[str, pa.Schema] = {
     "metrics": METRICS,
     "receipts": RECEIPTS,
     "embeddings": EMBEDDINGS,
+    "stability": STABILITY,
+    "matches": MATCHES,
     "runs": RUNS,
 }
 
 #: Evidence that may not exist yet when the store is built.
-OPTIONAL_TABLES = ("labels", "metrics", "receipts", "embeddings", "runs")
+OPTIONAL_TABLES = ("labels", "metrics", "receipts", "embeddings", "stability", "matches", "runs")

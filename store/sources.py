@@ -13,6 +13,7 @@ import duckdb
 
 from .evidence import Evidence
 from .load import SMALL_TABLES, TEXT_TABLES, dictionary_names
+from .records import OPTIONAL_TABLES
 
 ALL = (*TEXT_TABLES, "dictionaries", "activations", *SMALL_TABLES, "runs")
 _WHOLE_BYTES = 2**24
@@ -135,4 +136,8 @@ def contradiction(connection: duckdb.DuckDBPyConnection, folders: Sequence[Evide
             return "a dictionary is gone"
         if noted - now or (noted != now and stored == names):
             return "activations changed"
+        for table in OPTIONAL_TABLES:
+            has = any(folder.has(table) for folder in by_corpus[corpus_id])
+            if not has and _noted(connection, corpus_id, table):
+                return f"the table {table} is gone"
     return None

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,13 +11,14 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from saeql.pipelines import matching
+from saeql.pipelines import Run, matching
 from saeql.pipelines.cli import main
 from saeql.pipelines.compare import compare, find_compared
 from saeql.pipelines.matching import LatentRows, match, nearest_rows, null_cosines
 from saeql.sae.architectures import build
 from saeql.sae.config import ConfigError, DictionaryConfig
-from saeql.sae.files import save_dictionary
+from saeql.sae.files import load_dictionary, save_dictionary
+from saeql.store.feature_store import FeatureStore
 
 D = 24
 
@@ -139,3 +142,95 @@ def test_what_cannot_be_compared_is_one_line(tmp_path):
         compare(find_compared([one, write(tmp_path / "two", rows(10))]), shared_cosine=0)
     with pytest.raises(ValueError, match="no dictionary 'nowhere'"):
         find_compared([one, "nowhere"])
+
+
+def changed_copy(run: Path, folder: Path) -> Path:
+    """The run's dictionary with a little noise, and the second half of its latents learned anew."""
+    made = load_dictionary(Run.open(run).dictionary_path)
+    half = made.d_sae // 2
+    with torch.no_grad():
+        for weights in (made.W_dec, made.W_enc):
+            new = torch.randn(weights.shape, generator=torch.Generator().manual_seed(5))
+            weights += 0.01 * weights.norm(dim=1, keepdim=True) * torch.nn.functional.normalize(new, dim=1)
+            weights[half:] = new[half:]
+    return save_dictionary(made, folder)
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_run, tmp_path_factory) -> tuple[Path, Path]:
+    """A run and an earlier dictionary, compared and saved; and the folder of the tables of that comparison."""
+    folder = tmp_path_factory.mktemp("saved")
+    run = Path(shutil.copytree(tiny_run, folder / "late"))
+    early = changed_copy(run, folder / "early")
+    main(["compare", str(early), str(run), "--save", "--out", str(folder / "out")])
+    return run, folder / "out"
+
+
+def test_a_saved_comparison_is_asked_in_sql(saved, capsys):
+    run, out = saved
+    capsys.readouterr()
+    main(["sql", str(run), "SELECT feature, stability, first_seen FROM features ORDER BY feature", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    table = pq.read_table(out / "features.parquet").to_pandas()
+    wanted = table[table.dictionary == "late"]
+    assert [row["stability"] for row in found] == wanted.stability.tolist()
+    assert [row["first_seen"] for row in found] == wanted.first_seen.tolist()
+    half = len(found) // 2
+    assert {row["first_seen"] for row in found[:half]} == {"early"}
+    assert {row["first_seen"] for row in found[half:]} == {"late"}
+    name = Run.open(run).spec.name
+    with Run.open(run).store() as store:
+        pairs = store.sql("SELECT * EXCLUDE (dictionary) FROM matches ORDER BY feature").to_pylist()
+        row = store.sql("SELECT * FROM stability WHERE feature = 0").to_pylist()[0]
+        assert store.sql("SELECT DISTINCT dictionary FROM matches")["dictionary"].to_pylist() == [name]
+        assert store.feature(0)["stability"] == 1
+    assert (row["dictionary"], row["compared_as"], row["compared"]) == (name, "late", ["early", "late"])
+    wanted = pq.read_table(out / "matches.parquet").to_pylist()  # written the other way round
+    assert {(p["other_feature"], p["feature"], p["decoder_cosine"], p["shared"]) for p in pairs} == {
+        (p["feature"], p["other_feature"], p["decoder_cosine"], p["shared"]) for p in wanted
+    }
+    assert {p["other_dictionary"] for p in pairs} == {"early"} and len(pairs) == len(wanted)
+    assert Run.open(run).verify().damage == []
+
+
+def test_saving_again_replaces_and_training_again_forgets(saved, tmp_path):
+    run = Path(shutil.copytree(saved[0], tmp_path / "mine"))
+    twin = Path(shutil.copytree(run, tmp_path / "twin"))
+    main(["compare", str(run), f"{twin}:{Run.open(twin).spec.name}", "--save"])
+    for place in (run, twin):
+        with Run.open(place).store() as store:
+            (row,) = store.sql("SELECT DISTINCT num_compared, stability, compared FROM stability").to_pylist()
+            assert (row["num_compared"], row["stability"]) == (1, 1) and len(row["compared"]) == 2
+            assert store.sql("FROM matches").num_rows == 96
+    main(["train", str(run)])
+    assert not any(Run.open(run).evidence.has(table) for table in ("stability", "matches"))
+    for stage in ("index", "label", "evaluate", "store"):
+        main([stage, str(run)])
+    with Run.open(run).store() as store:
+        assert store.sql("SELECT count(stability) AS n FROM features")["n"].to_pylist() == [0]
+        assert store.sql("FROM matches").num_rows == 0
+    assert Run.open(run).verify().damage == []
+
+
+def test_a_shared_store_has_the_comparison(saved, tmp_path):
+    run, _ = saved
+    main(["export", str(run), str(tmp_path / "shared"), "--format", "parquet"])
+    main(["import", str(tmp_path / "shared"), str(tmp_path / "mine"), "--format", "parquet"])
+    with FeatureStore.open(tmp_path / "mine" / "features.duckdb") as mine, Run.open(run).store() as theirs:
+        for view in ("stability", "matches"):
+            found = mine.sql(f"SELECT * FROM {view} ORDER BY ALL")
+            assert found.num_rows > 0 and found.equals(theirs.sql(f"SELECT * FROM {view} ORDER BY ALL"))
+
+
+def test_saving_where_it_cannot_be_is_one_line(saved, tmp_path, capsys):
+    run, _ = saved
+    one, two = write(tmp_path / "one", rows(10)), write(tmp_path / "two", rows(10))
+    with pytest.raises(SystemExit):
+        main(["compare", one, two, "--save"])
+    assert "none of the sources is a run" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="named twice"):
+        find_compared([str(run), f"{run}:{Run.open(run).spec.name}"])
+    with Run.open(run).locked():
+        with pytest.raises(SystemExit):
+            main(["compare", str(run), str(run.parent / "early"), "--save"])
+        assert "pid" in capsys.readouterr().err

@@ -1,12 +1,16 @@
 """docs/sql.md holds: every query of it runs in the console and finds rows, and every view it names is there."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from saeql.pipelines import Run
+from saeql.pipelines.cli import main
+from saeql.sae.files import save_dictionary
 from saeql.store.feature_store import FeatureStore
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "sql.md").read_text(encoding="utf-8")
@@ -16,8 +20,17 @@ RECIPES = re.findall(r"(\S[^`]*?)\n\n```sql\n(.*?)```", COOKBOOK.split("\n\n", 1
 
 
 @pytest.fixture(scope="module")
-def store(tiny_run: Path) -> Iterator[FeatureStore]:
-    with Run.open(tiny_run).store() as opened:
+def store(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FeatureStore]:
+    """Of a run that was compared with a dictionary of which it shares the first half."""
+    folder = tmp_path_factory.mktemp("asked")
+    run = Run.open(shutil.copytree(tiny_run, folder / "late"))
+    early = run.dictionary()
+    with torch.no_grad():
+        for weights in (early.W_dec, early.W_enc):
+            weights[early.d_sae // 2 :] = weights[early.d_sae // 2 :].flip(1)
+    save_dictionary(early, folder / "early")
+    main(["compare", str(folder / "early"), str(run.path), "--save"])
+    with run.store() as opened:
         yield opened
 
 

@@ -194,6 +194,26 @@ def test_an_old_store_is_upgraded_when_it_is_opened(bare_labelled: Evidence, tmp
     assert upgrade_store(path) == []
 
 
+def test_a_store_from_before_comparisons_keeps_what_it_has(bare_labelled: Evidence, tmp_path: Path) -> None:
+    path = FeatureStore.build(tmp_path / "s.duckdb", bare_labelled)
+    views = ("features", "dead", "unexplained", "cofirings", "stability", "matches")
+    with FeatureStore.open(path) as store:
+        wanted = {view: store.sql(f"SELECT * FROM {view} ORDER BY ALL").to_pylist() for view in views}
+        found = store.search("river token")
+    with duckdb.connect(str(path)) as connection:
+        for what in ("VIEW matches", "VIEW stability", "TABLE evidence.matches", "TABLE evidence.stability"):
+            connection.execute(f"DROP {what}")
+        for step in migrations.migrations()[4:7]:
+            connection.execute(step.sql)
+        connection.execute("DELETE FROM migrations WHERE version > 7; UPDATE meta SET schema_version = 7")
+    hash_path(path).unlink()
+    with FeatureStore.open(path) as store:
+        assert store.search("river token") == found
+        for view in views:
+            assert store.sql(f"SELECT * FROM {view} ORDER BY ALL").to_pylist() == wanted[view], view
+    assert upgrade_store(path) == []
+
+
 def test_damage_is_found_before_anything_is_added(bare_labelled: Evidence, tmp_path: Path) -> None:
     path = FeatureStore.build(tmp_path / "s.duckdb", bare_labelled)
     whole = bytearray(path.read_bytes())

@@ -92,6 +92,22 @@ def test_labels_and_receipts_are_added(bare_evidence: Evidence, tmp_path: Path, 
         assert store.sql("SELECT * FROM receipts").to_pylist() == [row]
 
 
+def test_a_table_that_is_gone_is_gone_from_the_store(bare_evidence: Evidence, tmp_path: Path) -> None:
+    path = FeatureStore.build(tmp_path / "s.duckdb", bare_evidence)
+    row = {"dictionary": "topk", "feature": 3, "num_compared": 2, "num_shared": 1, "stability": 0.5, "mean_cosine": 0.6,
+           "first_seen": "a", "compared_as": "b", "compared": ["a", "b", "c"]}  # fmt: skip
+    bare_evidence.write("stability", pa.Table.from_pylist([row]))
+    assert FeatureStore.sync(path, bare_evidence) == ["stability"]
+    query = "SELECT feature, stability, first_seen FROM features WHERE stability IS NOT NULL"
+    with FeatureStore.open(path) as store:
+        assert store.sql(query).to_pylist() == [{"feature": 3, "stability": 0.5, "first_seen": "a"}]
+    bare_evidence.path("stability").unlink()
+    assert FeatureStore.sync(path, bare_evidence) == ["built anew: the table stability is gone"]
+    with FeatureStore.open(path) as store:
+        assert store.sql(query).num_rows == 0 and store.sql("FROM stability").num_rows == 0
+    assert FeatureStore.sync(path, bare_evidence) == []
+
+
 @pytest.mark.parametrize("change", ["activations", "windows"])
 def test_what_changed_is_built_anew(bare_evidence: Evidence, tmp_path: Path, change: str) -> None:
     path = FeatureStore.build(tmp_path / "s.duckdb", bare_evidence)
