@@ -17,8 +17,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from .forward import ForwardPass, HookRows, stored_dtype
 from .harvest_config import HarvestConfig
 from .harvest_merge import Merger, shard_folder
 from .harvest_part import MERGE, PARTS, HarvestPart
-from .leases import Lease, LeaseLost, SharedWork
+from .leases import Lease, SharedWork
 from .models import LanguageModel, ModelIdentity
 from .progress import Advance, progress
 from .reading import WindowBatch, WindowReader, one_ahead, wanted_tokens
@@ -198,13 +198,13 @@ class _Job:
         with progress("harvest", self.corpus.max_tokens or None, "tok") as advance:
             while not (self.folder / HARVEST_FILE).exists():
                 if (lease := work.take(names)) is not None:
-                    with _held(lease):
+                    with lease.held("harvest"):
                         self._harvest_part(lease, advance)
                         lease.finish()
                     continue
                 done = [unit for name, unit in work.units().items() if unit.state == "done" and name != MERGE]
                 if len(done) == len(self.names) and (lease := work.take([MERGE])) is not None:
-                    with _held(lease), merging():
+                    with lease.held("harvest"), merging():
                         self._merge([HarvestPart(unit.path) for unit in done], evidence)
                     return
                 if not is_waiting:
@@ -293,22 +293,6 @@ def _shard_bytes(folder: Path) -> int:
             with suppress(FileNotFoundError):
                 total += Path(place, name).stat().st_size if name.endswith(".h5") else 0
     return total
-
-
-@contextmanager
-def _held(lease: Lease) -> Iterator[None]:
-    """Work on a leased part: after an error another process may go on with it, and a loss of the lease is no error."""
-    try:
-        yield
-    except LeaseLost as lost:
-        print(f"harvest: {lost}", file=sys.stderr)
-    except BaseException as error:
-        if isinstance(error, FileNotFoundError) and lease.is_lost:
-            print(f"harvest: {lease.path} was taken over by another process", file=sys.stderr)
-            return
-        with suppress(LeaseLost, OSError):
-            lease.release()
-        raise
 
 
 def _conditions(

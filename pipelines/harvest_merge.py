@@ -170,6 +170,7 @@ class _table:
     """A table's file, written piece by piece; it exists if the block ends well."""
 
     def __init__(self, evidence: Evidence, name: str):
+        evidence.folder.mkdir(parents=True, exist_ok=True)
         self._writer = PartWriter(evidence.path(name), TABLES[name])
 
     def __enter__(self) -> PartWriter:

@@ -5,7 +5,7 @@ the feature store. Beside them: the logit lens of every decoder row, and its nea
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from saeql.sae.files import saelens_config
 from saeql.sae.model import SparseAutoencoder
 from saeql.store.evidence import Evidence, PartWriter
-from saeql.store.records import LOGIT_EFFECTS, SPLITS
+from saeql.store.records import LOGIT_EFFECTS, SPLITS, TABLES
 
 from .harvest import HarvestInfo, open_source
 from .models import LanguageModel
@@ -40,7 +40,7 @@ class IndexConfig:
     batch_tokens: int = 4096
     """Rows encoded at once."""
     rows_per_part: int = 1_000_000
-    """Rows of text behind one Parquet part of activations."""
+    """Rows of text behind one Parquet part of activations, which is what `saeql index --join` shares out."""
     num_logit_effects: int = 10
     """Promoted and suppressed tokens kept for every feature."""
     num_neighbours: int = 10
@@ -54,57 +54,145 @@ class IndexResult:
     fire_counts: dict[str, torch.Tensor]  # [d_sae] each
     num_rows: dict[str, int]
 
+    @classmethod
+    def of(cls, counts: Iterable[tuple["IndexUnit", "UnitCounts"]], d_sae: int) -> "IndexResult":
+        """The sum over all units."""
+        result = cls({s: torch.zeros(d_sae, dtype=torch.int64) for s in SPLITS}, dict.fromkeys(SPLITS, 0))
+        for unit, found in counts:
+            result.fire_counts[unit.split] += found.fire_counts
+            result.num_rows[unit.split] += found.num_rows
+        return result
 
-def index_dictionary(
-    dictionary: SparseAutoencoder,
-    name: str,
-    language_model: LanguageModel,
-    activations: Path,
-    info: HarvestInfo,
-    evidence: Evidence,
-    config: IndexConfig,
-    *,
-    reads: tuple[str, ...],
-) -> IndexResult:
-    """Write the evidence tables activations, logit_effects, neighbours and dictionaries of one dictionary."""
-    device = language_model.device
-    dictionary = dictionary.to(device)
-    counts, rows = {}, {}
-    sources = {s: open_source(activations, s, info, reads, config.batch_tokens, device) for s in SPLITS}
-    with progress("index", sum(s.num_rows for s in sources.values()), "tok") as advance:
-        for split, source in sources.items():
-            with _ActivationParts(evidence, name, split, dictionary.d_sae, config.rows_per_part) as writer:
-                for batch in source.batches():
-                    with torch.no_grad():
-                        latents = dictionary.encode(batch.acts.float())
-                    writer.add(latents.values.cpu(), latents.indices.cpu(), batch)
-                    advance(len(batch.acts))
-            counts[split], rows[split] = writer.fire_counts, writer.num_rows
-    evidence.write("logit_effects", logit_effects(dictionary, name, language_model, config.num_logit_effects))
-    evidence.write("neighbours", neighbours(dictionary, name, config.num_neighbours))
-    evidence.write("dictionaries", _dictionary_row(dictionary, name, info, reads))
-    return IndexResult(counts, rows)
+    @property
+    def density(self) -> torch.Tensor:
+        """Share of the training rows on which every latent fired, [d_sae]."""
+        return self.fire_counts["train"] / self.num_rows["train"]
 
 
-class _ActivationParts:
-    """Collects sparse activations of one split and writes them in parts; `PENDING_ACTIVATIONS` are in memory."""
+@dataclass(frozen=True)
+class IndexUnit:
+    """Stored rows of a split whose activations are one Parquet part."""
 
-    def __init__(self, evidence: Evidence, name: str, split: str, d_sae: int, rows_per_part: int):
-        self.evidence, self.name, self.split, self.rows_per_part = evidence, name, split, rows_per_part
+    split: str
+    number: int
+    rows: range
+
+    @property
+    def name(self) -> str:
+        """Name among all units of a dictionary."""
+        return f"{self.split}-{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class UnitCounts:
+    """What was found in the rows of one unit."""
+
+    fire_counts: torch.Tensor  # [d_sae]
+    num_rows: int  # kept ones
+    has_part: bool  # not where all rows are left out
+
+
+class Indexer:
+    """A dictionary and the stored activations it reads: their evidence, unit by unit."""
+
+    def __init__(
+        self,
+        dictionary: SparseAutoencoder,
+        name: str,
+        language_model: LanguageModel,
+        activations: Path,
+        info: HarvestInfo,
+        config: IndexConfig,
+        *,
+        reads: tuple[str, ...],
+    ):
+        self.dictionary, self.name, self.lm = dictionary.to(language_model.device), name, language_model
+        self.info, self.config, self.reads = info, config, reads
+        self._sources = {
+            s: open_source(activations, s, info, reads, config.batch_tokens, language_model.device) for s in SPLITS
+        }
+
+    @property
+    def num_rows(self) -> int:
+        """Stored rows of all splits."""
+        return sum(source.num_rows for source in self._sources.values())
+
+    def units(self) -> list[IndexUnit]:
+        """All rows, in order. Units end where batches do, so that whoever encodes one does so in the same batches."""
+        size = max(1, self.config.rows_per_part // self.config.batch_tokens) * self.config.batch_tokens
+        return [
+            IndexUnit(split, number, range(start, min(start + size, source.num_rows)))
+            for split, source in self._sources.items()
+            for number, start in enumerate(range(0, source.num_rows, size))
+        ]
+
+    def part(self, unit: IndexUnit) -> str:
+        """Name of a unit's part file of the table `activations`."""
+        return f"{self.name}-{unit.name}"
+
+    def old_parts(self, evidence: Evidence) -> list[Path]:
+        """Part files of this dictionary that are there."""
+        folder = evidence.folder / "activations"
+        return [path for split in SPLITS for path in folder.glob(f"{self.name}-{split}-*.parquet")]
+
+    def write_activations(self, unit: IndexUnit, part: Path, advance: Callable[[int], None]) -> UnitCounts:
+        """Write the activations of a unit to the file `part`, whose folder is there; no file where no row is kept."""
+        with _ActivationPart(part, self.name, unit.split, self.dictionary.d_sae) as writer:
+            for batch in self._sources[unit.split].in_order(unit.rows):
+                with torch.no_grad():
+                    latents = self.dictionary.encode(batch.acts.float())
+                writer.add(latents.values.cpu(), latents.indices.cpu(), batch)
+                advance(len(batch.acts))
+        return UnitCounts(writer.fire_counts, writer.num_rows, writer.has_part)
+
+    def write_tables(self, evidence: Evidence) -> None:
+        """Write what is derived from the dictionary alone: logit_effects, neighbours and dictionaries."""
+        config = self.config
+        effects = logit_effects(self.dictionary, self.name, self.lm, config.num_logit_effects)
+        evidence.write("logit_effects", effects)
+        evidence.write("neighbours", neighbours(self.dictionary, self.name, config.num_neighbours))
+        evidence.write("dictionaries", _dictionary_row(self.dictionary, self.name, self.info, self.reads))
+
+    def write(self, evidence: Evidence) -> IndexResult:
+        """Write the evidence tables activations, logit_effects, neighbours and dictionaries, all by this process."""
+        for old in self.old_parts(evidence):
+            old.unlink()
+        (evidence.folder / "activations").mkdir(parents=True, exist_ok=True)
+        with progress("index", self.num_rows, "tok") as advance:
+            result = IndexResult.of(
+                (
+                    (unit, self.write_activations(unit, evidence.path("activations", self.part(unit)), advance))
+                    for unit in self.units()
+                ),
+                self.dictionary.d_sae,
+            )
+        self.write_tables(evidence)
+        return result
+
+
+class _ActivationPart:
+    """Collects sparse activations of one unit and writes them; `PENDING_ACTIVATIONS` are in memory."""
+
+    def __init__(self, path: Path, name: str, split: str, d_sae: int):
+        self.path, self.name, self.split = path, name, split
         self.fire_counts = torch.zeros(d_sae, dtype=torch.int64)
         self.num_rows = 0
         self._tables: list[pa.Table] = []
-        self._num_pending = self._part_rows = self._num_parts = 0
+        self._num_pending = 0
         self._part: PartWriter | None = None
-        for old in (evidence.folder / "activations").glob(f"{name}-{split}-*.parquet"):
-            old.unlink()
 
-    def __enter__(self) -> "_ActivationParts":
+    @property
+    def has_part(self) -> bool:
+        return self._part is not None
+
+    def __enter__(self) -> "_ActivationPart":
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
         if kind is None:
-            self._end_part()
+            self._write_pending()
+            if self._part is not None:
+                self._part.publish()
         elif self._part is not None:
             self._part.discard()
 
@@ -130,25 +218,16 @@ class _ActivationParts:
         )
         self.num_rows += len(values)
         self._num_pending += count
-        self._part_rows += len(values)
         if self._num_pending >= PENDING_ACTIVATIONS:
             self._write_pending()
-        if self._part_rows >= self.rows_per_part:
-            self._end_part()
 
     def _write_pending(self) -> None:
         if not self._tables:
             return
         if self._part is None:
-            self._part = self.evidence.part("activations", f"{self.name}-{self.split}-{self._num_parts:05d}")
+            self._part = PartWriter(self.path, TABLES["activations"])
         self._part.add(pa.concat_tables(self._tables))
         self._tables, self._num_pending = [], 0
-
-    def _end_part(self) -> None:
-        self._write_pending()
-        if self._part is not None:
-            self._part.publish()
-            self._part, self._part_rows, self._num_parts = None, 0, self._num_parts + 1
 
 
 def _repeated(text: str, count: int) -> pa.DictionaryArray:

@@ -21,8 +21,10 @@ import re
 import secrets
 import shutil
 import socket
+import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +59,24 @@ class Lease:
     def is_lost(self) -> bool:
         """Whether another process holds it by now."""
         return not self.path.is_dir()
+
+    def require(self) -> None:
+        """Raise LeaseLost where another process holds it by now."""
+        if self.is_lost:
+            raise LeaseLost(f"{self.path} was taken over by another process")
+
+    @contextmanager
+    def held(self, stage: str) -> Iterator[None]:
+        """Work on it: after an error another process may go on with it, and its loss is a note, no error."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, LeaseLost) or (isinstance(error, FileNotFoundError) and self.is_lost):
+                print(f"{stage}: {self.path} was taken over by another process", file=sys.stderr)
+                return
+            with suppress(LeaseLost, OSError):
+                self.release()
+            raise
 
     def _become(self, state: str) -> None:
         try:

@@ -37,14 +37,15 @@ from saeql.sae.resample import check_resampling
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
-from .atomic import remove_leftovers, write_whole
+from .atomic import remove_folder, remove_leftovers, write_whole
 from .config import RunConfig, to_toml
 from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
 from .embedder import EMBEDDED_EMBEDDER, Embedder, EmbedderError
 from .evaluate import Evaluator, metrics_table
 from .harvest import HARVEST_FILE, HarvestInfo, harvest
 from .hook_points import settle
-from .index import index_dictionary
+from .index import Indexer, IndexResult
+from .index_shards import INDEX_WORK, SharedIndex, index_conditions
 from .label import label_dictionary
 from .lock import LockedError, hold
 from .meaning import embed_features
@@ -339,21 +340,53 @@ class Run:
 
     def index(self) -> None:
         """dictionary + shards -> Parquet evidence."""
+        remove_folder(self.path / INDEX_WORK)
+        indexer = self._indexer()
+        self._finish_index(indexer, indexer.write(self.evidence))
+
+    def join_index(self, *, lease_seconds: float = 180.0) -> None:
+        """Index rows beside other processes that do the same, until all are done; the evidence is that of `index`.
+
+        Under torchrun every rank is one of them, on its own device. Raises RunError where a stage of this run is at
+        work, or the training is not finished; SharedIndexError where the index was begun under other conditions.
+        """
+        with self.locked(shared=True):
+            self._require_inputs("index")
+            started = time.monotonic()
+            if "index" not in self.finished() and _is_later_finished("index", self.finished()):
+                self._mark_stale("index")
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+            @contextmanager
+            def merging() -> Iterator[None]:
+                with recorded(self.path, "index"):
+                    yield
+                self._mark_finished("index", time.monotonic() - started)
+
+            indexer = self._indexer()
+            SharedIndex(
+                indexer,
+                self.evidence,
+                self.path / INDEX_WORK,
+                index_conditions(indexer, self.dictionary_path, self.activations),
+                is_finished=lambda: "index" in self.finished(),
+                merging=merging,
+                finish=lambda result: self._finish_index(indexer, result),
+            ).join(lease_seconds)
+
+    def _indexer(self) -> Indexer:
         spec, info, dictionary = self.spec, self.harvest_info, self.dictionary()
         info.identity.require(self.language_model.identity)
-        result = index_dictionary(
-            dictionary,
-            spec.name,
-            self.language_model,
-            self.activations,
-            info,
-            self.evidence,
-            self.config.index,
-            reads=spec.reads,
+        return Indexer(
+            dictionary, spec.name, self.language_model, self.activations, info, self.config.index, reads=spec.reads
         )
-        self.evidence.write("runs", provenance(self.path.name, spec.name, self.config, info, self.evidence))
-        density = result.fire_counts["train"] / result.num_rows["train"]
-        save_dictionary(dictionary, self.dictionary_path, density=density)
+
+    def _finish_index(self, indexer: Indexer, result: IndexResult) -> None:
+        """Evidence table runs, and how often latents fire beside the dictionary."""
+        runs = provenance(self.path.name, indexer.name, self.config, indexer.info, self.evidence)
+        self.evidence.write("runs", runs)
+        save_dictionary(indexer.dictionary, self.dictionary_path, density=result.density)
 
     def label(self) -> None:
         """evidence -> labels with their held-out scores."""
@@ -470,6 +503,8 @@ class Run:
         first = STAGES.index(stage)
         kept = {name: value for name, value in self.finished().items() if STAGES.index(name) < first}
         write_whole(self.path / "stages.json", json.dumps(kept, indent=2) + "\n")
+        if first < STAGES.index("index"):
+            remove_folder(self.path / INDEX_WORK)
         if stage == "harvest":
             for folder in (self.path, self.path / SWEEP_FOLDER):
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -477,6 +512,10 @@ class Run:
     def _mark_finished(self, stage: str, seconds: float) -> None:
         record = {"seconds": round(seconds, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         write_whole(self.path / "stages.json", json.dumps({**self.finished(), stage: record}, indent=2) + "\n")
+
+
+def _is_later_finished(stage: str, finished: dict[str, Any]) -> bool:
+    return any(STAGES.index(name) > STAGES.index(stage) for name in finished)
 
 
 def _first_difference(old: dict, new: dict, where: str = "") -> tuple[str, Any, Any] | None:

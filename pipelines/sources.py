@@ -90,11 +90,12 @@ class ShardSource:
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[ActivationBatch]:
         """Batches from `cursor` on: endless where shuffled, else one pass. Raises ShardError for too small a buffer."""
-        return self._in_order() if self.seed is None else self._shuffled(cursor or Cursor())
+        return self.in_order(range(self.num_rows)) if self.seed is None else self._shuffled(cursor or Cursor())
 
-    def _in_order(self) -> Iterator[ActivationBatch]:
-        for start in range(0, self.num_rows, self.batch_tokens):
-            stop = min(start + self.batch_tokens, self.num_rows)
+    def in_order(self, stored: range) -> Iterator[ActivationBatch]:
+        """The kept ones of a range of stored rows, in stored order; every batch is of `batch_tokens` stored rows."""
+        for start in range(stored.start, stored.stop, self.batch_tokens):
+            stop = min(start + self.batch_tokens, stored.stop)
             rows = self._room(stop - start)
             self._fill(rows, self._pieces([(start, stop)]))
             if rows.count:

@@ -44,10 +44,6 @@ class Evidence:
             temporary.unlink(missing_ok=True)
         return path
 
-    def part(self, table: str, part: str) -> "PartWriter":
-        """A part file of `table` that is written piece by piece."""
-        return PartWriter(self.path(table, part), TABLES[table])
-
     def files(self, table: str) -> list[Path]:
         """The table's files in name order. Raises EvidenceError where there is none."""
         single = self.path(table)
@@ -68,10 +64,12 @@ class Evidence:
 
 
 class PartWriter:
-    """One Parquet file that is never whole in memory; it exists once `publish` was called."""
+    """One Parquet file that is never whole in memory; it exists once `publish` was called.
+
+    Its folder must be there: one that another process renamed meanwhile is not made again.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.schema = path, schema
         self._temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
         self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd")

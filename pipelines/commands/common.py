@@ -46,8 +46,8 @@ def refuse_ranks() -> None:
     size = rank_place().size
     if size > 1:
         raise RunError(
-            f"{size} ranks were started for what one process does: only `saeql train` and "
-            "`saeql harvest --join` share their work out"
+            f"{size} ranks were started for what one process does: only `saeql train`, "
+            "`saeql harvest --join` and `saeql index --join` share their work out"
         )
 
 

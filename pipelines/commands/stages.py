@@ -103,15 +103,30 @@ def index(
         bool,
         Parameter(help="Only build features.duckdb anew from the Parquet evidence, damaged or not.", negative=""),
     ] = False,
+    join: Annotated[
+        bool,
+        Parameter(
+            help="Take ranges of rows (index.rows_per_part) beside other processes that do the same, on this machine "
+            "or others that share the folder; under torchrun every rank does.",
+            negative="",
+        ),
+    ] = False,
+    lease_seconds: Annotated[
+        float, Parameter(help="With --join: take over the rows of a process that gave no sign of life for so long.")
+    ] = 180.0,
 ) -> None:
     """Run the dictionary over every split and write Parquet evidence.
 
     Example: saeql index runs/demo
     """
     if rebuild:
-        run_stage("store", run, rebuild=True)
-    else:
-        run_stage("index", run)
+        return run_stage("store", run, rebuild=True)
+    if not join:
+        return run_stage("index", run)
+    from ..run import Run
+
+    Run.open(run).join_index(lease_seconds=lease_seconds)
+    print("index      finished", file=sys.stderr)
 
 
 def label(run: RunPath) -> None:
