@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import pytest
 from saeql.pipelines import Run, load_config
 from saeql.pipelines.cli import main
 from saeql.pipelines.index_shards import INDEX_WORK, SharedIndex, index_conditions
-from saeql.pipelines.verify import verify_run
+from saeql.pipelines.verify import recorded, verify_run
 from saeql.store.evidence import Evidence
 from saeql.store.shards import ShardReader
 
@@ -144,7 +143,7 @@ def shared(run: Run, on_finish: Callable[[], None]) -> SharedIndex:
         run.path / INDEX_WORK,
         index_conditions(indexer, run.dictionary_path, run.activations),
         is_finished=lambda: False,
-        merging=nullcontext,
+        merging=lambda: recorded(run.path, "index"),
         finish=finish,
     )
 
@@ -153,12 +152,23 @@ class Interrupted(BaseException):
     pass
 
 
-def test_putting_together_is_done_again_after_an_interruption(trained: Path, alone: Path):
+@pytest.mark.parametrize("is_again", [False, True], ids=["first", "again"])
+def test_putting_together_is_done_again_after_an_interruption(
+    is_again: bool, trained: Path, alone: Path, tmp_path: Path
+):
+    """Also where an index of the same rows was there, whose files have hashes."""
+    if is_again:
+        trained = Path(shutil.copytree(alone, tmp_path / "indexed" / "run"))
+        Run.open(trained)._mark_stale("index")
+        part = next(trained.glob("evidence/activations/*.parquet"))
+        with recorded(trained, "index"):  # an index that found something else
+            part.write_bytes(part.read_bytes()[:-1])
+
     def stop() -> None:
         raise Interrupted
 
     part = next(alone.glob("evidence/activations/*.parquet"))
-    (trained / "evidence" / "activations").mkdir()
+    (trained / "evidence" / "activations").mkdir(exist_ok=True)
     shutil.copy(part, trained / "evidence" / "activations" / f"{part.stem.rpartition('-')[0]}-99999.parquet")
     for _ in range(2):
         with pytest.raises(Interrupted):
