@@ -16,7 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sae_dashboard.neuronpedia.neuronpedia_export import NeuronpediaExportConfig, export_neuronpedia_dashboards
+from sae_dashboard.neuronpedia.neuronpedia_export import (  # pyright: ignore[reportMissingImports]
+    NeuronpediaExportConfig,
+    export_neuronpedia_dashboards,
+)
 
 _BY_INTENT = {
     "features": {"createdAt", "maxActApprox", "vectorDefaultSteerStrength", "topkCosSimIndices", "topkCosSimValues",

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from saeql.store.evidence import Evidence
-from saeql.store.records import SPLITS
+from saeql.store.evidence import Evidence, PartWriter
+from saeql.store.records import SPLITS, TABLES
 
 BLOCK_WINDOWS = 512
 CONTEXT_TOKENS = 128
@@ -37,6 +37,12 @@ class Size:
         """Windows that give at least `activations`: every position but the first has almost `active_per_row`."""
         a_window = (CONTEXT_TOKENS - 1) * self.active_per_row * 0.985
         return int(np.ceil(self.activations / a_window))
+
+
+def _part(evidence: Evidence, table: str, name: str) -> PartWriter:
+    path = evidence.path(table, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return PartWriter(path, TABLES[table])
 
 
 def write_evidence(folder: Path, size: Size, name: str = "synthetic", labels: bool = True) -> int:
@@ -104,7 +110,7 @@ def write_activations(evidence: Evidence, size: Size, name: str, splits: np.ndar
             kept = keep[mine]
             per_row = kept.sum(axis=1)
             if split not in writers:
-                writers[split] = evidence.part("activations", f"{name}-{split}-{parts[split]:05d}")
+                writers[split] = _part(evidence, "activations", f"{name}-{split}-{parts[split]:05d}")
             writers[split].add(
                 pa.table(
                     {
@@ -138,7 +144,7 @@ def _write_text(evidence: Evidence, size: Size, splits: np.ndarray) -> None:
     for number in range(len(SPLITS)):
         mine = np.flatnonzero(splits == number)
         offset[mine] = np.arange(len(mine)) * CONTEXT_TOKENS
-    part = evidence.part("windows", "part-00000")
+    part = _part(evidence, "windows", "part-00000")
     documents: dict[tuple[int, int], int] = {}
     for first, tokens in _token_blocks(size):
         rows = range(first, first + len(tokens))
