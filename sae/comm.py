@@ -6,6 +6,7 @@ hold other latents. One process alone is `ALONE`, for which every reduction is t
 """
 
 import gc
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -277,6 +278,8 @@ def join(
     comm = Comm(0, shape[0], 0, feature_shards, timeout_seconds=timeout_seconds)
     with comm.talking():
         if not dist.is_initialized():
+            # before there is a group: modules below it take the group of their import as a default, and keep it alive
+            importlib.import_module("torch.distributed.checkpoint")
             os.environ.update(place.rendezvous)
             # what is in host memory, flags and small objects, goes by gloo on every machine
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
