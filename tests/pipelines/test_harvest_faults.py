@@ -332,7 +332,8 @@ def test_run_again_goes_on_and_harvest_starts_anew(
     assert [stage for stage, _ in Run.open(run).execute(("harvest",))] == ["harvest"]
     assert_whole(run, expected)
     moved = {p.stat().st_ino for p in (run / "activations" / "resid_post.1" / "train").glob("*.h5")}
-    assert len(kept) >= 3 and set(kept.values()) <= moved  # what was there is kept, not made again
+    # what was there is kept, not made again; the newest may have been written when its set was not committed yet
+    assert len(kept) >= 3 and {kept[name] for name in sorted(kept)[:-1]} <= moved
     main(["harvest", str(run)])
     again = {p.stat().st_ino for p in (run / "activations" / "resid_post.1" / "train").glob("*.h5")}
     assert files(run) == expected and len(again) == len(moved)
