@@ -83,11 +83,12 @@ def _start(path: Path) -> str:
 
 def _publish(temporary: Path, path: Path, checkpoint: Checkpoint, comm: Comm, keep: int) -> None:
     """Add state and hashes to the files of all ranks, give them their name, drop the oldest checkpoints."""
-    files = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+    hashes = {file.name: _file_hash(file) for file in sorted(temporary.iterdir())}
+    files = {name: found["sha256"] for name, found in hashes.items()}
     shape = {"ranks": [comm.data_size, comm.feature_size], "files": files}
     state = {"version": CHECKPOINT_VERSION, "step": checkpoint.step, **shape, **checkpoint.state}
     (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    hashes = {file.name: _file_hash(file) for file in sorted(temporary.iterdir())}
+    hashes["state.json"] = _file_hash(temporary / "state.json")
     (temporary / HASHES_FILE).write_text(json.dumps({"files": hashes}) + "\n", encoding="utf-8")
     for file in (*temporary.iterdir(), temporary):
         _fsync(file)
@@ -214,10 +215,13 @@ def _stored_shapes(path: Path) -> dict[str, torch.Size]:
 
 
 def _file_hash(path: Path) -> dict[str, Any]:
+    digest, blocks, size = hashlib.sha256(), [], 0
     with path.open("rb") as file:
-        blocks = [zlib.crc32(block) for block in iter(lambda: file.read(_BLOCK_BYTES), b"")]
-    size = path.stat().st_size
-    return {"bytes": size, "sha256": _sha256(path), "block_bytes": _BLOCK_BYTES, "block_crc32": blocks}
+        for block in iter(lambda: file.read(_BLOCK_BYTES), b""):
+            digest.update(block)
+            blocks.append(zlib.crc32(block))
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest(), "block_bytes": _BLOCK_BYTES, "block_crc32": blocks}
 
 
 def _sha256(path: Path) -> str:
