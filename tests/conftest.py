@@ -7,6 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests multiply small matrices: a second thread only waits for the first, on a busy machine for long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,20 @@ def tiny_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     main(["run", str(tiny_config), "--out", str(folder)])
     return folder
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., BaseProcess]:
+    """Starts a command of saeql in a process of its own, from one that has the libraries loaded."""
+    from saeql.pipelines.cli import main
+
+    context = multiprocessing.get_context("forkserver")
+    libraries = ["transformers.models.llama.modeling_llama", "transformers.tokenization_utils_fast"]
+    context.set_forkserver_preload(["saeql.pipelines.cli", "saeql.pipelines.run", *libraries])
+
+    def begin(*argv: object) -> BaseProcess:
+        process = context.Process(target=main, args=([str(a) for a in argv],), daemon=True)
+        process.start()
+        return process
+
+    return begin

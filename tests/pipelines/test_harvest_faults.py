@@ -1,7 +1,6 @@
 """Harvests that are killed, starved of disk, or shared by processes of which some die: nothing lost, nothing twice."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -26,22 +25,6 @@ from saeql.store.shards import ShardReader
 #: Small sets, so that there are some thirty of them.
 OVERRIDES = {"harvest.windows_per_shard": "16", "harvest.batch_windows": "4"}
 HOOKS = {"model.more_hook_points": '["mlp_out.0"]'}
-
-
-@pytest.fixture(scope="module")
-def start() -> Callable[..., BaseProcess]:
-    """Starts a command of saeql in a process of its own, from one that has the libraries loaded."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    libraries = ["transformers.models.llama.modeling_llama", "transformers.tokenization_utils_fast"]
-    context.set_forkserver_preload(["saeql.pipelines.cli", "saeql.pipelines.run", *libraries])
-
-    def begin(*argv: object) -> BaseProcess:
-        process = context.Process(target=main, args=([str(a) for a in argv],), daemon=True)
-        process.start()
-        return process
-
-    return begin
 
 
 def new_run(tiny_config: Path, folder: Path, **more: str) -> Path:

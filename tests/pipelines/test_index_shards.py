@@ -1,14 +1,12 @@
 """An index shared by processes, of which some die, ends with the evidence of one that had it for itself."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +22,6 @@ from saeql.store.shards import ShardReader
 
 #: Of about 13000 rows; so there are some fifty units.
 SMALL = {"index.batch_tokens": "64", "index.rows_per_part": "300"}
-
-
-@pytest.fixture(scope="module")
-def start() -> Callable[..., BaseProcess]:
-    """Starts a command of saeql in a process of its own, from one that has the libraries loaded."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    libraries = ["transformers.models.llama.modeling_llama", "transformers.tokenization_utils_fast"]
-    context.set_forkserver_preload(["saeql.pipelines.cli", "saeql.pipelines.run", *libraries])
-
-    def begin(*argv: object) -> BaseProcess:
-        process = context.Process(target=main, args=([str(a) for a in argv],), daemon=True)
-        process.start()
-        return process
-
-    return begin
 
 
 @pytest.fixture(scope="module")
