@@ -39,7 +39,7 @@ from .forward import ForwardPass, HookRows, stored_dtype
 from .harvest_config import HarvestConfig
 from .harvest_merge import Merger, shard_folder
 from .harvest_part import MERGE, PARTS, HarvestPart
-from .leases import Lease, SharedWork
+from .leases import Lease, SharedWork, in_own_order
 from .models import LanguageModel, ModelIdentity
 from .progress import Advance, progress
 from .reading import WindowBatch, WindowReader, one_ahead, wanted_tokens
@@ -193,8 +193,7 @@ class _Job:
         self, work: SharedWork, evidence: Evidence, merging: Callable[[], AbstractContextManager[None]]
     ) -> None:
         """Harvest parts while there are any, wait for those of others, and put all together if nobody else does."""
-        first = int(os.environ.get("RANK", 0)) * len(self.names) // int(os.environ.get("WORLD_SIZE", 1))
-        names, is_waiting = self.names[first:] + self.names[:first], False
+        names, is_waiting = in_own_order(self.names), False
         with progress("harvest", self.corpus.max_tokens or None, "tok") as advance:
             while not (self.folder / HARVEST_FILE).exists():
                 if (lease := work.take(names)) is not None:

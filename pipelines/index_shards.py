@@ -30,7 +30,7 @@ from saeql.store.integrity import hash_file
 from .atomic import remove_folder, sync
 from .harvest import HARVEST_FILE
 from .index import Indexer, IndexResult, IndexUnit, UnitCounts
-from .leases import Lease, SharedWork
+from .leases import Lease, SharedWork, in_own_order
 from .progress import Advance, progress
 
 #: Folder of a run in which the units are while its index is not finished, and the unit that puts them together.
@@ -85,8 +85,7 @@ class SharedIndex:
                 )
 
     def _take_units(self, work: SharedWork, units: dict[str, IndexUnit]) -> None:
-        first = int(os.environ.get("RANK", 0)) * len(units) // int(os.environ.get("WORLD_SIZE", 1))
-        names, is_waiting = [*units][first:] + [*units][:first], False
+        names, is_waiting = in_own_order([*units]), False
         with progress("index", self.indexer.num_rows, "tok") as advance:
             while not self.is_finished():
                 if (lease := work.take(names)) is not None:

@@ -23,17 +23,25 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from saeql.sae.config import ConfigError
+from saeql.sae.rank_place import rank_place
 
 from .atomic import write_whole
 
 OWNERS = "owners"
 _UNIT = re.compile(r"([\w-]+)\.(free|done|held\.([\w-]+))")
+
+
+def in_own_order(names: Sequence[str]) -> list[str]:
+    """Units in the order in which this process tries them: those of one launch start at different ones."""
+    place = rank_place()
+    first = place.rank * len(names) // place.size
+    return [*names[first:], *names[:first]]
 
 
 class LeaseLost(ValueError):

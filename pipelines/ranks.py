@@ -32,6 +32,12 @@ def rank_device(name: str) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
+def take_own_gpu() -> None:
+    """Make the GPU of this process's number on its host the current one; nothing where there is none."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank_place().local_rank)
+
+
 @contextmanager
 def joined(config: TrainConfig, device_name: str) -> Iterator[Comm]:
     """The ranks of this job for the length of the block; one process alone where no others were started.

@@ -14,7 +14,6 @@ stopped.json           there while a training stands still because it was asked 
 """
 
 import json
-import os
 import shutil
 import time
 import tomllib
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from saeql.sae.architectures import architecture
 from saeql.sae.comm import ALONE, Comm
@@ -53,6 +51,7 @@ from .models import LanguageModel, ModelIdentity, load_model
 from .output import note
 from .progress import progress
 from .provenance import more_evidence, provenance
+from .ranks import take_own_gpu
 from .steer import Steerer
 from .stopping import leave_if_asked
 from .train import STOPPED_FILE, train_dictionaries
@@ -310,8 +309,7 @@ class Run:
                 return self.harvest_info
             self._mark_stale("harvest")
             started = time.monotonic()
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            take_own_gpu()
             info = self.harvest(
                 truncate=truncate,
                 resume=True,
@@ -355,8 +353,7 @@ class Run:
             started = time.monotonic()
             if "index" not in self.finished() and _is_later_finished("index", self.finished()):
                 self._mark_stale("index")
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            take_own_gpu()
 
             @contextmanager
             def merging() -> Iterator[None]:
