@@ -25,7 +25,7 @@ from saeql.sae.files import SPARSITY_FILE, DictionaryError
 
 from .atomic import write_whole
 from .dictionaries import dictionary_homes, load_any
-from .matching import NULL_KINDS, LatentRows, Matching, match, null_cosines
+from .matching import NULL_KINDS, LatentRows, Matching, NullKind, match, null_cosines
 from .run import Run
 
 #: Decoder cosine from which a pair counts as one feature; the literature's value.
@@ -60,6 +60,7 @@ class Pair:
     first: int
     second: int
     matching: Matching
+    chance: dict[NullKind, NDArray[np.float32]]  # cosines with the nearest of as many random rows
     summary: dict[str, Any]
 
 
@@ -90,9 +91,9 @@ class Comparison:
         """Write comparison.json and the tables features, matches and splitting as Parquet."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("features", "matches", "splitting"):
-            temporary = folder / f"{name}.parquet.tmp"
-            pq.write_table(getattr(self, name), temporary, compression="zstd")
-            temporary.replace(folder / f"{name}.parquet")
+            buffer = pa.BufferOutputStream()
+            pq.write_table(getattr(self, name), buffer, compression="zstd")
+            write_whole(folder / f"{name}.parquet", buffer.getvalue().to_pybytes())
         write_whole(folder / "comparison.json", json.dumps(self.summary(), indent=2) + "\n")
 
 
@@ -137,7 +138,11 @@ def compare(
     for done, (first, second) in enumerate(places, 1):
         a, b = dictionaries[first], dictionaries[second]
         matching = match(a.rows, b.rows)
-        pairs.append(Pair(first, second, matching, _summarise(a, b, matching, shared_cosine, split_cosine)))
+        chance: dict[NullKind, NDArray[np.float32]] = {
+            kind: null_cosines(a.rows.decoder, b.rows.decoder, kind) for kind in NULL_KINDS
+        }
+        summary = _summarise(a, b, matching, chance, shared_cosine, split_cosine)
+        pairs.append(Pair(first, second, matching, chance, summary))
         on_pair(done, len(places))
     return Comparison(
         dictionaries,
@@ -214,7 +219,12 @@ def _load(place: Place, name: str, device: torch.device | None) -> Compared:
 
 
 def _summarise(
-    a: Compared, b: Compared, matching: Matching, shared_cosine: float, split_cosine: float
+    a: Compared,
+    b: Compared,
+    matching: Matching,
+    chance: dict[NullKind, NDArray[np.float32]],
+    shared_cosine: float,
+    split_cosine: float,
 ) -> dict[str, Any]:
     shared = matching.shared(shared_cosine)
     smaller = min(a.d_sae, b.d_sae)
@@ -233,8 +243,7 @@ def _summarise(
     if a.density is not None:
         alive = a.density > 0
         summary["shared_share_of_alive"] = float(shared[alive].mean()) if alive.any() else None
-    for kind in NULL_KINDS:
-        cosines = null_cosines(a.rows.decoder, b.rows.decoder, kind)
+    for kind, cosines in chance.items():
         summary["nulls"][kind] = {
             "mean_max_cosine": float(cosines.mean()),
             "p99_max_cosine": float(np.quantile(cosines, 0.99)),

@@ -1,19 +1,16 @@
 """What a comparison shows: a table on the terminal, a page with the distributions of cosines beside chance."""
 
 from base64 import b64encode
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.text import Text
 
-from saeql.sae.config import ConfigError
-
 from .atomic import write_whole
 from .compare import Comparison
-from .matching import null_cosines
 from .output import console, print_records
+from .pages import new_figure, png, render
 
 COLUMNS = (
     "first",
@@ -53,12 +50,10 @@ def print_comparison(comparison: Comparison, out: Path | None) -> None:
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """comparison.json, the Parquet tables, and comparison.html. Raises ConfigError without matplotlib."""
-    from jinja2 import Environment, PackageLoader
-
     comparison.save(folder)
-    environment = Environment(loader=PackageLoader("saeql.pipelines", "templates"), autoescape=True)
     stable = [_stability(comparison, d.name) for d in comparison.dictionaries]
-    page = environment.get_template("comparison.html").render(
+    page = render(
+        "comparison.html",
         **comparison.summary(),
         columns=COLUMNS,
         rows=[_row(pair.summary) for pair in comparison.pairs],
@@ -96,22 +91,18 @@ def _stability(comparison: Comparison, name: str) -> dict[str, Any]:
 
 def _plot(comparison: Comparison) -> bytes:
     """PNG: a panel a pair, the cosine of every latent with its nearest in the other, beside both nulls."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("the page's plot needs matplotlib: pip install 'saeql[plots]'") from None
     pairs = comparison.pairs
     across = min(3, len(pairs))
     down = -(-len(pairs) // across)
-    figure = Figure(figsize=(4.2 * across, 3 * down + 0.4), dpi=120, layout="constrained")
+    figure = new_figure(4.2 * across, 3 * down + 0.4, of="page")
     axes = figure.subplots(down, across, squeeze=False).flat
     bins = np.linspace(0, 1, 51)
     for axis, pair in zip(axes, pairs, strict=False):
         a, b = comparison.dictionaries[pair.first], comparison.dictionaries[pair.second]
         series = {
             "the other dictionary": pair.matching.nearest_cosine,
-            "random rows": null_cosines(a.rows.decoder, b.rows.decoder, "isotropic"),
-            "random rows, same covariance": null_cosines(a.rows.decoder, b.rows.decoder, "covariance"),
+            "random rows": pair.chance["isotropic"],
+            "random rows, same covariance": pair.chance["covariance"],
         }
         for name, values in series.items():
             axis.hist(values, bins, histtype="step", label=name, linewidth=1.5)
@@ -120,9 +111,4 @@ def _plot(comparison: Comparison) -> bytes:
         axis.set(xlabel="cosine of decoder rows with the nearest", ylabel="latents")
     for axis in list(axes)[len(pairs) :]:
         axis.remove()
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8, frameon=False
-    )
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)

@@ -2,15 +2,13 @@
 
 from base64 import b64encode
 from collections.abc import Sequence
-from io import BytesIO
 from itertools import pairwise
 from math import log2
 from pathlib import Path
 from typing import Any
 
-from saeql.sae.config import ConfigError
-
 from .atomic import write_whole
+from .pages import new_figure, png, render
 
 #: What a doubling of l0 must win to be worth its price, and how that is said. The share of the cross-entropy that is
 #: recovered decides where it was measured: it says what the model keeps. Absolute, so that the advice does not depend
@@ -109,19 +107,14 @@ def _slope(before: dict[str, Any], after: dict[str, Any]) -> float:
 
 def write_report(folder: Path, summary: dict[str, Any]) -> None:
     """`sweep.png`, and `sweep.html` with the same plot and a table. Raises ConfigError without matplotlib."""
-    from jinja2 import Environment, PackageLoader
-
     rows = summary["dictionaries"]
     chosen = {advice["dictionary"] for advice in summary["advice"]}
     places = dict.fromkeys(row["hook_point"] for row in rows)
     front = {r["dictionary"] for p in places for r in pareto([r for r in rows if r["hook_point"] == p])}
-    png = plot(rows, chosen)
-    write_whole(folder / "sweep.png", png)
-    environment = Environment(loader=PackageLoader("saeql.pipelines", "templates"), autoescape=True)
+    image = plot(rows, chosen)
+    write_whole(folder / "sweep.png", image)
     columns = [c for c in ("hook_point",) if len(places) > 1] + [c for c in COLUMNS if any(c in r for r in rows)]
-    page = environment.get_template("sweep.html").render(
-        **summary, columns=columns, chosen=chosen, front=front, plot=b64encode(png).decode()
-    )
+    page = render("sweep.html", **summary, columns=columns, chosen=chosen, front=front, plot=b64encode(image).decode())
     write_whole(folder / "sweep.html", page)
 
 
@@ -131,16 +124,13 @@ def plot(rows: list[dict[str, Any]], chosen: set[str]) -> bytes:
     The front of fvu and of cross-entropy lies behind in grey; a ring marks what is advised. Raises ConfigError without
     matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FormatStrFormatter, NullFormatter
-    except ImportError:
-        raise ConfigError("the sweep's plot needs matplotlib: pip install 'saeql[plots]'") from None
     rows = [row for row in rows if row["l0"] > 0]
     panels = {m: title for m, title in PANELS.items() if any(m in row for row in rows)}
     lines = _lines(rows)
     places = dict.fromkeys(row["hook_point"] for row in rows)
-    figure = Figure(figsize=(10, 3.6 * -(-len(panels) // 2) + 0.6), dpi=120, layout="constrained")
+    figure = new_figure(10, 3.6 * -(-len(panels) // 2) + 0.6, of="sweep")
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
     axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
     for axis, (metric, title) in zip(axes, panels.items(), strict=False):
         for place in places if metric in ("fvu", "ce_increase") else ():
@@ -160,11 +150,7 @@ def plot(rows: list[dict[str, Any]], chosen: set[str]) -> bytes:
         axis.grid(alpha=0.3)
     for axis in list(axes)[len(panels) :]:
         axis.remove()
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(6, len(names)), fontsize=8, frameon=False)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

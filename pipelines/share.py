@@ -22,6 +22,7 @@ from saeql.store.records import TABLES
 
 from .atomic import write_whole
 from .metric_table import paired
+from .pages import render
 
 if TYPE_CHECKING:
     from .run import Run
@@ -129,19 +130,12 @@ def _check_columns(file: Path, table: str) -> None:
 
 def dataset_card(run: "Run") -> str:
     """README.md of a dataset on the Hugging Face hub: YAML front matter, what the tables hold, what was measured."""
-    from jinja2 import Environment, PackageLoader
-
     evidence, config = run.evidence, run.config
     tables = [table for table in TABLES if evidence.has(table)]
     found = {m.name: m for m in paired(evidence.read("metrics").to_pylist())} if evidence.has("metrics") else {}
     model = Path(config.model.name).name if Path(config.model.name).is_absolute() else config.model.name
-    environment = Environment(
-        loader=PackageLoader("saeql.pipelines", "templates"),
-        trim_blocks=True,
-        autoescape=False,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("dataset_card.md").render(
+    return render(
+        "dataset_card.md",
         base_model=model if "/" in model and ":" not in model else "",
         tables=[
             (t, f"evidence/{t}.parquet" if evidence.path(t).exists() else f"evidence/{t}/*.parquet") for t in tables
