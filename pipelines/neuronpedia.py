@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .atomic import write_whole
 from .dashboards import Dashboard, dashboards
-from .saedashboard import bin_of, histograms, logit_tables, rounded, source_names
+from .saedashboard import bin_of, measured, rounded, source_names
 
 if TYPE_CHECKING:
     from .run import Run
@@ -46,7 +46,7 @@ class _Source:
     def __init__(self, run: "Run", creator: str, creator_id: str, release: str):
         self.run, self.creator, self.creator_id, self.release = run, creator, creator_id, release
         names = source_names(run)
-        self.model, self.set_name = names["model_id"], names["sae_set"]
+        self.model, self.set_name, self.num_windows = names["model_id"], names["sae_set"], names["num_windows"]
         self.id = f"{names['layer']}-{self.set_name}"
         writes = run.spec.writes[-1]
         self.hook_name = run.harvest_info.module_names.get(writes, (writes, ""))[0]
@@ -55,7 +55,6 @@ class _Source:
     def tables(self) -> dict[str, dict[str, Any]]:
         run, info = self.run, self.run.harvest_info
         config = run.language_model.model.config
-        windows = next(r["num_windows"] for r in run.evidence.read("split_rows").to_pylist() if r["split"] == "train")
         by = {"creatorId": self.creator_id, "createdAt": self.created}
         title = f"{run.spec.name} at {' + '.join(run.spec.reads)} of {self.model}"
         return {
@@ -76,12 +75,12 @@ class _Source:
             },
             "source": {
                 "id": self.id, "modelId": self.model, "setName": self.set_name, "dataset": run.config.corpus.title,
-                "num_prompts": windows, "num_tokens_in_prompt": info.context_tokens, "visibility": "PUBLIC", **by,
+                "num_prompts": self.num_windows, "num_tokens_in_prompt": info.context_tokens,
+                "visibility": "PUBLIC", **by,
             },
         }  # fmt: skip
 
     def feature(self, dashboard: Dashboard) -> dict[str, Any]:
-        coordinates, values, shares = (list(column) for column in zip(*dashboard.aligned, strict=True))
         largest = dashboard.row["max_activation"]
         return {
             **self._of(dashboard),
@@ -95,19 +94,7 @@ class _Source:
             "hookName": self.hook_name,
             "topkCosSimIndices": [n for n, _ in dashboard.neighbours],
             "topkCosSimValues": rounded([cosine for _, cosine in dashboard.neighbours]),
-            "neuron_alignment_indices": coordinates,
-            "neuron_alignment_values": rounded(values),
-            "neuron_alignment_l1": rounded(shares),
-            "correlated_neurons_indices": [],
-            "correlated_neurons_pearson": [],
-            "correlated_neurons_l1": [],
-            "correlated_features_indices": [],
-            "correlated_features_pearson": [],
-            "correlated_features_l1": [],
-            **logit_tables(dashboard),
-            "frac_nonzero": dashboard.row["density"],
-            **histograms(dashboard),
-            "decoder_weights_dist": [],
+            **measured(dashboard),
             "sourceSetName": self.set_name,
         }
 

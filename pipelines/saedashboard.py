@@ -23,9 +23,8 @@ def export_saedashboard(run: "Run", folder: Path) -> Path:
     """Write every feature of a run. Raises StoreError before the store is built."""
     folder.mkdir(parents=True, exist_ok=True)
     about = source_names(run)
-    num_windows = next(r["num_windows"] for r in run.evidence.read("split_rows").to_pylist() if r["split"] == "train")
     shared = {
-        "n_prompts_total": num_windows,
+        "n_prompts_total": about["num_windows"],
         "n_tokens_in_prompt": run.harvest_info.context_tokens,
         "dataset": run.config.corpus.title,
     }
@@ -41,54 +40,49 @@ def export_saedashboard(run: "Run", folder: Path) -> Path:
 
 
 def source_names(run: "Run") -> dict[str, Any]:
-    """Model, layer and name of the set, as dashboards name a dictionary."""
+    """Model, layer and name of the set, as dashboards name a dictionary, and the windows that were read on train."""
+    rows = run.evidence.read("split_rows").to_pylist()
     identity = run.harvest_info.identity.at(run.spec.reads)
     return {
         "model_id": identity.model_name.rsplit("/", 1)[-1].rsplit(":", 1)[-1],
         "layer": resolve(run.language_model.model, run.spec.writes[-1]).layer,
         "sae_set": run.spec.name.replace("_", "-"),
+        "num_windows": next(row["num_windows"] for row in rows if row["split"] == "train"),
     }
 
 
 def _feature(dashboard: Dashboard) -> dict[str, Any]:
-    coordinates, values, shares = (list(column) for column in zip(*dashboard.aligned, strict=True))
     return {
         "feature_index": dashboard.feature,
-        "neuron_alignment_indices": coordinates,
-        "neuron_alignment_values": rounded(values),
-        "neuron_alignment_l1": rounded(shares),
-        "correlated_neurons_indices": [],
-        "correlated_neurons_l1": [],
-        "correlated_neurons_pearson": [],
-        "correlated_features_indices": [],
-        "correlated_features_l1": [],
-        "correlated_features_pearson": [],
-        **logit_tables(dashboard),
-        "frac_nonzero": dashboard.row["density"],
-        **histograms(dashboard),
-        "decoder_weights_dist": [],
+        **measured(dashboard),
         "vector": dashboard.vector,
         "activations": [_activation(sequence) for sequence in dashboard.sequences],
     }
 
 
-def logit_tables(dashboard: Dashboard) -> dict[str, Any]:
-    """The keys pos_str, pos_values, neg_str and neg_values."""
+def measured(dashboard: Dashboard) -> dict[str, Any]:
+    """The keys of a feature that Neuronpedia's format has too."""
+    coordinates, values, shares = (list(column) for column in zip(*dashboard.aligned, strict=True))
     return {
+        "neuron_alignment_indices": coordinates,
+        "neuron_alignment_values": rounded(values),
+        "neuron_alignment_l1": rounded(shares),
+        "correlated_neurons_indices": [],
+        "correlated_neurons_pearson": [],
+        "correlated_neurons_l1": [],
+        "correlated_features_indices": [],
+        "correlated_features_pearson": [],
+        "correlated_features_l1": [],
         "neg_str": [token for token, _ in dashboard.suppressed],
         "neg_values": rounded([effect for _, effect in dashboard.suppressed]),
         "pos_str": [token for token, _ in dashboard.promoted],
         "pos_values": rounded([effect for _, effect in dashboard.promoted]),
-    }
-
-
-def histograms(dashboard: Dashboard) -> dict[str, Any]:
-    """The four keys of the histograms of activations and of logits."""
-    return {
+        "frac_nonzero": dashboard.row["density"],
         "freq_hist_data_bar_values": rounded(dashboard.activations.centres),
         "freq_hist_data_bar_heights": dashboard.activations.counts,
         "logits_hist_data_bar_heights": dashboard.logits.counts,
         "logits_hist_data_bar_values": rounded(dashboard.logits.centres),
+        "decoder_weights_dist": [],
     }
 
 
