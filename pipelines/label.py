@@ -1,12 +1,6 @@
 """Label features with executable predicates: made on train, chosen on calibration, scored on test.
 
-Everything here rests on ONE binary question a row: is the feature ACTIVE there?
-
-    active    activation > tau, tau = `active_fraction` * the feature's largest activation on TRAIN rows
-    inactive  every other row at a position > 0, weak activations included
-
-tau is fixed on train and applied unchanged to all splits. Position 0 is never a row. Rows of massive norm have no
-activations, so they count as inactive (`split_rows` says how many there are).
+What a row is, and where a feature is active, is defined in `split_rows.py`.
 
 A label is a predicate (`pipelines/predicates.py`) and its description. Candidates are counted on train documents
 (`label_candidates.propose`); the one with the best calibration F1 is taken, or a simpler one within
@@ -16,25 +10,22 @@ documents (`auroc_interval`). A label that cannot be scored, because no test row
 back: no label without its score.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from saeql.store.evidence import Evidence, EvidenceError
+from saeql.store.evidence import Evidence
 from saeql.store.records import LABELS
 
-from .label_candidates import ActiveRows, CandidateLimits, propose
+from .label_candidates import CandidateLimits, propose
 from .predicates import Predicate
-from .token_classes import RowTable, Vocabulary, pad_lists
+from .progress import OnProgress
+from .split_rows import SplitRows, read_feature_rows
 
 EXPLAINER = "predicates"
 UNEXPLAINED = "unexplained"
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -73,113 +64,12 @@ class LabelConfig:
 
 
 @dataclass(frozen=True)
-class _Split:
-    """One split: windows [W, T], which of the R = W * T rows count, their documents, where features are active."""
-
-    windows: RowTable
-    eligible: np.ndarray  # [R] bool: position > 0 inside the window
-    documents: np.ndarray  # [R] int32 dense document numbers, -1 where the row does not count
-    num_documents: int
-    active: ActiveRows
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.eligible.sum())
-
-
-@dataclass(frozen=True)
 class _Choice:
     predicate: Predicate
     calibration_f1: float
 
 
-def num_features(evidence: Evidence, dictionary: str) -> int:
-    """d_sae of `dictionary`. Raises EvidenceError where the evidence has no such dictionary."""
-    table = evidence.read("dictionaries", columns=["dictionary", "d_sae"])
-    known = dict(zip(table["dictionary"].to_pylist(), table["d_sae"].to_pylist(), strict=True))
-    if dictionary not in known:
-        raise EvidenceError(f"no dictionary {dictionary!r} in {evidence.folder}; it has: {', '.join(sorted(known))}")
-    return known[dictionary]
-
-
-def _read_activations(evidence: Evidence, dictionary: str, split: str, row_of: "_RowLookup", features: int):
-    """(keys [A] int64 = feature * R + row, activations [A] float32) of a split, in file order."""
-    condition = (pc.field("split") == split) & (pc.field("dictionary") == dictionary)
-    columns = ["feature", "window_id", "position", "activation"]
-    keys, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    for file in evidence.files("activations"):
-        part = pq.read_table(file, columns=columns, filters=condition)
-        feature = part["feature"].to_numpy()
-        if len(feature) and not 0 <= feature.min() <= feature.max() < features:
-            raise EvidenceError(f"{file}: a feature is outside 0..{features - 1}")
-        rows = row_of(part["window_id"].to_numpy(), part["position"].to_numpy())
-        keys.append(feature.astype(np.int64) * row_of.num_rows + rows)
-        values.append(part["activation"].to_numpy())
-    return np.concatenate(keys), np.concatenate(values)
-
-
-class _RowLookup:
-    """(window_id, position) -> row number of one split."""
-
-    def __init__(self, window_ids: np.ndarray, context_tokens: int):
-        self.order = np.argsort(window_ids, kind="stable")
-        self.ids = window_ids[self.order]
-        self.context_tokens = context_tokens
-        self.num_rows = max(len(window_ids) * context_tokens, 1)
-
-    def __call__(self, window_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Raises EvidenceError at a row that is in no window of the split."""
-        if len(window_ids) == 0:
-            return np.zeros(0, np.int64)
-        at = np.searchsorted(self.ids, window_ids)
-        if len(self.ids) == 0 or (self.ids[np.minimum(at, len(self.ids) - 1)] != window_ids).any():
-            raise EvidenceError("activations name a window that table `windows` does not have in their split")
-        if positions.min() < 0 or positions.max() >= self.context_tokens:
-            raise EvidenceError("activations name a position outside of their window")
-        return self.order[at] * self.context_tokens + positions
-
-
-def _read_split(
-    evidence: Evidence, vocabulary: Vocabulary, dictionary: str, split: str, features: int
-) -> tuple[RowTable, np.ndarray, tuple[np.ndarray, np.ndarray], int]:
-    """(windows, document_ids [R], activations, R) of a split."""
-    table = evidence.read("windows", split=split)
-    windows = RowTable.from_windows(vocabulary, table["token_ids"])
-    lookup = _RowLookup(table["window_id"].to_numpy(), windows.tokens.shape[1])
-    read = _read_activations(evidence, dictionary, split, lookup, features)
-    return windows, pad_lists(table["document_ids"]).ravel(), read, lookup.num_rows
-
-
-def _split_of(windows: RowTable, document_ids: np.ndarray, read, num_rows: int, tau: np.ndarray) -> _Split:
-    keys, values = read
-    keys = np.sort(keys[values > tau[keys // num_rows]])
-    if (np.diff(keys) == 0).any():
-        raise EvidenceError("activations hold a feature twice on one row: were two runs written into one folder?")
-    eligible = windows.valid.copy()
-    eligible[:, :1] = False
-    eligible = eligible.ravel()
-    keys = keys[eligible[keys % num_rows]] if len(keys) else keys
-    active = ActiveRows((keys // num_rows).astype(np.int32), (keys % num_rows).astype(np.int32), len(tau))
-    documents = np.full(len(document_ids), -1, np.int32)
-    names, documents[eligible] = np.unique(document_ids[eligible], return_inverse=True)
-    return _Split(windows, eligible, documents, len(names), active)
-
-
-def _read(evidence: Evidence, dictionary: str, config: LabelConfig) -> tuple[_Split, _Split, _Split]:
-    """The three splits under one definition of active. tau comes from train alone."""
-    features = num_features(evidence, dictionary)
-    vocabulary = Vocabulary.from_table(evidence.read("vocabulary"))
-    tau, splits = np.zeros(features, np.float32), []
-    for split in ("train", "calibration", "test"):
-        windows, documents, read, num_rows = _read_split(evidence, vocabulary, dictionary, split, features)
-        if split == "train":
-            np.maximum.at(tau, read[0] // num_rows, read[1])
-            tau *= np.float32(config.active_fraction)
-        splits.append(_split_of(windows, documents, read, num_rows, tau))
-    return splits[0], splits[1], splits[2]
-
-
-def _candidates(train: _Split, calibration: _Split, config: LabelConfig) -> dict[Predicate, list[int]]:
+def _candidates(train: SplitRows, calibration: SplitRows, config: LabelConfig) -> dict[Predicate, list[int]]:
     """Candidate predicates with the features that propose them; features that are too rare to choose for have none."""
     limits = CandidateLimits(
         min_hits=config.min_hits,
@@ -190,7 +80,7 @@ def _candidates(train: _Split, calibration: _Split, config: LabelConfig) -> dict
     )
     enough = np.minimum(train.active.counts, calibration.active.counts) >= config.min_active_rows
     kept = enough[train.active.features]
-    active = ActiveRows(train.active.features[kept], train.active.rows[kept], train.active.num_features)
+    active = train.active.where(kept)
     proposed: dict[Predicate, list[int]] = {}
     for feature, own in enumerate(propose(train.windows, active, train.eligible, limits)):
         for predicate in own:
@@ -199,7 +89,7 @@ def _candidates(train: _Split, calibration: _Split, config: LabelConfig) -> dict
 
 
 def _choose(
-    calibration: _Split, proposed: dict[Predicate, list[int]], config: LabelConfig, on_progress: Progress | None
+    calibration: SplitRows, proposed: dict[Predicate, list[int]], config: LabelConfig, on_progress: OnProgress | None
 ) -> dict[int, _Choice]:
     """The label of every feature that has one: best calibration F1, or a simpler predicate within the margin."""
     rows_of = calibration.active.by_feature()
@@ -226,7 +116,7 @@ def _choose(
     return chosen
 
 
-def _count_by_document(test: _Split, predicates: Sequence[Predicate], features: Sequence[int]) -> np.ndarray:
+def _count_by_document(test: SplitRows, predicates: Sequence[Predicate], features: Sequence[int]) -> np.ndarray:
     """[N, D, 4] float64: true positives, false positives, false negatives, true negatives of N labels by document."""
     rows_of, size = test.active.by_feature(), test.num_documents
     num_rows = np.bincount(test.documents[test.eligible], minlength=size)
@@ -281,7 +171,7 @@ def auroc_interval(counts: np.ndarray, config: LabelConfig) -> tuple[np.ndarray,
     return low, high
 
 
-def _score(test: _Split, chosen: dict[int, _Choice], config: LabelConfig) -> dict[int, dict[str, float | None]]:
+def _score(test: SplitRows, chosen: dict[int, _Choice], config: LabelConfig) -> dict[int, dict[str, float | None]]:
     """Test scores of the labels that can be scored: active and inactive rows both exist."""
     num_active = test.active.counts
     features = [f for f in sorted(chosen) if 0 < num_active[f] < test.num_rows]
@@ -305,7 +195,7 @@ def _score(test: _Split, chosen: dict[int, _Choice], config: LabelConfig) -> dic
     return scores
 
 
-def _table(dictionary: str, test: _Split, chosen: dict[int, _Choice], scores: dict) -> pa.Table:
+def _table(dictionary: str, test: SplitRows, chosen: dict[int, _Choice], scores: dict) -> pa.Table:
     num_active, num_rows = test.active.counts, test.num_rows
     records = []
     for feature in range(len(num_active)):
@@ -328,21 +218,21 @@ def _table(dictionary: str, test: _Split, chosen: dict[int, _Choice], scores: di
 
 
 def label_dictionary(
-    evidence: Evidence, *, dictionary: str, config: LabelConfig, on_progress: Progress | None = None
+    evidence: Evidence, *, dictionary: str, config: LabelConfig, on_progress: OnProgress | None = None
 ) -> pa.Table:
     """Label every feature of `dictionary`: a table of `records.LABELS`, one row a feature in feature order.
 
     Reads windows, vocabulary, dictionaries and activations; writes nothing. `on_progress(done, total)` counts candidate
     predicates tried on calibration. Raises EvidenceError where the evidence is missing or inconsistent.
     """
-    train, calibration, test = _read(evidence, dictionary, config)
-    proposed = _candidates(train, calibration, config)
-    chosen = _choose(calibration, proposed, config, on_progress)
-    return _table(dictionary, test, chosen, _score(test, chosen, config))
+    rows = read_feature_rows(evidence, dictionary, active_fraction=config.active_fraction)
+    proposed = _candidates(rows.train, rows.calibration, config)
+    chosen = _choose(rows.calibration, proposed, config, on_progress)
+    return _table(dictionary, rows.test, chosen, _score(rows.test, chosen, config))
 
 
 def write_labels(
-    evidence: Evidence, *, dictionaries: Sequence[str], config: LabelConfig, on_progress: Progress | None = None
+    evidence: Evidence, *, dictionaries: Sequence[str], config: LabelConfig, on_progress: OnProgress | None = None
 ) -> pa.Table:
     """Label all `dictionaries` and write evidence table `labels`, replacing what was there. Returns the table."""
     tables = [label_dictionary(evidence, dictionary=d, config=config, on_progress=on_progress) for d in dictionaries]

@@ -12,29 +12,12 @@ from functools import partial
 import numpy as np
 
 from .predicates import Affix, Both, Neighbour, Piece, Position, Predicate, Stems, Token, TokenClass, TokenSet, Word
+from .split_rows import ActiveRows
 from .token_classes import DISJOINT_CLASSES, TOKEN_CLASSES, RowTable
 
 AFFIX_LENGTHS = {"suffix": (2, 3, 4), "prefix": (3, 4, 5)}
 POSITIONS = (2, 4, 8, 16)
 CANDIDATES_PER_FAMILY = 2
-
-
-@dataclass(frozen=True)
-class ActiveRows:
-    """The rows on which each feature is active, sorted by (feature, row); a row is window * T + position."""
-
-    features: np.ndarray  # [A] int32
-    rows: np.ndarray  # [A] int32
-    num_features: int
-
-    @property
-    def counts(self) -> np.ndarray:
-        """[F] int64 active rows a feature."""
-        return np.bincount(self.features, minlength=self.num_features)
-
-    def by_feature(self) -> list[np.ndarray]:
-        """F arrays of row numbers."""
-        return np.split(self.rows, np.cumsum(self.counts)[:-1])
 
 
 @dataclass(frozen=True)

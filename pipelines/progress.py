@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+#: Called with units done and units in all.
+OnProgress = Callable[[int, int], None]
+
 
 @dataclass(frozen=True)
 class Advance:
     """Moves a bar: `advance(n)` by n units, `advance.to(done, total)` to a place, with the total as now known."""
 
     by: Callable[[int], None]
-    to: Callable[[int, int], None]
+    to: OnProgress
 
     def __call__(self, n: int) -> None:
         self.by(n)

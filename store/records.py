@@ -109,8 +109,8 @@ LABELS = pa.schema(
         ("dictionary", pa.string()),
         ("feature", pa.int32()),
         ("label", pa.string()),  # 'unexplained' where nothing passed
-        ("kind", pa.string()),  # 'lexical' | 'structural' | 'none'
-        ("predicate", pa.string()),  # JSON, executable by pipelines/predicates.py; null for 'none'
+        ("kind", pa.string()),  # 'lexical' | 'structural' | 'semantic' | 'output' | 'none'
+        ("predicate", pa.string()),  # JSON, executable by pipelines/predicates.py; null where the label is words only
         ("explainer", pa.string()),
         ("score_split", pa.string()),  # always 'test'
         ("auroc", pa.float32()),  # of the predicate against 'active', null where n is 0
@@ -138,18 +138,19 @@ METRICS = pa.schema(
     ]
 )
 
-#: What a label had to show, one row a feature and control.
+#: What labels and dictionaries had to show, one row a feature and control.
 RECEIPTS = pa.schema(
     [
         ("dictionary", pa.string()),
-        ("feature", pa.int32()),
-        ("control", pa.string()),  # name of the check
-        ("value", pa.float64()),
+        ("feature", pa.int32()),  # null: about the whole dictionary
+        ("control", pa.string()),  # code and name of the check
+        ("value", pa.float64()),  # null where it could not be measured
         ("threshold", pa.float64()),
         ("n", pa.int64()),  # cases it was measured on
         ("low", pa.float64()),  # 95 % interval, null where there is none
         ("high", pa.float64()),
-        ("verdict", pa.string()),  # 'passed' | 'failed'
+        ("verdict", pa.string()),  # 'passed' | 'failed' | 'reported'
+        ("detail", pa.string()),  # JSON: what else a reader needs to check it
     ]
 )
 

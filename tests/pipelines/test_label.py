@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from saeql.pipelines.label import LabelConfig, _auroc, auroc_interval, label_dictionary, write_labels
-from saeql.pipelines.label_candidates import ActiveRows, CandidateLimits, propose
+from saeql.pipelines.label_candidates import CandidateLimits, propose
 from saeql.pipelines.predicates import Affix, Both, Neighbour, Predicate, Stems, Token, TokenClass, TokenSet
+from saeql.pipelines.split_rows import ActiveRows
 from saeql.pipelines.token_classes import RowTable
 from saeql.store.evidence import Evidence, EvidenceError
 from saeql.store.records import LABELS
@@ -220,7 +221,7 @@ def test_counted_candidates_agree_with_executed_predicates():
     eligible = (np.arange(11) > 0)[None].repeat(30, 0).ravel()
     rows = [np.flatnonzero(eligible & (rng.random(330) < p)) for p in (0.1, 0.3, 0.6)]
     features = np.repeat(np.arange(3), [len(r) for r in rows]).astype(np.int32)
-    active = ActiveRows(features, np.concatenate(rows).astype(np.int32), 3)
+    active = ActiveRows(features, np.concatenate(rows).astype(np.int32), np.ones(len(features), np.float32), 3)
     limits = CandidateLimits(min_hits=2, min_lift=0.0, min_f1=0.1, max_candidates=1000, max_set_size=4)
     proposed = propose(windows, active, eligible, limits)
     assert min(len(p) for p in proposed) > 20

@@ -83,7 +83,7 @@ def test_labels_and_receipts_are_added(bare_evidence: Evidence, tmp_path: Path, 
     labelled = synthetic.write(tmp_path / "labelled", synthetic.Size(), metrics=False)
     bare_evidence.write("labels", labelled.read("labels"))
     row = {"dictionary": "topk", "feature": 3, "control": "shuffled", "value": 0.51, "threshold": 0.6, "n": 100,
-           "low": 0.4, "high": 0.6, "verdict": "passed"}  # fmt: skip
+           "low": 0.4, "high": 0.6, "verdict": "passed", "detail": None}  # fmt: skip
     bare_evidence.write("receipts", pa.Table.from_pylist([row]))
     assert sorted(FeatureStore.sync(path, bare_evidence)) == ["labels", "receipts"]
     assert everything(path) == everything(FeatureStore.build(tmp_path / "again.duckdb", bare_evidence))

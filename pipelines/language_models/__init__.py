@@ -1,0 +1,1 @@
+"""Language models that explain and judge: an endpoint or a local model behind one interface."""

@@ -1,0 +1,1 @@
+"""Probes: is a property in the activations, and is that more than the probe itself could have learned?"""

@@ -1,0 +1,186 @@
+"""The rows of a text, split by split, with where each feature of a dictionary is active: what explanations are made on.
+
+Everything about labels rests on ONE binary question a row: is the feature ACTIVE there?
+
+    active    activation > tau, tau = `active_fraction` * the feature's largest activation on TRAIN rows
+    inactive  every other row at a position > 0, weak activations included
+
+tau is fixed on train and applied unchanged to all splits. Position 0 is never a row. Rows of massive norm have no
+activations, so they count as inactive (`split_rows` says how many there are).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from saeql.store.evidence import Evidence, EvidenceError
+from saeql.store.records import SPLITS
+
+from .token_classes import RowTable, Vocabulary, pad_lists
+
+
+@dataclass(frozen=True)
+class ActiveRows:
+    """The rows on which each feature is active, sorted by (feature, row); a row is window * T + position."""
+
+    features: np.ndarray  # [A] int32
+    rows: np.ndarray  # [A] int32
+    values: np.ndarray  # [A] float32 activations
+    num_features: int
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[F] int64 active rows a feature."""
+        return np.bincount(self.features, minlength=self.num_features)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """[F + 1] int64: feature f has entries starts[f] to starts[f + 1]."""
+        return np.concatenate([[0], np.cumsum(self.counts)])
+
+    def where(self, keep: np.ndarray) -> "ActiveRows":
+        """The entries that `keep` [A] bool marks."""
+        return ActiveRows(self.features[keep], self.rows[keep], self.values[keep], self.num_features)
+
+    def by_feature(self) -> list[np.ndarray]:
+        """F arrays of row numbers."""
+        return np.split(self.rows, self.starts[1:-1])
+
+    def values_by_feature(self) -> list[np.ndarray]:
+        """F arrays of activations, in the order of `by_feature`."""
+        return np.split(self.values, self.starts[1:-1])
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """One split: windows [W, T], which of the R = W * T rows count, their documents, where features are active."""
+
+    split: str
+    windows: RowTable
+    window_ids: np.ndarray  # [W] ids in table `windows`
+    eligible: np.ndarray  # [R] bool: position > 0 inside the window
+    documents: np.ndarray  # [R] int32 dense document numbers, -1 where the row does not count
+    num_documents: int
+    active: ActiveRows  # activation > tau
+    weak: ActiveRows  # 0 < activation <= tau: inactive, but the feature does fire
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that count."""
+        return int(self.eligible.sum())
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """The three splits under one definition of active."""
+
+    dictionary: str
+    tau: np.ndarray  # [F] float32
+    train: SplitRows
+    calibration: SplitRows
+    test: SplitRows
+
+    @property
+    def num_features(self) -> int:
+        """d_sae."""
+        return len(self.tau)
+
+    def of(self, split: str) -> SplitRows:
+        """One of the three by name."""
+        assert split in SPLITS, split
+        return getattr(self, split)
+
+
+def num_features(evidence: Evidence, dictionary: str) -> int:
+    """d_sae of `dictionary`. Raises EvidenceError where the evidence has no such dictionary."""
+    table = evidence.read("dictionaries", columns=["dictionary", "d_sae"])
+    known = dict(zip(table["dictionary"].to_pylist(), table["d_sae"].to_pylist(), strict=True))
+    if dictionary not in known:
+        raise EvidenceError(f"no dictionary {dictionary!r} in {evidence.folder}; it has: {', '.join(sorted(known))}")
+    return known[dictionary]
+
+
+def read_feature_rows(evidence: Evidence, dictionary: str, *, active_fraction: float) -> FeatureRows:
+    """The three splits of `dictionary`; tau comes from train alone. Weak activations of train are not kept.
+
+    Raises EvidenceError where the evidence is missing or inconsistent.
+    """
+    features = num_features(evidence, dictionary)
+    vocabulary = Vocabulary.from_table(evidence.read("vocabulary"))
+    tau, splits = np.zeros(features, np.float32), {}
+    for split in SPLITS:
+        table = evidence.read("windows", split=split)
+        windows = RowTable.from_windows(vocabulary, table["token_ids"])
+        lookup = _RowLookup(table["window_id"].to_numpy(), windows.tokens.shape[1])
+        keys, values = _read_activations(evidence, dictionary, split, lookup, features)
+        if split == "train":
+            np.maximum.at(tau, keys // lookup.num_rows, values)
+            tau *= np.float32(active_fraction)
+        documents = pad_lists(table["document_ids"]).ravel()
+        splits[split] = _split_rows(split, windows, table["window_id"].to_numpy(), documents, (keys, values), tau)
+    return FeatureRows(dictionary, tau, **splits)
+
+
+def _read_activations(evidence: Evidence, dictionary: str, split: str, row_of: "_RowLookup", features: int):
+    """(keys [A] int64 = feature * R + row, activations [A] float32) of a split, in file order."""
+    condition = (pc.field("split") == split) & (pc.field("dictionary") == dictionary)
+    columns = ["feature", "window_id", "position", "activation"]
+    keys, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    for file in evidence.files("activations"):
+        part = pq.read_table(file, columns=columns, filters=condition)
+        feature = part["feature"].to_numpy()
+        if len(feature) and not 0 <= feature.min() <= feature.max() < features:
+            raise EvidenceError(f"{file}: a feature is outside 0..{features - 1}")
+        rows = row_of(part["window_id"].to_numpy(), part["position"].to_numpy())
+        keys.append(feature.astype(np.int64) * row_of.num_rows + rows)
+        values.append(part["activation"].to_numpy())
+    return np.concatenate(keys), np.concatenate(values)
+
+
+class _RowLookup:
+    """(window_id, position) -> row number of one split."""
+
+    def __init__(self, window_ids: np.ndarray, context_tokens: int):
+        self.order = np.argsort(window_ids, kind="stable")
+        self.ids = window_ids[self.order]
+        self.context_tokens = context_tokens
+        self.num_rows = max(len(window_ids) * context_tokens, 1)
+
+    def __call__(self, window_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Raises EvidenceError at a row that is in no window of the split."""
+        if len(window_ids) == 0:
+            return np.zeros(0, np.int64)
+        at = np.searchsorted(self.ids, window_ids)
+        if len(self.ids) == 0 or (self.ids[np.minimum(at, len(self.ids) - 1)] != window_ids).any():
+            raise EvidenceError("activations name a window that table `windows` does not have in their split")
+        if positions.min() < 0 or positions.max() >= self.context_tokens:
+            raise EvidenceError("activations name a position outside of their window")
+        return self.order[at] * self.context_tokens + positions
+
+
+def _split_rows(
+    split: str, windows: RowTable, window_ids: np.ndarray, document_ids: np.ndarray, read, tau: np.ndarray
+) -> SplitRows:
+    num_rows, (keys, values) = max(windows.tokens.size, 1), read
+    if split == "train":  # by far the largest split, and nothing asks for its weak activations
+        strong = values > tau[keys // num_rows]
+        keys, values = keys[strong], values[strong]
+    order = np.argsort(keys)
+    keys, values = keys[order], values[order]
+    if (np.diff(keys) == 0).any():
+        raise EvidenceError("activations hold a feature twice on one row: were two runs written into one folder?")
+    eligible = windows.valid.copy()
+    eligible[:, :1] = False
+    eligible = eligible.ravel()
+    if len(keys):
+        counts = eligible[keys % num_rows]
+        keys, values = keys[counts], values[counts]
+    fires = ActiveRows((keys // num_rows).astype(np.int32), (keys % num_rows).astype(np.int32), values, len(tau))
+    strong = values > tau[fires.features]
+    documents = np.full(len(document_ids), -1, np.int32)
+    names, documents[eligible] = np.unique(document_ids[eligible], return_inverse=True)
+    return SplitRows(
+        split, windows, window_ids, eligible, documents, len(names), fires.where(strong), fires.where(~strong)
+    )
