@@ -1,4 +1,4 @@
-"""The text of a row as a reader, an embedder or a language model is given it: its word, its near words, its surroundings.
+"""The text of a row as a reader, an embedder or a language model is given it: its word, near words, surroundings.
 
     window  up to 29 tokens around the row, begun and ended at whole words
     near    the row's word with the 3 words before and after it

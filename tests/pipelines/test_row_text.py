@@ -7,27 +7,8 @@ from saeql.pipelines.receipts.row_text import VIEWS, marked_words, near_words, s
 from saeql.pipelines.token_classes import RowTable
 
 EOS = "<|endoftext|>"
-FIRST = [
-    EOS,
-    "The",
-    " cou",
-    "rt",
-    " of",
-    " app",
-    "eal",
-    ",",
-    " on",
-    " ",
-    "1",
-    "9",
-    "8",
-    "4",
-    "\n",
-    "\n",
-    "He",
-    " said",
-    ' "',
-]
+FIRST = [EOS, "The", " cou", "rt", " of", " app", "eal", ",", " on", " ", "1", "9", "8", "4", "\n", "\n", "He"]
+FIRST += [" said", ' "']
 SECOND = ["end", ".", EOS, " New", " text", " that", " begins"]
 
 
