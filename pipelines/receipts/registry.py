@@ -1,0 +1,40 @@
+"""Scorers by name and controls by code. A class is imported when it is asked for."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from saeql.sae.config import suggestion
+
+from .control import TIERS
+
+#: name -> module of this package and class in it; every class is built with `.of(run)`.
+SCORERS: dict[str, tuple[str, str]] = {
+    "predicates": ("predicate_scorer", "PredicateScorer"),
+}
+
+#: code -> (module, class, tier), in the order in which they run.
+CONTROLS: dict[str, tuple[str, str, str]] = {}
+
+
+def scorers(names: Sequence[str]) -> list[Any]:
+    """The classes of `names`, in their order. Raises ValueError at a name that no scorer has."""
+    for name in names:
+        if name not in SCORERS:
+            raise ValueError(f"no scorer {name!r}: there is {', '.join(SCORERS)}{suggestion(name, tuple(SCORERS))}")
+    return [_load(*SCORERS[name]) for name in names]
+
+
+def controls(tier: str) -> list[Any]:
+    """The classes of the controls that run at `tier`, those of the tiers before it included.
+
+    Raises ValueError where there is no such tier.
+    """
+    if tier not in TIERS:
+        raise ValueError(f"no tier {tier!r}: there is {', '.join(TIERS)}{suggestion(tier, TIERS)}")
+    wanted = TIERS[: TIERS.index(tier) + 1]
+    return [_load(module, name) for module, name, own in CONTROLS.values() if own in wanted]
+
+
+def _load(module: str, name: str) -> Any:
+    return getattr(import_module(f".{module}", __package__), name)
