@@ -201,7 +201,8 @@ class SparseAutoencoder(nn.Module):
         Means and scales are [d_in] and [d_out]. Latents come out divided by the geometric mean c of `y_scale`: with one
         scale for all coordinates the decoder rows keep their unit norm, and which latents are active does not change.
         """
-        c = float(y_scale.log().mean().exp())
+        is_one = bool((y_scale == y_scale[0]).all())  # then decoder rows keep their bits
+        c = float(y_scale[0] if is_one else y_scale.log().mean().exp())
         shift = torch.zeros_like(self.b_enc)
         if not self.reads_what_it_writes:
             shift = self.W_enc @ (x_mean * x_scale)
