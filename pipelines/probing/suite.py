@@ -1,0 +1,216 @@
+"""All probes of one task, each beside what it must beat: control tasks, twins without the property, a random model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from saeql.store.records import SPLITS
+
+from ..receipts.statistics import wilson
+from .code_length import compression
+from .controls import bernoulli_twin, control_labels, permuted_twin
+from .probes import (
+    BestColumns,
+    DifferenceOfMeans,
+    Linear,
+    LogisticRegression,
+    Majority,
+    PrincipalComponents,
+    Probe,
+    TokenTable,
+    choose,
+)
+from .representations import Representations
+from .scores import Interval, TestDocuments, interval
+from .tasks import Drawn, Task, TaskError, draw
+
+#: Names of representations.
+ACTS, LATENTS, RANDOM_LATENTS = "activations", "latents", "random latents"
+EMBEDDINGS, TOKENS, RANDOMISED = "token embeddings", "tokens", "randomised model"
+#: Numbers of latents and channels of the sparse probes.
+SPARSE = (1, 5, 16)
+DENSE, TABLE, MAJORITY = "logistic regression", "token table", "majority"
+
+
+def named(k: int, what: str) -> str:
+    """'1 latent', '5 latents'."""
+    return f"{k} {what if k == 1 else what + 's'}"
+
+
+#: Name of a probe -> (what it sees, how it learns), in the order of the table.
+PROBES: dict[str, tuple[str, Probe]] = {
+    DENSE: (ACTS, LogisticRegression()),
+    "difference of means": (ACTS, DifferenceOfMeans()),
+    "PCA": (ACTS, PrincipalComponents()),
+    **{named(k, "latent"): (LATENTS, BestColumns(k)) for k in SPARSE},
+    **{named(k, "channel"): (ACTS, BestColumns(k)) for k in SPARSE},
+    **{named(k, "random latent"): (RANDOM_LATENTS, BestColumns(k)) for k in SPARSE},
+    EMBEDDINGS: (EMBEDDINGS, LogisticRegression()),
+    TABLE: (TOKENS, TokenTable()),
+    MAJORITY: (TOKENS, Majority()),
+    RANDOMISED: (RANDOMISED, LogisticRegression()),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """How much is measured."""
+
+    max_cases: int = 1000
+    """Cases drawn of every split."""
+    num_controls: int = 3
+    """Control tasks, whose accuracies are averaged."""
+    num_twins: int = 2
+    """Permuted twins, and as many with tossed labels."""
+    num_bootstrap: int = 1000
+    """Draws of test documents behind every interval."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """One probe on one task; every score is on test cases, intervals over their documents."""
+
+    probe: str
+    auroc: Interval
+    accuracy: Interval  # mean of both labels' shares
+    control_accuracy: float  # mean over control tasks
+    selectivity: Interval  # accuracy - control accuracy
+    compression: float  # of the labels of train; 1: no shorter than one bit each
+    control_compression: float
+    setting: float
+    columns: tuple[int, ...] = ()  # latents or channels that were picked on train
+    against_dense: Interval | None = None  # AUROC - AUROC of logistic regression on the activations
+
+    @property
+    def is_struck(self) -> bool:
+        """Whether the selectivity's interval includes zero, or lies below it, or is not known."""
+        return not self.selectivity.low > 0
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """All probes of a task, or why there are none."""
+
+    task: str
+    level: str
+    hook_point: str
+    unit: str
+    planted: bool
+    num_cases: dict[str, tuple[int, int]] = field(default_factory=dict)  # split -> positives, negatives
+    num_documents: int = 0  # of the test cases
+    probes: tuple[ProbeResult, ...] = ()
+    #: name -> (AUROC of logistic regression on the twin, its gap to the task's own); None: could not be drawn
+    twins: dict[str, tuple[float, Interval] | None] = field(default_factory=dict)
+    not_measured: str = ""
+
+    def of(self, probe: str) -> ProbeResult | None:
+        """One probe by name; None where it was not run."""
+        return next((result for result in self.probes if result.probe == probe), None)
+
+
+def probe_task(task: Task, shown: Representations, hook_point: str, settings: ProbeSettings) -> TaskResult:
+    """Run every probe whose representation is at hand. Raises TaskError where the task has too few cases."""
+    drawn = draw(task, max_cases=settings.max_cases, seed=settings.seed)
+    documents = TestDocuments(
+        np.unique(task.documents["test"][task.labels["test"] >= 0]), draws=settings.num_bootstrap, seed=settings.seed
+    )
+    controls = [control_labels(drawn, settings.seed + 1 + n) for n in range(settings.num_controls)]
+    found, aurocs = [], {}
+    for name, (what, probe) in PROBES.items():
+        if what in shown.of_rows:
+            x = {split: shown.of(what, task, split, drawn.of(split)) for split in SPLITS}
+            result, aurocs[name] = _probe(name, probe, x, drawn, controls, documents, settings)
+            found.append(result)
+    results = [_against(result, aurocs[result.probe], aurocs[DENSE]) for result in found]
+    twins = {
+        "permuted": _twins([permuted_twin(task, settings.seed + n) for n in range(settings.num_twins)], shown, documents, aurocs[DENSE], settings),
+        "tossed": _twins([bernoulli_twin(task, settings.seed + n) for n in range(settings.num_twins)], shown, documents, aurocs[DENSE], settings) if task.level == "token" else None,
+    }  # fmt: skip
+    shown.forget()
+    counts = {s: (int(drawn.of(s).y.sum()), int((~drawn.of(s).y).sum())) for s in SPLITS}
+    return TaskResult(
+        task.name,
+        task.level,
+        hook_point,
+        task.unit,
+        task.planted,
+        counts,
+        len(np.unique(drawn.test.documents)),
+        tuple(results),
+        twins,
+    )
+
+
+def _probe(
+    name: str,
+    probe: Probe,
+    x: dict[str, Any],
+    drawn: Drawn,
+    controls: Sequence[dict[str, np.ndarray]],
+    documents: TestDocuments,
+    settings: ProbeSettings,
+) -> tuple[ProbeResult, np.ndarray]:
+    """The probe's result, and its AUROC in every draw."""
+    y, test = drawn.train.y, drawn.test
+    setting, fitted = choose(probe, x["train"], y, x["calibration"], drawn.calibration.y)
+    scores = fitted.log_odds(x["test"])
+    auroc = documents.auroc(scores, test.y, test.documents)
+    accuracy = documents.balanced_accuracy(scores, test.y, test.documents)
+    of_controls = []
+    for labels in controls:
+        _, learned = choose(probe, x["train"], labels["train"], x["calibration"], labels["calibration"])
+        guesses = learned.log_odds(x["test"])
+        of_controls.append(documents.balanced_accuracy(guesses, labels["test"], test.documents))
+    control = np.mean(of_controls, axis=0) if of_controls else np.full_like(accuracy, np.nan)
+    columns = fitted.columns if isinstance(fitted, Linear) and fitted.columns is not None else ()
+    result = ProbeResult(
+        probe=name,
+        auroc=_widened(interval(auroc), int(test.y.sum()), int((~test.y).sum())),
+        accuracy=interval(accuracy),
+        control_accuracy=float(control[0]),
+        selectivity=interval(accuracy - control),
+        compression=compression(probe, setting, x["train"], y, settings.seed),
+        control_compression=compression(probe, setting, x["train"], controls[0]["train"], settings.seed)
+        if controls
+        else float("nan"),
+        setting=setting,
+        columns=tuple(int(c) for c in columns),
+    )
+    return result, auroc
+
+
+def _widened(found: Interval, positives: int, negatives: int) -> Interval:
+    """An interval that all draws agree on, widened to what a proportion over so few cases leaves open."""
+    if not found.high - found.low < 1e-6:
+        return found
+    n = np.float64(min(positives, negatives))
+    low, high = wilson(np.float64(found.value) * n, n)
+    return Interval(found.value, min(found.low, float(low)), max(found.high, float(high)))
+
+
+def _against(result: ProbeResult, auroc: np.ndarray, dense: np.ndarray) -> ProbeResult:
+    if result.probe == DENSE:
+        return result
+    return ProbeResult(**{**result.__dict__, "against_dense": interval(auroc - dense)})
+
+
+def _twins(
+    twins: Sequence[Task], shown: Representations, documents: TestDocuments, own: np.ndarray, settings: ProbeSettings
+) -> tuple[float, Interval] | None:
+    """Mean AUROC of logistic regression on twins of a task, and by how much the task's own is above it."""
+    found, probe = [], LogisticRegression()
+    for twin in twins:
+        try:
+            drawn = draw(twin, max_cases=settings.max_cases, seed=settings.seed)
+        except TaskError:  # its property fell on units that are too rare
+            continue
+        x = {split: shown.of(ACTS, twin, split, drawn.of(split)) for split in SPLITS}
+        _, fitted = choose(probe, x["train"], drawn.train.y, x["calibration"], drawn.calibration.y)
+        found.append(documents.auroc(fitted.log_odds(x["test"]), drawn.test.y, drawn.test.documents))
+    if not found:
+        return None
+    mean = np.mean(found, axis=0)
+    return float(mean[0]), interval(own - mean)
