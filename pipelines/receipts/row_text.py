@@ -62,6 +62,28 @@ VIEWS: dict[str, Callable[[RowTable, np.ndarray], list[str]]] = {
 
 
 @dataclass(frozen=True)
+class Words:
+    """The word that every token belongs to: `names[codes]`, code -1 behind the end of a window; arrays are [W, T]."""
+
+    names: list[str]
+    codes: np.ndarray  # int32
+    starts: np.ndarray  # first position of the word
+    ends: np.ndarray  # last position of the word
+
+    @classmethod
+    def of(cls, windows: RowTable) -> "Words":
+        """Words of all windows."""
+        layout, texts = _Layout.of(windows, windows.tokens), [t.strip() for t in windows.vocabulary.texts]
+        index = {text: n for n, text in enumerate(dict.fromkeys(texts))}
+        codes = np.append(np.array([index[t] for t in texts], np.int32), -1).astype(np.int32)[windows.tokens]
+        for w, start in zip(*np.nonzero((layout.starts < layout.ends) & (layout.starts == np.arange(codes.shape[1])))):
+            tokens = windows.tokens[w, start : layout.ends[w, start] + 1].tolist()
+            word = "".join(windows.vocabulary.texts[t] for t in tokens).strip()
+            codes[w, start : layout.ends[w, start] + 1] = index.setdefault(word, len(index))
+        return cls(list(index), codes, layout.starts, layout.ends)
+
+
+@dataclass(frozen=True)
 class _Layout:
     """Words and borders of some windows, each array [W, T]."""
 
