@@ -6,6 +6,7 @@ found the property early makes a short code; one that needs all of the data, or 
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def compression(probe: Probe, setting: float, x: Matrix, y: np.ndarray, seed: in
     x, y = x[order], y[order]
     ends = sorted({max(1, round(share * n)) for share in PORTIONS})
     bits = float(ends[0])
-    for seen, end in zip(ends, ends[1:], strict=False):
+    for seen, end in pairwise(ends):
         fitted = probe.fit(x[:seen], y[:seen], setting)
         bits += float(log_loss(fitted.log_odds(x[seen:end]), y[seen:end]).sum()) / math.log(2)
     return n / bits

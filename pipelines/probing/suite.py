@@ -1,7 +1,7 @@
 """All probes of one task, each beside what it must beat: control tasks, twins without the property, a random model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from saeql.store.records import SPLITS
 
 from ..receipts.statistics import wilson
 from .code_length import compression
-from .controls import bernoulli_twin, control_labels, permuted_twin
+from .plans import ProbeSettings, TaskPlan
 from .probes import (
     BestColumns,
     DifferenceOfMeans,
@@ -24,7 +24,7 @@ from .probes import (
 )
 from .representations import Representations
 from .scores import Interval, TestDocuments, interval
-from .tasks import Drawn, Task, TaskError, draw
+from .tasks import Drawn, Task
 
 #: Names of representations.
 ACTS, LATENTS, RANDOM_LATENTS = "activations", "latents", "random latents"
@@ -52,21 +52,6 @@ PROBES: dict[str, tuple[str, Probe]] = {
     MAJORITY: (TOKENS, Majority()),
     RANDOMISED: (RANDOMISED, LogisticRegression()),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeSettings:
-    """How much is measured."""
-
-    max_cases: int = 1000
-    """Cases drawn of every split."""
-    num_controls: int = 3
-    """Control tasks, whose accuracies are averaged."""
-    num_twins: int = 2
-    """Permuted twins, and as many with tossed labels."""
-    num_bootstrap: int = 1000
-    """Draws of test documents behind every interval."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,33 +96,29 @@ class TaskResult:
         return next((result for result in self.probes if result.probe == probe), None)
 
 
-def probe_task(task: Task, shown: Representations, hook_point: str, settings: ProbeSettings) -> TaskResult:
-    """Run every probe whose representation is at hand. Raises TaskError where the task has too few cases."""
-    drawn = draw(task, max_cases=settings.max_cases, seed=settings.seed)
+def probe_task(plan: TaskPlan, shown: Representations, hook_point: str, settings: ProbeSettings) -> TaskResult:
+    """Run every probe whose representation is at hand."""
+    task, drawn = plan.task, plan.drawn
     documents = TestDocuments(
         np.unique(task.documents["test"][task.labels["test"] >= 0]), draws=settings.num_bootstrap, seed=settings.seed
     )
-    controls = [control_labels(drawn, settings.seed + 1 + n) for n in range(settings.num_controls)]
     found, aurocs = [], {}
     for name, (what, probe) in PROBES.items():
         if what in shown.of_rows:
             x = {split: shown.of(what, task, split, drawn.of(split)) for split in SPLITS}
-            result, aurocs[name] = _probe(name, probe, x, drawn, controls, documents, settings)
+            result, aurocs[name] = _probe(name, probe, x, drawn, plan.controls, documents, settings)
             found.append(result)
-    results = [_against(result, aurocs[result.probe], aurocs[DENSE]) for result in found]
-    twins = {
-        "permuted": _twins([permuted_twin(task, settings.seed + n) for n in range(settings.num_twins)], shown, documents, aurocs[DENSE], settings),
-        "tossed": _twins([bernoulli_twin(task, settings.seed + n) for n in range(settings.num_twins)], shown, documents, aurocs[DENSE], settings) if task.level == "token" else None,
-    }  # fmt: skip
+    dense = aurocs[DENSE]
+    results = [replace(r, against_dense=interval(aurocs[r.probe] - dense)) if r.probe != DENSE else r for r in found]
+    twins = {name: _twins(made, shown, documents, dense) for name, made in plan.twins.items()}
     shown.forget()
-    counts = {s: (int(drawn.of(s).y.sum()), int((~drawn.of(s).y).sum())) for s in SPLITS}
     return TaskResult(
         task.name,
         task.level,
         hook_point,
         task.unit,
         task.planted,
-        counts,
+        {s: (int(drawn.of(s).y.sum()), int((~drawn.of(s).y).sum())) for s in SPLITS},
         len(np.unique(drawn.test.documents)),
         tuple(results),
         twins,
@@ -191,22 +172,12 @@ def _widened(found: Interval, positives: int, negatives: int) -> Interval:
     return Interval(found.value, min(found.low, float(low)), max(found.high, float(high)))
 
 
-def _against(result: ProbeResult, auroc: np.ndarray, dense: np.ndarray) -> ProbeResult:
-    if result.probe == DENSE:
-        return result
-    return ProbeResult(**{**result.__dict__, "against_dense": interval(auroc - dense)})
-
-
 def _twins(
-    twins: Sequence[Task], shown: Representations, documents: TestDocuments, own: np.ndarray, settings: ProbeSettings
+    twins: Sequence[tuple[Task, Drawn]], shown: Representations, documents: TestDocuments, own: np.ndarray
 ) -> tuple[float, Interval] | None:
     """Mean AUROC of logistic regression on twins of a task, and by how much the task's own is above it."""
     found, probe = [], LogisticRegression()
-    for twin in twins:
-        try:
-            drawn = draw(twin, max_cases=settings.max_cases, seed=settings.seed)
-        except TaskError:  # its property fell on units that are too rare
-            continue
+    for twin, drawn in twins:
         x = {split: shown.of(ACTS, twin, split, drawn.of(split)) for split in SPLITS}
         _, fitted = choose(probe, x["train"], drawn.train.y, x["calibration"], drawn.calibration.y)
         found.append(documents.auroc(fitted.log_odds(x["test"]), drawn.test.y, drawn.test.documents))

@@ -2,7 +2,7 @@
 
     document level   columns text, label
     token level      columns tokens (list of words), labels (one each)      the case is a word's last token
-                     columns text, spans ([{"start", "end", "label"}])      every token that a span touches has its label
+                     columns text, spans ([{"start", "end", "label"}])      all tokens that a span touches
 
 A file is .jsonl, .csv (lists as JSON) or .parquet. Splits are by the hash of each document's normalised text, as in
 every corpus. Labels of two classes are one yes/no task; of more, one a class against the rest.
@@ -18,6 +18,9 @@ from typing import Any
 
 from ..corpus import document_sha256
 from .tasks import TaskError
+
+#: What a file of a task ends in.
+FILES = (".jsonl", ".ndjson", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
