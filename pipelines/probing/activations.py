@@ -57,7 +57,7 @@ class StoredRows:
         for reader, limit in zip(self._readers[split], self._limits, strict=True):
             norms = np.concatenate([reader.norms(shard) for shard in range(len(reader))])
             norms = norms.reshape(-1, reader.context_tokens)[self._windows[split]]
-            out |= norms[:, : out.shape[1]] > limit
+            out |= norms[:, : part.token_ids.shape[1]] > limit
         return out.ravel()
 
     def acts(self, split: str, rows: np.ndarray) -> np.ndarray:

@@ -164,12 +164,12 @@ def _probe(
 
 
 def _widened(found: Interval, positives: int, negatives: int) -> Interval:
-    """An interval that all draws agree on, widened to what a proportion over so few cases leaves open."""
-    if not found.high - found.low < 1e-6:
+    """The interval of a probe that is right in all draws, widened to what a proportion over so few leaves open."""
+    if not found.high - found.low < 1e-6 or 1e-6 < found.value < 1 - 1e-6:
         return found
-    n = np.float64(min(positives, negatives))
-    low, high = wilson(np.float64(found.value) * n, n)
-    return Interval(found.value, min(found.low, float(low)), max(found.high, float(high)))
+    n = np.array([min(positives, negatives)])
+    low, high = wilson(found.value * n, n)
+    return Interval(found.value, min(found.low, float(low[0])), max(found.high, float(high[0])))
 
 
 def _twins(
