@@ -29,8 +29,8 @@ from .text import ProbedText, run_text
 if TYPE_CHECKING:
     from ..run import Run
 
-#: Stored rows that the thresholds of random latents are set on.
-RATE_ROWS = 8192
+#: Stored rows that the thresholds of random latents are set on, in blocks.
+RATE_BLOCKS, BLOCK_ROWS = 64, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ def _redrawn(run: "Run", hook_points: tuple[str, ...], seed: int) -> LanguageMod
 def _random_dictionary(run: "Run", dictionary: SparseAutoencoder, seed: int) -> SparseAutoencoder:
     """Random directions, as many as the dictionary has latents, each firing about as often as one of them does.
 
-    Thresholds are set on evenly spaced stored train rows: `RATE_ROWS` of them.
+    Thresholds are set on `RATE_BLOCKS` evenly spaced blocks of stored train rows.
     """
     config = DictionaryConfig(
         architecture="jumprelu", d_sae=dictionary.d_sae, freeze="all", rates_from=str(run.dictionary_path)
@@ -163,9 +163,11 @@ def _random_dictionary(run: "Run", dictionary: SparseAutoencoder, seed: int) -> 
     made = architecture("jumprelu")(config, dictionary.d_in)
     assert isinstance(made, JumpReluAutoencoder)
     made.initialise(seed)
-    source = open_source(run.activations, "train", run.harvest_info, run.spec.reads, 4096)
-    stride = max(1, source.num_rows // RATE_ROWS)
-    sample = torch.cat([batch.acts[::stride].float() for batch in source.batches()])
+    source = open_source(run.activations, "train", run.harvest_info, run.spec.reads, BLOCK_ROWS)
+    last = max(source.num_rows - BLOCK_ROWS, 0)
+    starts = sorted({last * n // max(RATE_BLOCKS - 1, 1) for n in range(RATE_BLOCKS)})
+    blocks = (range(start, min(start + BLOCK_ROWS, source.num_rows)) for start in starts)
+    sample = torch.cat([batch.acts.float() for block in blocks for batch in source.in_order(block)])
     with torch.no_grad():
         made.b_dec.copy_(sample.mean(0))
     match_rates(made, firing_rates(config), lambda: iter([sample]), len(sample))
