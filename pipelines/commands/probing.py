@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from .common import RunPath
+from .common import RunPath, refuse_ranks
 
 
 def probe(
@@ -57,6 +57,7 @@ def probe(
     from ..progress import progress
     from ..run import Run
 
+    refuse_ranks()
     opened = Run.open(run)
     settings = ProbeSettings(max_cases=max_cases, seed=seed)
     asked = Asked(

@@ -71,7 +71,8 @@ class Linear:
     columns: np.ndarray | None = None  # [d] which columns of x; None: all
 
     def log_odds(self, x: Matrix) -> np.ndarray:
-        return dense(x, self.columns) @ self.weight + self.bias
+        picked = x if self.columns is None else x[:, self.columns]
+        return np.asarray(picked @ self.weight, np.float64).ravel() + self.bias
 
 
 @dataclass(frozen=True)

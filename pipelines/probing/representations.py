@@ -14,6 +14,9 @@ from .probes import Matrix
 from .tasks import Cases, Task
 from .text import ProbedText
 
+#: Names of representations.
+ACTS, LATENTS, RANDOM_LATENTS = "activations", "latents", "random latents"
+EMBEDDINGS, TOKENS, RANDOMISED = "token embeddings", "tokens", "randomised model"
 #: Rows in memory at once.
 ROWS_AT_ONCE = 4096
 
@@ -21,8 +24,8 @@ ROWS_AT_ONCE = 4096
 OfRows = Callable[[str, np.ndarray], Matrix]
 
 
-def pooled(text: ProbedText, task: Task, split: str, cases: Cases, of_rows: OfRows) -> Matrix:
-    """[n, d] a vector for each case: of its row, or the mean over the rows of its document."""
+def pooled(text: ProbedText, task: Task, split: str, cases: Cases, of_rows: OfRows, *, total: bool = False) -> Matrix:
+    """[n, d] a vector for each case: of its row, or the mean over the rows of its document; `total`: their sum."""
     if task.level == "token":
         return _in_parts(split, cases.cases, of_rows)
     parts = []
@@ -30,8 +33,9 @@ def pooled(text: ProbedText, task: Task, split: str, cases: Cases, of_rows: OfRo
         rows, groups = text.splits[split].rows_of(cases.cases[start : start + 32])
         num = len(cases.cases[start : start + 32])
         counts = np.maximum(np.bincount(groups, minlength=num), 1)
-        mean = csr_matrix((1 / counts[groups], (groups, np.arange(len(rows)))), (num, len(rows)), dtype=np.float32)
-        parts.append(mean @ _in_parts(split, rows, of_rows))
+        share = np.ones(len(rows)) if total else 1 / counts[groups]
+        pool = csr_matrix((share, (groups, np.arange(len(rows)))), (num, len(rows)), dtype=np.float32)
+        parts.append(pool @ _in_parts(split, rows, of_rows))
     return _stacked(parts)
 
 
@@ -87,7 +91,8 @@ class Representations:
         """[n, d] of representation `name`."""
         key = (name, split, cases.cases.tobytes())
         if key not in self._cache:
-            self._cache[key] = pooled(self.text, task, split, cases, self.of_rows[name])
+            of_rows = self.of_rows[name]
+            self._cache[key] = pooled(self.text, task, split, cases, of_rows, total=name == TOKENS)
         return self._cache[key]
 
     def forget(self) -> None:

@@ -15,13 +15,25 @@ from saeql.sae.model import SparseAutoencoder
 
 from ..fixed_dictionaries import firing_rates
 from ..harvest import open_source
-from ..models import LanguageModel, load_model
+from ..models import LanguageModel, ModelError, load_model
 from .activations import ModelRows, RowSource, StoredRows, TokenEmbeddings, without_massive
 from .labelled_windows import labelled_tasks
 from .plans import ProbeSettings, TaskPlan, plan_task, rows_of
 from .planted_tasks import PLANTED, chosen_concepts, planted_tasks
-from .representations import OfRows, Representations, dense_rows, latent_rows, token_rows
-from .suite import ACTS, EMBEDDINGS, LATENTS, RANDOM_LATENTS, RANDOMISED, TOKENS, TaskResult
+from .representations import (
+    ACTS,
+    EMBEDDINGS,
+    LATENTS,
+    RANDOM_LATENTS,
+    RANDOMISED,
+    TOKENS,
+    OfRows,
+    Representations,
+    dense_rows,
+    latent_rows,
+    token_rows,
+)
+from .suite import TaskResult
 from .task_files import FILES, read_labelled
 from .tasks import LEVELS, Task, TaskError
 from .text import ProbedText, run_text
@@ -88,7 +100,10 @@ def prepare(run: "Run", asked: Asked, settings: ProbeSettings) -> Prepared:
         dictionary = run.dictionary()
         of_rows[LATENTS] = latent_rows(source, dictionary)
         of_rows[RANDOM_LATENTS] = latent_rows(source, _random_dictionary(run, dictionary, settings.seed))
-    of_rows[EMBEDDINGS] = dense_rows(TokenEmbeddings(run.language_model, text))
+    try:
+        of_rows[EMBEDDINGS] = dense_rows(TokenEmbeddings(run.language_model, text))
+    except ModelError as error:  # stored activations need no model
+        notes.append(f"no token embeddings: {error}")
     if asked.randomised:
         of_rows[RANDOMISED] = dense_rows(
             ModelRows(_redrawn(run, hook_points, settings.seed), hook_points, text, rows_of(text, plans, twins=False))

@@ -22,13 +22,18 @@ from .probes import (
     TokenTable,
     choose,
 )
-from .representations import Representations
+from .representations import (
+    ACTS,
+    EMBEDDINGS,
+    LATENTS,
+    RANDOM_LATENTS,
+    RANDOMISED,
+    TOKENS,
+    Representations,
+)
 from .scores import Interval, TestDocuments, interval
 from .tasks import Drawn, Task
 
-#: Names of representations.
-ACTS, LATENTS, RANDOM_LATENTS = "activations", "latents", "random latents"
-EMBEDDINGS, TOKENS, RANDOMISED = "token embeddings", "tokens", "randomised model"
 #: Numbers of latents and channels of the sparse probes.
 SPARSE = (1, 5, 16)
 DENSE, TABLE, MAJORITY = "logistic regression", "token table", "majority"

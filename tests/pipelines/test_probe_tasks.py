@@ -216,3 +216,20 @@ def test_bad_input_is_one_line(name: str, tiny_run: Path, tmp_path: Path, capsys
     output = capsys.readouterr()
     lines = [line for line in output.err.splitlines() if line.startswith("saeql: ")]
     assert caught.value.code == 2 and len(lines) == 1 and message in lines[0], output.err
+
+
+def test_stored_activations_need_no_model(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    config = (folder / "config.toml").read_text()
+    name = next(line for line in config.splitlines() if line.startswith("name = "))
+    (folder / "config.toml").write_text(config.replace(name, 'name = "nobody/nothing"'))
+    options = ["--max-cases", "100", "--no-save", "--json"]
+    main(["probe", str(folder), "--task", "years", *options])
+    output = capsys.readouterr()
+    (result,) = json.loads(output.out)
+    assert "saeql: no token embeddings: no model 'nobody/nothing'" in output.err
+    assert {"logistic regression", "1 latent"} < {p["probe"] for p in result["probes"]}
+    with pytest.raises(SystemExit):
+        main(["probe", str(folder), "--task", "years", "--hook-point", "resid_post.0", *options])
+    assert "saeql: no model 'nobody/nothing'" in capsys.readouterr().err

@@ -20,9 +20,9 @@ from saeql.pipelines.probing.probes import (
     column_auroc,
     log_loss,
 )
-from saeql.pipelines.probing.representations import Representations, token_rows
+from saeql.pipelines.probing.representations import ACTS, LATENTS, TOKENS, Representations, token_rows
 from saeql.pipelines.probing.scores import TestDocuments, interval
-from saeql.pipelines.probing.suite import ACTS, DENSE, LATENTS, TABLE, TOKENS, TaskResult, probe_task
+from saeql.pipelines.probing.suite import DENSE, TABLE, TaskResult, probe_task
 from saeql.pipelines.probing.table import print_task, result_dict
 from saeql.pipelines.probing.tasks import NO, OUT, YES, TaskError, draw, token_task
 from saeql.pipelines.probing.text import ProbedText, split_of_windows
