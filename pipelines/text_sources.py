@@ -173,7 +173,7 @@ def _kind(file: Path) -> _Reader | None:
 def _opened(file: Path) -> BinaryIO:
     """Bytes of a file, decompressed; several members or frames in a row are read as one."""
     if file.suffix == ".xz":
-        return lzma.open(file)
+        return io.BufferedReader(lzma.open(file))
     compression = _ARROW_NAMES.get(file.suffix)
     if compression is None:
         return file.open("rb")
