@@ -1,11 +1,11 @@
-"""The label stage of a run: labels by the configured explainers, then the controls, as evidence `labels`, `receipts`."""
+"""The label stage of a run: labels by the explainers, then the controls, as evidence `labels` and `receipts`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeql.store.evidence import Evidence
@@ -117,7 +117,8 @@ def _before(evidence: Evidence, rows: FeatureRows, only: str | None) -> pa.Table
             f"{evidence.folder} has no labels yet, so --only has nothing to keep: label all features first"
         )
     table = evidence.read("labels")
-    table = table.filter(pc.equal(table["dictionary"], rows.dictionary)).sort_by("feature")
+    own = [name == rows.dictionary for name in table["dictionary"].to_pylist()]
+    table = table.filter(pa.array(own, pa.bool_())).sort_by("feature")
     if table["feature"].to_pylist() != list(range(rows.num_features)):
         raise LabelError(f"the labels in {evidence.folder} are not of {rows.dictionary}: label all features first")
     return table
@@ -127,7 +128,7 @@ def _selected(only: str, before: pa.Table | None, rows: FeatureRows) -> list[int
     """The features of `only`, sorted."""
     assert before is not None
     if only == "unexplained":
-        return before.filter(pc.equal(before["kind"], "none"))["feature"].to_pylist()
+        return [f for f, kind in enumerate(before["kind"].to_pylist()) if kind == "none"]
     try:
         features = sorted({int(part) for part in only.split(",")})
     except ValueError:
@@ -140,14 +141,17 @@ def _selected(only: str, before: pa.Table | None, rows: FeatureRows) -> list[int
 
 def _merged(before: pa.Table, new: pa.Table, features: Sequence[int]) -> pa.Table:
     """`new` for the `features`, `before` for all others."""
-    is_new = pc.is_in(new["feature"], pa.array(list(features), new["feature"].type))
-    kept = before.filter(pc.invert(is_new)).cast(new.schema)
-    return pa.concat_tables([kept, new.filter(is_new)]).sort_by("feature")
+    is_new = np.isin(new["feature"].to_numpy(), features)
+    kept = before.filter(pa.array(~is_new)).cast(new.schema)
+    return pa.concat_tables([kept, new.filter(pa.array(is_new))]).sort_by("feature")
 
 
 def _kept_receipts(before: pa.Table, new: pa.Table, features: Sequence[int]) -> pa.Table:
     """Receipts of the other features as they were, of the `features` and of the whole dictionary as they are now."""
-    own = pa.array(list(features), before["feature"].type)
-    others = pc.and_(pc.is_valid(before["feature"]), pc.invert(pc.is_in(before["feature"], own)))
-    wanted = pc.or_(pc.is_null(new["feature"]), pc.is_in(new["feature"], own))
-    return pa.concat_tables([before.filter(others).cast(new.schema), new.filter(wanted)])
+
+    def select(table: pa.Table, *, others: bool) -> pa.Table:
+        feature = table["feature"].fill_null(-1).to_numpy()
+        own = np.isin(feature, features)
+        return table.filter(pa.array(~own & (feature >= 0) if others else own | (feature < 0)))
+
+    return pa.concat_tables([select(before, others=True).cast(new.schema), select(new, others=False)])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from ..split_rows import SplitRows
 from .control import Labelled
@@ -116,7 +116,7 @@ def _others(labelled: Labelled, features: Sequence[int]) -> dict[int, list[int]]
         texts = [labels[f].label for f in group.tolist()]
         repeats = max(np.unique(texts, return_counts=True)[1])
         asked = min(len(group), THRESHOLDS.permutations + int(repeats))
-        _, nearest = cKDTree(places[group]).query(places[group], k=asked)
+        nearest = np.asarray(KDTree(places[group]).query(places[group], k=asked)[1])
         for feature, own, near in zip(group.tolist(), texts, nearest.tolist(), strict=True):
             kept = [int(group[i]) for i in near if texts[i] != own]
             out[feature] = kept[: THRESHOLDS.permutations]

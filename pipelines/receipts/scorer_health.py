@@ -81,13 +81,12 @@ class ScorerHealth:
         out = []
         for name, make in nothing:
             asked = [(f, made) for f in sample if (made := make(labelled.labels[f])) and labelled.labels[f] != made]
-            rows = [
-                np.concatenate([labelled.examples[f].active, labelled.examples[f].negatives["N1"]]) for f, _ in asked
-            ]
             if not asked:
                 continue
+            examples = [labelled.examples[f] for f, _ in asked]
+            rows = [np.concatenate([e.active, e.negatives["N1"]]) for e in examples]
             found = labelled.label_scorer.score([c for _, c in asked], rows, labelled.rows.test)
-            sizes = [len(labelled.examples[f].active) for f, _ in asked]
+            sizes = [len(e.active) for e in examples]
             mean = float(np.mean([auroc(s[:size], s[size:]) for s, size in zip(found, sizes, strict=True)]))
             margin = THRESHOLDS.baseline_margin
             verdict = judged(abs(mean - 0.5), margin, at_least=False)
