@@ -108,6 +108,10 @@ def test_examples_from_train_end_the_run(labelled):
     """A sampler that draws from train, and says that it is test."""
     train = replace(labelled.rows.train, split="test", weak=labelled.rows.train.active.where(np.zeros(0, int)))
     leaking = Sampler(train, SampleConfig()).sample([0, 1, 2])
+    with pytest.raises(ReceiptError, match="examples of feature 0 hold a row that is not of the test split"):
+        SplitHygiene().check(with_changes(labelled, examples=leaking))
+    behind = np.arange(len(train.windows.tokens)) >= len(labelled.rows.test.windows.tokens)
+    leaking = Sampler(train, SampleConfig(), left_out=behind).sample([0, 1, 2])  # rows that test has too, by number
     with pytest.raises(ReceiptError, match=r"C0 split hygiene: examples of feature 0 .*taken from train"):
         SplitHygiene().check(with_changes(labelled, examples=leaking))
     # windows that nearly repeat train are left out, so that a sampler that leaves them out finds nothing there
