@@ -1,8 +1,10 @@
 """Every control lets what is right pass, and names what is wrong: leaks, judges that judge nothing, shuffled labels."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -72,7 +74,7 @@ def labelled(tmp_path_factory) -> Labelled:
 class Constant:
     """A judge that always says the same."""
 
-    name = "constant"
+    name: ClassVar[str] = "constant"
 
     def __init__(self, answer: float):
         self.answer = answer
@@ -85,11 +87,11 @@ def with_changes(labelled: Labelled, **changes) -> Labelled:
     return replace(labelled, **changes)
 
 
-def of_features(receipts, control: str) -> dict[int, Receipt]:
+def of_features(receipts: Sequence[Receipt], control: str) -> dict[Any, Any]:
     return {r.feature: r for r in receipts if r.control == control and r.feature is not None}
 
 
-def of_run(receipts, control: str) -> Receipt:
+def of_run(receipts: Sequence[Receipt], control: str) -> Any:
     (found,) = [r for r in receipts if r.control == control and r.feature is None]
     return found
 
@@ -199,12 +201,17 @@ def test_the_null_keeps_everything_but_the_places(labelled):
         assert len(shared) < 0.3 * len(before.active.by_feature()[3])
 
 
+NULLS = ("labelled share", "mean", "significant")
+
+
 def test_labels_of_nothing_score_half(labelled):
-    share, mean, significant = TrueNull.of(labelled.run).check(labelled)
+    receipts = TrueNull.of(labelled.run).check(labelled)
+    share, mean, significant = (
+        of_run(receipts, f"C2 true null {x}") for x in ("labelled share", "mean", "significant")
+    )
     assert share.value == 0 and share.n == synthetic.DEAD
-    assert mean.low is not None and mean.high is not None and mean.value is not None
     assert mean.n > 20 and abs(mean.value - 0.5) < 0.05
-    assert significant.value is not None and significant.value < 0.2
+    assert significant.value < 0.2
     assert {r.verdict for r in (share, mean, significant)} == {"reported"}  # 29 features are too few to judge by
 
 
@@ -370,7 +377,7 @@ def test_a_label_of_the_strongest_rows_only_is_named(labelled):
 
 def test_a_healthy_scorer_passes(labelled):
     receipts = ScorerHealth().check(labelled)
-    named = {r.control.removeprefix("C15 scorer health "): r for r in receipts}
+    named: dict[str, Any] = {r.control.removeprefix("C15 scorer health "): r for r in receipts}
     assert {r.verdict for r in receipts} <= {"passed", "reported"}
     assert named["missing answers"].value == 0
     assert abs(named["longest label"].value - 0.5) < 0.05
@@ -399,7 +406,7 @@ def test_a_judge_that_likes_every_label_is_named_by_its_baselines(labelled):
     class Familiar:
         """Knows which rows are active, whatever the label says: it must fail on labels that say nothing."""
 
-        name = "familiar"
+        name: ClassVar[str] = "familiar"
 
         def score(self, labels, rows, split):
             active = {f: set(own.tolist()) for f, own in enumerate(split.active.by_feature())}
@@ -408,7 +415,7 @@ def test_a_judge_that_likes_every_label_is_named_by_its_baselines(labelled):
 
     words = {f: Candidate(c.label, "semantic", "test") for f, c in labelled.labels.items() if f < 12}
     receipts = ScorerHealth().check(with_changes(labelled, labels=words, scorer=Familiar()))
-    named = {r.control.removeprefix("C15 scorer health "): r for r in receipts}
+    named: dict[str, Any] = {r.control.removeprefix("C15 scorer health "): r for r in receipts}
     for baseline in ("empty label", 'label "text"', "longest label"):
         assert named[baseline].verdict == "failed"
         assert named[baseline].value > 0.9
