@@ -16,6 +16,7 @@ from saeql.pipelines.explainers.predicates import PredicateExplainer
 from saeql.pipelines.label import label_rows, labels_of
 from saeql.pipelines.label_config import LabelConfig
 from saeql.pipelines.predicates import Token, TokenClass, TokenSet
+from saeql.pipelines.receipts import label_permutation
 from saeql.pipelines.receipts.activation_range import ActivationRange
 from saeql.pipelines.receipts.control import Labelled, ReceiptError
 from saeql.pipelines.receipts.held_out import HeldOut
@@ -439,3 +440,21 @@ def test_thresholds_cannot_move_without_their_hash():
     receipt = THRESHOLDS.receipt("fast")
     assert receipt.detail["sha256"] == THRESHOLDS.sha256
     assert receipt.detail["thresholds"]["false_discovery_rate"] == 0.05
+
+
+def test_a_costly_scorer_of_words_is_asked_about_fewer_labels(labelled):
+    words = {f: Candidate(f"{c.label} {f}", "semantic", "test") for f, c in labelled.labels.items()}
+    own = np.random.default_rng(0)
+
+    class Noise:
+        name: ClassVar[str] = "noise"
+
+        def score(self, labels, rows, split):
+            return [own.random(len(r)) for r in rows]
+
+    for is_costly, most in ((False, len(words) - 1), (True, 5)):
+        scorer = LabelScorer(Noise, is_costly=is_costly)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(label_permutation, "THRESHOLDS", replace(THRESHOLDS, costly_permutations=5))
+            receipts = LabelPermutation().check(with_changes(labelled, labels=words, scorer=scorer))
+        assert {r.n for r in of_features(receipts, "C3 label permutation").values()} == {most}
