@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,14 @@ def test_the_store_has_cards(run: Run):
 
 
 def test_the_page_of_a_run(run: Run):
-    made = [*OF_FEATURE, whole("C6 random dictionary", 0.01, FAILED)]
+    of_all = [replace(r, feature=feature) for feature in range(96) for r in OF_FEATURE]
+    made = [*of_all, whole("C6 random dictionary", 0.01, FAILED)]
     run.evidence.write("receipts", receipts_table(run.spec.name, made))
     page = write_evaluation(run).read_text()
     assert "no evidence these features beat random" in page and "data:image/png" in page and "fvu" in page
     assert (run.path / EVALUATION_FILE).exists()
     assert "<script" not in page
+    run.build_store()
+    run.report()
+    report = (run.path / "report.html").read_text()
+    assert "no evidence these features beat random" in report and "position, not token" in report
