@@ -8,7 +8,7 @@ claim to tell the two apart. Beside it a dictionary is trained on data whose dir
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -49,6 +49,7 @@ class Outcome:
     label: str
     explainer: str
     named: bool
+    exact: bool  # named by the very label that it has in the bank
     f1: float | None  # with the concept itself on test, of an executable label
     same_token_auroc: float | None  # of that label on rung N2
     n: int  # test rows of the concept
@@ -114,7 +115,8 @@ class PlantedSuite:
                 if concept.same_token:
                     named &= same_token is not None and same_token >= NAMED_SAME_TOKEN_AUROC
             text, explainer = (label.label, label.explainer) if label else ("unexplained", "none")
-            out.append(Outcome(concept.name, text, explainer, bool(named), f1, same_token, len(truth)))
+            exact = text == concept.label
+            out.append(Outcome(concept.name, text, explainer, bool(named), exact, f1, same_token, len(truth)))
         return out
 
     def _same_token(self, planted: Planted, label: Candidate, own: Examples | None) -> float | None:
@@ -174,7 +176,7 @@ class PlantedSuite:
 
 def _named(planted: Planted, outcomes: Sequence[Outcome]) -> Receipt:
     share = sum(o.named for o in outcomes) / len(outcomes)
-    detail = {o.concept: {"label": o.label, "by": o.explainer, "named": o.named, "f1": o.f1, "n": o.n} for o in outcomes}
+    detail: dict[str, Any] = {o.concept: {k: v for k, v in asdict(o).items() if k != "concept"} for o in outcomes}
     missing = {"too rare in this text": [c.name for c in planted.absent]} if planted.absent else {}
     low, high = wilson(np.float64(share * len(outcomes)), np.float64(len(outcomes)))
     return Receipt(

@@ -81,7 +81,10 @@ def _opening_quote(c: Context) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Concept:
-    """One planted concept: `rule` says where it holds, `accepted` which labels of the bank name it."""
+    """One planted concept: `rule` says where it holds, `label` what it is called in the bank.
+
+    `accepted` are the labels of the bank that mean it, or its field: of hundreds, several are near.
+    """
 
     name: str
     label: str
@@ -107,7 +110,7 @@ CONCEPTS: tuple[Concept, ...] = (
         _one_of("january february march april june july august september october november december"),
     ),
     Concept(
-        "law", "law and courts",
+        "law", "law",
         _labels("law; courts; judges; lawyers; trials; juries; legal rights; legal text; justice; legislation; lawsuits; appeals; constitutions"),
         _one_of("court courts judge judges law laws legal trial trials jury lawyer lawyers attorney lawsuit lawsuits "
                 "verdict statute statutes prosecutor defendant plaintiff legislation judicial judiciary"),
