@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from ..embedder import Embedder
 from ..explainers.base import Candidate, Explainer
 from ..explainers.label_bank import LabelBank
 from ..explainers.predicates import PredicateExplainer
@@ -28,6 +27,7 @@ from .planted_directions import KnownDirections, recovery, train_on
 from .planting import Planted, plant
 from .receipt import FAILED, PASSED, REPORTED, Receipt, judged
 from .sampler import SampleConfig
+from .scorer import Scorer
 from .statistics import auroc, auroc_interval, wilson
 
 if TYPE_CHECKING:
@@ -62,17 +62,18 @@ class PlantedSuite:
     name: ClassVar[str] = "planted features"
     tier: ClassVar[str] = "full"
 
-    def __init__(self, embedder: Embedder, bank: LabelBank, config: LabelConfig, *, num_steps: int = 1000):
+    def __init__(self, bank: LabelBank, scorer: Scorer, config: LabelConfig, *, num_steps: int = 1000):
+        """`scorer` scores labels in words; executable ones are executed."""
         self.config, self.num_steps = config, num_steps
         self.explainers: list[Explainer] = [PredicateExplainer(config), bank]
-        self.words = WordScorer(embedder)
-        self.scorer = LabelScorer(lambda: EmbeddingScorer(embedder))
+        self.words = WordScorer(bank.embedder)
+        self.scorer = LabelScorer(lambda: scorer)
 
     @classmethod
     def of(cls, run: "Run") -> Self:
         """With the run's embedder, bank and thresholds. Raises EmbedderError or ConfigError where they are not had."""
         bank = LabelBank.of(run)
-        return cls(bank.embedder, bank, run.config.label)
+        return cls(bank, EmbeddingScorer(bank.embedder), run.config.label)
 
     def check(self, labelled: Labelled) -> Sequence[Receipt]:
         """Four receipts, about the whole run."""

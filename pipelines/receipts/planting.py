@@ -43,7 +43,7 @@ def plant(
     """Plant concepts in the windows of `text`, whose own features do not matter. A pure function of text and seed."""
     truth = {split: _rows_of(text.of(split), concepts) for split in SPLITS}
     fewest = {"train": FEWEST_ROWS, "calibration": FEWEST_ROWS, "test": FEWEST_TEST_ROWS}
-    kept = [i for i in range(len(concepts)) if all(len(truth[s][i]) * (1 - MISSES) >= fewest[s] for s in SPLITS)]
+    kept = [i for i in range(len(concepts)) if all(len(truth[s][i]) - round(MISSES * len(truth[s][i])) >= fewest[s] for s in SPLITS)]
     truth = {split: [found[i] for i in kept] for split, found in truth.items()}
     deciles = _token_deciles(text.train)
     splits = {}
@@ -82,7 +82,8 @@ def _planted_split(
     own = []
     for rows in truth:
         strays = rng.choice(eligible, min(round(STRAYS * len(rows)), len(eligible)), replace=False)
-        own.append(np.union1d(rows[rng.random(len(rows)) >= MISSES], strays))
+        silent = rng.choice(rows, round(MISSES * len(rows)), replace=False)
+        own.append(np.union1d(np.setdiff1d(rows, silent), strays))
     decile = deciles[split.windows.tokens.ravel()[eligible]]
     of_decile = [eligible[decile == d] for d in range(_DECILES)]
     for i in range(num_random):
