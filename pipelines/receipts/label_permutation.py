@@ -115,11 +115,13 @@ def _others(labelled: Labelled, features: Sequence[int]) -> dict[int, list[int]]
             continue
         texts = [labels[f].label for f in group.tolist()]
         repeats = max(np.unique(texts, return_counts=True)[1])
-        asked = min(len(group), THRESHOLDS.permutations + int(repeats))
+        few = not executable and getattr(labelled.label_scorer, "is_costly", False)
+        num = THRESHOLDS.costly_permutations if few else THRESHOLDS.permutations
+        asked = min(len(group), num + int(repeats))
         nearest = np.asarray(KDTree(places[group]).query(places[group], k=asked)[1])
         for feature, own, near in zip(group.tolist(), texts, nearest.tolist(), strict=True):
             kept = [int(group[i]) for i in near if texts[i] != own]
-            out[feature] = kept[: THRESHOLDS.permutations]
+            out[feature] = kept[:num]
     return out
 
 
