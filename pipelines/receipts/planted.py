@@ -25,21 +25,14 @@ from .held_out import HeldOut
 from .label_scorer import LabelScorer
 from .planted_directions import KnownDirections, recovery, train_on
 from .planting import Planted, plant
-from .receipt import FAILED, PASSED, REPORTED, Receipt, judged
+from .receipt import FAILED, REPORTED, Receipt, judged
 from .sampler import SampleConfig
 from .scorer import Scorer
 from .statistics import auroc, auroc_interval, wilson
+from .thresholds import THRESHOLDS
 
 if TYPE_CHECKING:
     from ..run import Run
-
-#: What is asked of this control (the suite, not a run's labels, which are judged by other controls).
-NAMED_SHARE, RANDOM_UNEXPLAINED_SHARE = 12 / 14, 0.9
-#: Test F1 with the concept itself, and AUROC on rows of the same token, that an executable name needs.
-NAMED_F1, NAMED_SAME_TOKEN_AUROC = 0.5, 0.6
-#: An AUROC this near to 1/2 claims nothing, whatever its interval.
-NO_CLAIM = 0.05
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -112,9 +105,9 @@ class PlantedSuite:
                 holds = label.predicate.rows(planted.rows.test.windows).ravel() & planted.rows.test.eligible
                 f1 = 2 * int(holds[truth].sum()) / max(int(holds.sum()) + len(truth), 1)
                 same_token = self._same_token(planted, label, examples.get(feature))
-                named = f1 >= NAMED_F1
+                named = f1 >= THRESHOLDS.planted_f1
                 if concept.same_token:
-                    named &= same_token is not None and same_token >= NAMED_SAME_TOKEN_AUROC
+                    named &= same_token is not None and same_token >= THRESHOLDS.planted_same_token
             text, explainer = (label.label, label.explainer) if label else ("unexplained", "none")
             exact = text == concept.label
             out.append(Outcome(concept.name, text, explainer, bool(named), exact, f1, same_token, len(truth)))
@@ -140,7 +133,7 @@ class PlantedSuite:
             low, high = auroc_interval(
                 positive, documents[rows[0]], negative, documents[rows[1]], draws=self.config.num_bootstrap, seed=0
             )
-            is_silent = abs(value - 0.5) <= NO_CLAIM or low <= 0.5 <= high
+            is_silent = abs(value - 0.5) <= THRESHOLDS.no_claim or low <= 0.5 <= high
             silent += is_silent
             detail[concept.name] = {"N2 AUROC": round(value, 3), "low": low, "high": high, "n": [len(r) for r in rows]}
         share = silent / len(contrasts) if contrasts else None
@@ -183,8 +176,8 @@ def _named(planted: Planted, outcomes: Sequence[Outcome]) -> Receipt:
     return Receipt(
         control="C16 planted concepts named",
         value=share,
-        threshold=NAMED_SHARE,
-        verdict=judged(share + 1e-9, NAMED_SHARE),
+        threshold=THRESHOLDS.planted_named,
+        verdict=judged(share, THRESHOLDS.planted_named),
         n=len(outcomes),
         low=float(low),
         high=float(high),
@@ -200,8 +193,8 @@ def _random(planted: Planted, labels: Mapping[int, Candidate]) -> Receipt:
     return Receipt(
         control="C16 random features unexplained",
         value=share,
-        threshold=RANDOM_UNEXPLAINED_SHARE,
-        verdict=PASSED if share >= RANDOM_UNEXPLAINED_SHARE else FAILED,
+        threshold=THRESHOLDS.random_unexplained,
+        verdict=judged(share, THRESHOLDS.random_unexplained),
         n=n,
         low=float(low),
         high=float(high),

@@ -74,9 +74,11 @@ def _one_of(text: str) -> Rule:
 
 
 def _opening_quote(c: Context) -> np.ndarray:
+    """A quotation mark with a word right behind it, and no word or mark right before it."""
     mark = c.where(lambda w: w in ('"', "\u201c", '("', "(\u201c"))
-    letter = c.where(lambda w: w[:1].isalnum())
-    return mark & c.beside(letter, 1) & ~c.beside(c.where(lambda w: w[-1:] in (",", ".", "?", "!")), -1)
+    bare = c.words.bare
+    text = c.where(lambda w: w != "" and w not in ("(", "[", "-", "\u2014"))
+    return mark & c.beside(c.where(lambda w: w[:1].isalnum()) & bare, 1) & ~(c.beside(text, -1) & bare)
 
 
 @dataclass(frozen=True)

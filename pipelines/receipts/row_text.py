@@ -69,6 +69,7 @@ class Words:
     codes: np.ndarray  # int32
     starts: np.ndarray  # first position of the word
     ends: np.ndarray  # last position of the word
+    bare: np.ndarray  # bool: the token begins without blank space
 
     @classmethod
     def of(cls, windows: RowTable) -> "Words":
@@ -80,7 +81,8 @@ class Words:
             tokens = windows.tokens[w, start : layout.ends[w, start] + 1].tolist()
             word = "".join(windows.vocabulary.texts[t] for t in tokens).strip()
             codes[w, start : layout.ends[w, start] + 1] = index.setdefault(word, len(index))
-        return cls(list(index), codes, layout.starts, layout.ends)
+        bare = np.array([*(not t[:1].isspace() for t in windows.vocabulary.texts), False], bool)[windows.tokens]
+        return cls(list(index), codes, layout.starts, layout.ends, bare)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def test_planted_features_are_what_they_say(text, planted):
 @needs_encoder
 def test_concepts_are_named_and_random_features_are_not(suite, planted):
     named, random, contrasts = suite.check_planted(planted)
-    print(json.dumps(named.detail, indent=0))
+    print(json.dumps([named.detail, random.detail], indent=0))
     assert named.n == 14 and named.verdict == "passed", named.detail
     assert random.n == NUM_RANDOM and random.verdict == "passed", random.detail
     assert contrasts.n == 2 and contrasts.verdict == "passed", contrasts.detail
