@@ -15,7 +15,6 @@ from .receipts.scorer import Scorer
 from .receipts.statistics import auroc
 from .split_rows import FeatureRows
 
-
 #: Active rows, and negatives, for which `min_auroc` is meant.
 BAR_EXAMPLES = 40
 

@@ -1,4 +1,4 @@
-"""Labels from a bank: the concept whose sentence embedding lies nearest to what a feature's active texts have in common.
+"""Labels from a bank: the concept whose sentence embedding is nearest to what a feature's active texts share.
 
     argmax over labels l of  d(l) = cos(e(l), mean e(active) - mean e(background))
 
@@ -127,7 +127,7 @@ class LabelBank:
         vectors = self.embedder.embed(VIEWS[view](windows, np.concatenate(own)))
         groups = np.split(vectors, np.cumsum([len(r) for r in own])[:-1])
         near = background @ labels.T  # [B, L]
-        for feature, group in zip(features, np.split(vectors, np.cumsum([len(r) for r in own])[:-1]), strict=True):
+        for feature, group in zip(features, groups, strict=True):
             fit = group @ labels.T  # [n, L]
             above = fit.mean(axis=0) - near.mean(axis=0)  # d, but for the length of the difference
             evenness = above / np.sqrt(fit.var(axis=0) + near.var(axis=0) + 1e-6)

@@ -1,10 +1,10 @@
 """C16: is what is known to be there found, and what is known to be nothing left alone?
 
-Concepts are planted as features in the run's own text (`planting.py`) and go through the explainers, the choice and the
-scores that real features go through. A concept counts as named where its label is executable and does what the concept
-does, or is one of the bank's labels that mean it, written down beforehand (`planted_concepts.py`). Where a concept's own
-token also stands without it, a label about the token alone does not count, and no scorer that reads the word alone may
-claim to tell the two apart. Beside it a dictionary is trained on data whose directions are known.
+Concepts are planted as features in the run's own text (`planting.py`) and go through the explainers, the choice and
+the scores that real features go through. A concept counts as named where its label is executable and does what the
+concept does, or is one of the bank's labels that mean it, written down beforehand (`planted_concepts.py`). Where a
+concept's own token also stands without it, a label about the token alone does not count, and no scorer that reads the
+word alone may claim to tell the two apart. Beside it a dictionary is trained on data whose directions are known.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,6 +33,7 @@ from .thresholds import THRESHOLDS
 
 if TYPE_CHECKING:
     from ..run import Run
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -80,9 +81,7 @@ class PlantedSuite:
             return [Receipt(control="C16 planted concepts named", value=None, verdict=FAILED, detail=reason)]
         held_out = HeldOut(planted.rows, SampleConfig(num=self.config.num_examples, seed=self.config.seed))
         labels = labels_of(
-            label_rows(
-                planted.rows, self.config, explainers=self.explainers, scorer=self.scorer, held_out=held_out
-            )
+            label_rows(planted.rows, self.config, explainers=self.explainers, scorer=self.scorer, held_out=held_out)
         )
         examples = held_out.sample("test", range(len(planted.concepts)))
         outcomes = self.outcomes(planted, labels, examples)

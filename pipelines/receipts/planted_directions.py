@@ -1,4 +1,4 @@
-"""A dictionary trained on sparse data whose directions are known: what of them does it find, beside how well it rebuilds?
+"""A dictionary trained on sparse data of known directions: what of them does it find, beside how well it rebuilds?
 
 Rebuilding well is no proof of having found the truth: dictionaries with 71 % of the variance explained have recovered
 9 % of the true features (arXiv:2602.14111). So both stand side by side.

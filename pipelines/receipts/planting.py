@@ -43,7 +43,11 @@ def plant(
     """Plant concepts in the windows of `text`, whose own features do not matter. A pure function of text and seed."""
     truth = {split: _rows_of(text.of(split), concepts) for split in SPLITS}
     fewest = {"train": FEWEST_ROWS, "calibration": FEWEST_ROWS, "test": FEWEST_TEST_ROWS}
-    kept = [i for i in range(len(concepts)) if all(len(truth[s][i]) - round(MISSES * len(truth[s][i])) >= fewest[s] for s in SPLITS)]
+    kept = [
+        i
+        for i in range(len(concepts))
+        if all(len(truth[s][i]) - round(MISSES * len(truth[s][i])) >= fewest[s] for s in SPLITS)
+    ]
     truth = {split: [found[i] for i in kept] for split, found in truth.items()}
     splits = {}
     for number, split in enumerate(SPLITS):
@@ -73,9 +77,7 @@ def _token_deciles(split: SplitRows) -> np.ndarray:
     return deciles
 
 
-def _planted_split(
-    split: SplitRows, truth: list[np.ndarray], num_random: int, rng: np.random.Generator
-) -> SplitRows:
+def _planted_split(split: SplitRows, truth: list[np.ndarray], num_random: int, rng: np.random.Generator) -> SplitRows:
     deciles = _token_deciles(split)
     eligible = np.flatnonzero(split.eligible)
     own = []

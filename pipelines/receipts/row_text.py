@@ -77,7 +77,8 @@ class Words:
         layout, texts = _Layout.of(windows, windows.tokens), [t.strip() for t in windows.vocabulary.texts]
         index = {text: n for n, text in enumerate(dict.fromkeys(texts))}
         codes = np.append(np.array([index[t] for t in texts], np.int32), -1).astype(np.int32)[windows.tokens]
-        for w, start in zip(*np.nonzero((layout.starts < layout.ends) & (layout.starts == np.arange(codes.shape[1])))):
+        in_pieces = (layout.starts < layout.ends) & (layout.starts == np.arange(codes.shape[1]))
+        for w, start in np.argwhere(in_pieces).tolist():
             tokens = windows.tokens[w, start : layout.ends[w, start] + 1].tolist()
             word = "".join(windows.vocabulary.texts[t] for t in tokens).strip()
             codes[w, start : layout.ends[w, start] + 1] = index.setdefault(word, len(index))

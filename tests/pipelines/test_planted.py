@@ -1,7 +1,6 @@
 """What is known to be there is found, what is known to be nothing is left alone: planted features in real text."""
 
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from saeql.pipelines.embedder import Embedder, EmbedderConfig
 from saeql.pipelines.explainers.label_bank import LabelBank, read_bank
 from saeql.pipelines.label_config import LabelConfig
-from saeql.pipelines.receipts.embedding_scorers import EmbeddingScorer, ExampleScorer, WordScorer
+from saeql.pipelines.receipts.embedding_scorers import ExampleScorer, WordScorer
 from saeql.pipelines.receipts.intruder import CHANCE, embedder_pick, find_intruders
 from saeql.pipelines.receipts.planted import PlantedSuite
 from saeql.pipelines.receipts.planted_concepts import CONCEPTS, Context
@@ -113,7 +112,6 @@ def test_planted_features_are_what_they_say(text, planted):
 @needs_encoder
 def test_concepts_are_named_and_random_features_are_not(suite, planted):
     named, random, contrasts = suite.check_planted(planted)
-    print(json.dumps([named.detail, random.detail], indent=0))
     assert named.n == 14 and named.verdict == "passed", named.detail
     assert random.n == NUM_RANDOM and random.verdict == "passed", random.detail
     assert contrasts.n == 2 and contrasts.verdict == "passed", contrasts.detail
@@ -152,7 +150,9 @@ def test_examples_and_intruders_need_no_label(embedder, planted):
     named, nothing = (auroc(s[:-40], s[-40:]) for s in scores)
     assert named > 0.9 > 0.75 > nothing
     pick = embedder_pick(embedder)
-    found = find_intruders(pick, [rows[music], rows[random], rows[music][:3]], [others] * 3, test, view="word", trials=30)
+    found = find_intruders(
+        pick, [rows[music], rows[random], rows[music][:3]], [others] * 3, test, view="word", trials=30
+    )
     assert found[0].accuracy is not None and found[0].accuracy > 0.8 and found[0].n == 30
     assert found[1].low is not None and found[1].low < CHANCE + 0.1
     assert (found[2].accuracy, found[2].n) == (None, 0)

@@ -1,4 +1,4 @@
-"""Real text without a language model: articles of the embedded Wikipedia as windows whose tokens are words and marks."""
+"""Real text without a language model: articles of the embedded Wikipedia in windows of words and marks."""
 
 import re
 from itertools import chain, islice
