@@ -51,36 +51,26 @@ class EmbeddingScorer:
                     out[i] += own @ of_labels[i] / len(self.views)
         return out
 
-    def affordable(self, rows: Sequence[np.ndarray], split: SplitRows, max_texts: int) -> int:
-        """How many labels, from the first on, can be scored with at most `max_texts` distinct texts."""
-        seen: set[str] = set()
-        for i, own in enumerate(rows):
-            for view in self.views:
-                seen.update(VIEWS[view](split.windows, own))
-            if len(seen) > max_texts:
-                return i
-        return len(rows)
-
 
 class WordScorer(EmbeddingScorer):
     """Reads the row's word alone: what it says is true of the word wherever it stands."""
 
-    name = "embedding_word"
-    views = ("word",)
+    name: ClassVar[str] = "embedding_word"
+    views: ClassVar[tuple[str, ...]] = ("word",)
 
 
 class NearScorer(EmbeddingScorer):
     """Reads the word with three words on either side."""
 
-    name = "embedding_near"
-    views = ("near",)
+    name: ClassVar[str] = "embedding_near"
+    views: ClassVar[tuple[str, ...]] = ("near",)
 
 
 class WindowScorer(EmbeddingScorer):
     """Reads 29 tokens around the row."""
 
-    name = "embedding_window"
-    views = ("window",)
+    name: ClassVar[str] = "embedding_window"
+    views: ClassVar[tuple[str, ...]] = ("window",)
 
 
 class ExampleScorer:

@@ -155,7 +155,7 @@ class PlantedSuite:
             "f1": round(found.f1, 4),
             "variance explained": round(1 - found.fvu, 4),
         }
-        low, high = wilson(np.float64(found.recovered * found.n), np.float64(found.n))
+        low, high = wilson(np.asarray(found.recovered * found.n), np.asarray(found.n))
         return Receipt(
             control="C16 known directions recovered",
             value=found.recovered,
@@ -171,7 +171,7 @@ def _named(planted: Planted, outcomes: Sequence[Outcome]) -> Receipt:
     share = sum(o.named for o in outcomes) / len(outcomes)
     detail: dict[str, Any] = {o.concept: {k: v for k, v in asdict(o).items() if k != "concept"} for o in outcomes}
     missing = {"too rare in this text": [c.name for c in planted.absent]} if planted.absent else {}
-    low, high = wilson(np.float64(share * len(outcomes)), np.float64(len(outcomes)))
+    low, high = wilson(np.asarray(share * len(outcomes)), np.asarray(len(outcomes)))
     return Receipt(
         control="C16 planted concepts named",
         value=share,
@@ -188,7 +188,7 @@ def _random(planted: Planted, labels: Mapping[int, Candidate]) -> Receipt:
     named = {str(f): labels[f].label for f in planted.random if f in labels}
     n = len(planted.random)
     share = 1 - len(named) / n
-    low, high = wilson(np.float64(n - len(named)), np.float64(n))
+    low, high = wilson(np.asarray(n - len(named)), np.asarray(n))
     return Receipt(
         control="C16 random features unexplained",
         value=share,

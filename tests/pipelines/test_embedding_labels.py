@@ -159,13 +159,6 @@ def test_scores_do_not_depend_on_how_much_is_held_at_once(rows, embedder, monkey
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_a_budget_says_how_many_labels_can_be_scored(rows, embedder):
-    scorer, asked = WordScorer(embedder), [rows.test.active.by_feature()[0], rows.test.active.by_feature()[1]]
-    assert scorer.affordable(asked, rows.test, 100) == 2
-    assert scorer.affordable(asked, rows.test, len(SALIENT["music"])) == 1
-    assert scorer.affordable(asked, rows.test, 2) == 0
-
-
 def test_no_answer_of_a_judge_counts_as_wrong(rows):
     active = [rows.test.active.by_feature()[0]]
     found = find_intruders(lambda groups: np.full(len(groups), -1), active, [silent_rows(rows.test)], rows.test)
@@ -177,7 +170,8 @@ def test_equal_texts_leave_the_intruder_to_chance(rows, embedder):
     token = rows.test.windows.tokens.ravel() == rows.test.windows.vocabulary.index[" and"]
     same = np.flatnonzero(token & rows.test.eligible)
     found = find_intruders(embedder_pick(embedder), [same] * 8, [same] * 8, rows.test, view="word", trials=40)
-    assert sum(r.accuracy * r.n for r in found) / sum(r.n for r in found) == pytest.approx(CHANCE, abs=0.08)
+    accuracies = [r.accuracy for r in found if r.accuracy is not None]
+    assert len(accuracies) == 8 and np.mean(accuracies) == pytest.approx(CHANCE, abs=0.08)
 
 
 def test_near_rows_are_silent_and_of_the_same_topic(rows, embedder):
@@ -207,10 +201,11 @@ def test_label_free_receipts_tell_meaning_from_nothing(rows, embedder):
     receipts = LabelFree(embedder, draws=100).check(labelled)
     by_name = {(r.control, r.feature): r for r in receipts}
     assert len(receipts) == 8
-    examples_of = [by_name["L1 examples near", f] for f in range(3)]
-    assert examples_of[0].value > 0.75 and examples_of[0].verdict == "passed" and examples_of[0].n == 40
-    assert examples_of[2].value < 0.7 and examples_of[2].verdict == "failed"
-    intruders = [by_name["L1 intruder near", f].value for f in range(3)]
-    assert max(intruders[:2]) > intruders[2]
+    music, nothing = by_name["L1 examples near", 0], by_name["L1 examples near", 2]
+    assert music.value is not None and music.value > 0.75 and music.verdict == "passed" and music.n == 40
+    assert nothing.value is not None and nothing.value < 0.7 and nothing.verdict == "failed"
+    accuracies = [by_name["L1 intruder near", f].value or 0 for f in range(3)]
+    assert max(accuracies[:2]) > accuracies[2]
     mean = by_name["L1 intruder near mean", None]
-    assert mean.n == 3 and mean.low <= mean.value <= mean.high
+    assert mean.n == 3 and mean.value == pytest.approx(np.mean(accuracies))
+    assert mean.low is not None and mean.high is not None and mean.low <= np.mean(accuracies) <= mean.high
