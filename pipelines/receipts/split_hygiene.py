@@ -9,7 +9,6 @@ from saeql.store.evidence import Evidence
 from saeql.store.records import SPLITS
 
 from ..split_rows import FeatureRows
-from ..token_classes import pad_lists
 from .control import Labelled, ReceiptError
 from .examples import Examples
 from .receipt import PASSED, Receipt, judged
@@ -67,17 +66,19 @@ def check_documents(evidence: Evidence) -> int:
                     f"{split_of[key]} and {row['split']}: labels made on one would be scored on what they saw; "
                     "harvest again without it"
                 )
-    owners = {}
+    owners: dict[str, np.ndarray] = {}
     for split in SPLITS:
-        ids = pad_lists(evidence.read("windows", columns=["document_ids"], split=split)["document_ids"])
+        column = evidence.read("windows", columns=["document_ids"], split=split)["document_ids"]
+        parts = [np.unique(chunk.flatten().to_numpy(zero_copy_only=False)) for chunk in column.chunks]
+        ids = np.unique(np.concatenate([np.zeros(0, np.int32), *parts]))
         for other, seen in owners.items():
-            shared = np.intersect1d(seen, ids[ids >= 0])
+            shared = np.intersect1d(seen, ids)
             if len(shared):
                 raise ReceiptError(
                     f"C0 split hygiene: windows of {other} and of {split} hold document {int(shared[0])}: "
                     "labels made on one would be scored on what they saw; harvest again"
                 )
-        owners[split] = np.unique(ids[ids >= 0])
+        owners[split] = ids
     return len(documents)
 
 
