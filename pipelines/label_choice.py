@@ -15,6 +15,9 @@ from .receipts.scorer import Scorer
 from .receipts.statistics import auroc
 from .split_rows import FeatureRows
 
+#: Active rows, and negatives, for which `min_auroc` is meant.
+BAR_EXAMPLES = 40
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -39,7 +42,7 @@ def choose(
     Executable candidates are sifted over all rows (`choose_executable`): at most one a feature is left. Where there are
     candidates in words, all are scored on the feature's calibration examples against negatives matched on frequency,
     position and length (N1), and the best AUROC is taken: the executable one, or else the shortest, of those within
-    `executable_margin`. Words need `min_auroc`.
+    `executable_margin`. Words need `min_auroc`, and more where there are fewer examples: chance alone reaches further.
     """
     executable = choose_executable(rows.calibration, candidates, config, on_progress)
     chosen = {feature: Choice(c.candidate, c.calibration_f1) for feature, c in executable.items()}
@@ -51,7 +54,7 @@ def choose(
     examples = {f: e for f, e in examples.items() if min(len(e.active), len(e.negatives.get("N1", ()))) >= 2}
     asked = {f: [*([chosen[f].candidate] if f in chosen else []), *words[f]] for f in examples}
     for feature, scored in _aurocs(rows, asked, examples, scorer).items():
-        better = _best(scored, config)
+        better = _best(scored, _bar(examples[feature], config), config)
         if better is not None:
             candidate, value = better
             f1 = chosen[feature].f1 if candidate.predicate is not None else None
@@ -72,9 +75,22 @@ def _aurocs(
     return out
 
 
-def _best(scored: Sequence[tuple[Candidate, float]], config: LabelConfig) -> tuple[Candidate, float] | None:
-    """None where nothing is good enough: words need `min_auroc`, and an executable label has passed its own bar."""
-    good = [(c, value) for c, value in scored if c.predicate is not None or value >= config.min_auroc]
+def _bar(examples: Examples, config: LabelConfig) -> float:
+    """AUROC that words need: as many standard errors of chance above 1/2 as `min_auroc` is with `BAR_EXAMPLES`."""
+
+    def error(p: int, q: int) -> float:  # of a Mann-Whitney AUROC of two samples that do not differ
+        return ((p + q + 1) / (12 * p * q)) ** 0.5
+
+    full = error(BAR_EXAMPLES, BAR_EXAMPLES)
+    own = error(len(examples.active), len(examples.negatives["N1"]))
+    return 0.5 + (config.min_auroc - 0.5) * max(own / full, 1.0)
+
+
+def _best(
+    scored: Sequence[tuple[Candidate, float]], words_need: float, config: LabelConfig
+) -> tuple[Candidate, float] | None:
+    """None where nothing is good enough; an executable label has passed its own bar."""
+    good = [(c, value) for c, value in scored if c.predicate is not None or value >= words_need]
     if not good:
         return None
     bar = max(value for _, value in good) - config.executable_margin

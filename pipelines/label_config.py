@@ -31,6 +31,8 @@ class LabelConfig:
     """Seed of the document draws and of the examples."""
     explainers: tuple[str, ...] = ("predicates",)
     """Which explainers propose labels."""
+    bank: str = ""
+    """File of further labels for the explainer label_bank, one a line; unset: the packaged ones alone."""
     scorer: str = "embedding"
     """What scores labels that are words only; executable labels are scored by executing them."""
     min_auroc: float = 0.65

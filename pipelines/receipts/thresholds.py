@@ -39,6 +39,16 @@ class Thresholds:
     """C15: share of labels that may get one score for every row."""
     failed_share: float = 0.05
     """C15: share of answers that may be missing."""
+    planted_named: float = 12 / 14
+    """C16: share of planted concepts that must be named."""
+    planted_f1: float = 0.5
+    """C16: test F1 with the concept itself that an executable name needs."""
+    planted_same_token: float = 0.6
+    """C16: its AUROC on rows of the same token, where the concept's own token also stands without it."""
+    random_unexplained: float = 0.9
+    """C16: share of RANDOM features that must be left alone."""
+    no_claim: float = 0.05
+    """C16: distance from 0.5 within which an AUROC claims nothing."""
 
     @property
     def sha256(self) -> str:
