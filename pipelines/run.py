@@ -7,6 +7,7 @@ dictionaries/<name>/   cfg.json, sae_weights.safetensors, sparsity.safetensors
 evidence/*.parquet     what was found
 features.duckdb        the feature store, one build of the evidence
 metrics.jsonl          training curve
+evaluation.html        what the dictionary is worth, and what its controls allow to say
 report.html            everything on one page
 stages.json            which stages are finished
 hashes.json            hashes of all that is not in a manifest or a checkpoint
@@ -40,11 +41,12 @@ from .config import RunConfig, to_toml
 from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
 from .embedder import EMBEDDED_EMBEDDER, Embedder, EmbedderError
 from .evaluate import Evaluator, metrics_table
+from .evaluation_page import write_evaluation
 from .harvest import HARVEST_FILE, HarvestInfo, harvest
 from .hook_points import settle
 from .index import Indexer, IndexResult
 from .index_shards import INDEX_WORK, SharedIndex, index_conditions
-from .label import label_dictionary
+from .label_job import LabelOptions, label_run
 from .lock import LockedError, hold
 from .meaning import embed_features
 from .models import LanguageModel, ModelIdentity, load_model
@@ -52,7 +54,8 @@ from .output import note
 from .progress import progress
 from .provenance import more_evidence, provenance
 from .ranks import take_own_gpu
-from .steer import Steerer
+from .steering.edits import FeatureScale
+from .steering.steerer import Steerer
 from .stopping import leave_if_asked
 from .train import STOPPED_FILE, train_dictionaries
 from .verify import Verification, recorded, verify_run
@@ -188,14 +191,18 @@ class Run:
             ModelIdentity(**metadata["identity"]),
             writes=metadata["writes"],
             median_norms=metadata["median_norms"],
-            max_activations=self._max_activations(),
+            scales=self._feature_scales(),
             allow_mismatch=allow_mismatch,
         )
 
-    def _max_activations(self) -> dict[int, float]:
+    def _feature_scales(self) -> dict[int, FeatureScale]:
+        query = (
+            "SELECT feature, p99, density * mean_activation AS mean FROM features "
+            "WHERE dictionary = $name AND max_activation > 0"
+        )
         with self.store() as store:
-            table = store.trusted_sql("SELECT feature, max_activation FROM features WHERE max_activation > 0")
-        return dict(zip(table["feature"].to_pylist(), table["max_activation"].to_pylist(), strict=True))
+            rows = store.trusted_sql(query, {"name": self.spec.name}).to_pylist()
+        return {row["feature"]: FeatureScale(row["p99"], row["mean"]) for row in rows}
 
     # --- stages --------------------------------------------------------------------------------------------------
 
@@ -259,6 +266,7 @@ class Run:
         truncate: bool = False,
         reshard: bool = False,
         rebuild: bool = False,
+        label: LabelOptions | None = None,
     ) -> None:
         if stage == "train":
             self.train(resume=resume, report_to=report_to, comm=comm, reshard=reshard)
@@ -266,10 +274,11 @@ class Run:
             self.harvest(truncate=truncate, resume=resume)
         elif stage == "store":
             self.build_store(rebuild=rebuild)
+        elif stage == "label":
+            self.label(label)
         else:
             {
                 "index": self.index,
-                "label": self.label,
                 "evaluate": self.evaluate,
                 "report": self.report,
             }[stage]()
@@ -388,12 +397,9 @@ class Run:
         self.evidence.write("runs", runs)
         save_dictionary(indexer.dictionary, self.dictionary_path, density=result.density)
 
-    def label(self) -> None:
-        """evidence -> labels with their held-out scores."""
-        name = self.spec.name
-        with progress("label", None, "candidates") as advance:
-            labels = label_dictionary(self.evidence, dictionary=name, config=self.config.label, on_progress=advance.to)
-        self.evidence.write("labels", labels)
+    def label(self, options: LabelOptions | None = None) -> None:
+        """evidence -> labels with their held-out scores, and receipts."""
+        label_run(self, options)
 
     def evaluator(self) -> Evaluator:
         """What measures dictionaries of this run. Raises ModelMismatch where the model is another by now."""
@@ -402,11 +408,12 @@ class Run:
         return Evaluator(self.language_model, self.activations, info, self.config.evaluate, seed=self.config.seed)
 
     def evaluate(self) -> None:
-        """dictionary + test documents -> metrics."""
+        """dictionary + test documents -> metrics, and with the receipts of its labels evaluation.html."""
         spec = self.spec
         self.evidence.write(
             "metrics", metrics_table(spec.name, self.evaluator().metrics(self.dictionary(), spec.places))
         )
+        write_evaluation(self)
 
     def build_store(self, *, rebuild: bool = False) -> list[str]:
         """evidence -> features.duckdb: what is new is added, published by rename; `rebuild` makes all of it anew.

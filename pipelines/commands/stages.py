@@ -129,12 +129,29 @@ def index(
     print("index      finished", file=sys.stderr)
 
 
-def label(run: RunPath) -> None:
-    """Label every feature: made on train, chosen on calibration, scored on test documents.
+def label(
+    run: RunPath,
+    *,
+    receipts: Annotated[
+        str | None,
+        Parameter(help="Cost tier of the controls: fast, full, paper, or none; unset: label.receipts.", negative=""),
+    ] = None,
+    only: Annotated[
+        str | None,
+        Parameter(help='"unexplained", or features as 3,17: the others keep their labels and receipts.', negative=""),
+    ] = None,
+    explainer: Annotated[
+        list[str] | None,
+        Parameter(help="What proposes labels; may be given several times; unset: label.explainers.", negative=""),
+    ] = None,
+) -> None:
+    """Label features: made on train, chosen on calibration, scored on test documents, checked by controls.
 
-    Example: saeql label runs/demo
+    Example: saeql label runs/demo --receipts full --only unexplained
     """
-    run_stage("label", run)
+    from ..label_job import LabelOptions
+
+    run_stage("label", run, label=LabelOptions(receipts, only, tuple(explainer or ())))
 
 
 def evaluate(
@@ -162,6 +179,7 @@ def evaluate(
 
     Example: saeql evaluate runs/demo --dictionary path/to/dictionary --json
     """
+    from ..evaluation_page import EVALUATION_FILE, run_headline
     from ..metric_table import print_evaluation
     from ..run import Run
 
@@ -170,6 +188,8 @@ def evaluate(
         run_stage("evaluate", run)
         name, places = opened.spec.name, opened.spec.places
         rows = opened.evidence.read("metrics").to_pylist()
+        if not json:
+            print(f"{run_headline(opened.evidence).text}; more in {opened.path / EVALUATION_FILE}", file=sys.stderr)
     else:
         from ..find_dictionary import find_dictionary
 

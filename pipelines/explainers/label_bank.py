@@ -1,10 +1,11 @@
-"""Labels from a bank: the concept whose sentence embedding lies nearest to what a feature's active texts have in common.
+"""Labels from a bank: the concept whose sentence embedding is nearest to what a feature's active texts share.
 
-    argmax over labels l of  cos(e(l), mean e(active) - mean e(background))
+    argmax over labels l of  d(l) = cos(e(l), mean e(active) - mean e(background))
 
 on train rows, once for each of three views of a row (`receipts/row_text.py`): its word, its near words, its
-surroundings. The bank is plain text, `pipelines/data/label_bank.txt` and the file that `label.bank` names. What is
-proposed always sounds plausible: whether it is true is for the scorers to say.
+surroundings. Beside the largest d stands, of the labels near the top, the one that fits all texts most evenly: d in
+units of its own spread. The bank is plain text, `pipelines/data/label_bank.txt` and the file that `label.bank` names.
+What is proposed always sounds plausible: whether it is true is for the scorers to say.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +26,14 @@ from .base import Candidate
 if TYPE_CHECKING:
     from ..run import Run
 
-#: Active rows of a feature that are read, in each view.
-TEXTS_PER_FEATURE = 12
+#: Active rows of a feature that are read in each view: words are short, and repeat.
+TEXTS_PER_FEATURE = {"word": 24, "near": 12, "window": 12}
+#: Labels of largest d among which the most even one is looked for.
+NEAR_THE_TOP = 20
 #: Fewer texts than this have nothing in common that could be told from chance: the view is left out.
 FEWEST_TEXTS = 3
 #: Rows of all features together: words repeat and are short, contexts do neither.
-MAX_WORDS, MAX_CONTEXTS = 30_000, 6_000
+MAX_WORDS, MAX_CONTEXTS = 40_000, 6_000
 NUM_BACKGROUND = 128
 _PART = 256  # features at a time
 
@@ -69,10 +72,9 @@ class LabelBank:
         labels: Sequence[str],
         *,
         views: Sequence[str] = tuple(VIEWS),
-        per_view: int = 3,
         seed: int = 0,
     ):
-        self.embedder, self.labels, self.views, self.per_view, self.seed = embedder, list(labels), views, per_view, seed
+        self.embedder, self.labels, self.views, self.seed = embedder, list(labels), views, seed
 
     @classmethod
     def of(cls, run: "Run") -> "LabelBank":
@@ -82,7 +84,7 @@ class LabelBank:
     def propose(
         self, rows: FeatureRows, features: Sequence[int], on_progress: OnProgress = lambda done, total: None
     ) -> Mapping[int, list[Candidate]]:
-        """At most `per_view` labels a view; those that train texts set off best from the background come first.
+        """Two labels of every view; those that train texts set off best from the background come first.
 
         Each view reads at most `TEXTS_PER_FEATURE` rows of a feature, spread over all strengths, and fewer where many
         features share `MAX_WORDS` or `MAX_CONTEXTS`.
@@ -110,13 +112,13 @@ class LabelBank:
     def _texts_each(self, view: str, num_features: int) -> int:
         contexts = max(sum(v != "word" for v in self.views), 1)
         most = MAX_WORDS if view == "word" else MAX_CONTEXTS // contexts
-        texts = min(TEXTS_PER_FEATURE, most // num_features)
+        texts = min(TEXTS_PER_FEATURE[view], most // num_features)
         return texts if texts >= FEWEST_TEXTS else 0
 
     def _best(
         self, rows: FeatureRows, view: str, features: Sequence[int], own: Sequence[np.ndarray], labels: np.ndarray
     ) -> Iterator[tuple[int, float, str]]:
-        """(feature, how often its texts lie nearer to the label than the background does, label)."""
+        """(feature, by how many spreads its texts lie nearer to the label than the background does, label)."""
         windows = rows.train.windows
         eligible = np.flatnonzero(rows.train.eligible)
         rng = np.random.default_rng(self.seed)
@@ -124,12 +126,14 @@ class LabelBank:
         background = self.embedder.embed(VIEWS[view](windows, others))  # cached, so the same for every part
         vectors = self.embedder.embed(VIEWS[view](windows, np.concatenate(own)))
         groups = np.split(vectors, np.cumsum([len(r) for r in own])[:-1])
-        common = np.stack([g.mean(axis=0) for g in groups]) - background.mean(axis=0)
-        nearest = np.argsort(-(common @ labels.T), axis=1, kind="stable")[:, : self.per_view]
-        for feature, group, best in zip(features, groups, nearest, strict=True):
-            for label in best:
-                wins = (group @ labels[label])[:, None] - (background @ labels[label])[None, :]
-                yield feature, float((np.sign(wins) + 1).mean() / 2), self.labels[label]
+        near = background @ labels.T  # [B, L]
+        for feature, group in zip(features, groups, strict=True):
+            fit = group @ labels.T  # [n, L]
+            above = fit.mean(axis=0) - near.mean(axis=0)  # d, but for the length of the difference
+            evenness = above / np.sqrt(fit.var(axis=0) + near.var(axis=0) + 1e-6)
+            top = np.argsort(-above, kind="stable")[:NEAR_THE_TOP]
+            for label in dict.fromkeys((int(top[evenness[top].argmax()]), int(top[0]))):
+                yield feature, float(evenness[label]), self.labels[label]
 
     def _candidates(self, scored: list[tuple[float, str]]) -> list[Candidate]:
         order = sorted(range(len(scored)), key=lambda i: -scored[i][0])  # stable: views keep their order among equals

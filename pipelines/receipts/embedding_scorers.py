@@ -1,6 +1,7 @@
 """Scorers by sentence embeddings: how near in meaning is a row's text to the label, or to rows where the feature fires?
 
     embedding_VIEW   cos(e(label), e(text of the row)); VIEW is word, near or window (`row_text.py`)
+    embedding        mean of word and near: the word says most, the words beside it what is meant by it
     examples_VIEW    mean cos(e(text), e(active train texts)) - mean cos(e(text), e(inactive train texts)); no label
 
 The word view cannot see context, the window view is noisy where there are few rows: both belong side by side. After
@@ -27,10 +28,10 @@ _TEXTS_AT_ONCE = 16_384
 
 
 class EmbeddingScorer:
-    """Cosine of a label with the text of a row in one view. Subclasses name the view."""
+    """Cosine of a label with the text of a row, the mean of two views."""
 
-    name: ClassVar[str]
-    view: ClassVar[str]
+    name: ClassVar[str] = "embedding"
+    views: ClassVar[tuple[str, ...]] = ("word", "near")
 
     def __init__(self, embedder: Embedder):
         self.embedder = embedder
@@ -43,46 +44,33 @@ class EmbeddingScorer:
     def score(self, labels: Sequence[Candidate], rows: Sequence[np.ndarray], split: SplitRows) -> list[np.ndarray]:
         """Cosines [n] of every label with its rows; each distinct text is embedded once and cached."""
         of_labels = self.embedder.embed([label.label for label in labels])
-        out = []
-        for some, vectors in _texts_of(self.embedder, self.view, rows, split):
-            for i, own in zip(some, vectors, strict=True):
-                out.append((own @ of_labels[i]).astype(np.float64))
+        out = [np.zeros(len(own)) for own in rows]
+        for view in self.views:
+            for some, vectors in _texts_of(self.embedder, view, rows, split):
+                for i, own in zip(some, vectors, strict=True):
+                    out[i] += own @ of_labels[i] / len(self.views)
         return out
-
-    def num_texts(self, rows: Sequence[np.ndarray], split: SplitRows) -> int:
-        """Distinct texts behind `rows`: what scoring them costs where none is cached."""
-        every = np.unique(np.concatenate([np.zeros(0, np.int64), *rows]))
-        return len(set(VIEWS[self.view](split.windows, every)))
-
-    def affordable(self, rows: Sequence[np.ndarray], split: SplitRows, max_texts: int) -> int:
-        """How many labels, from the first on, can be scored with at most `max_texts` distinct texts."""
-        seen: set[str] = set()
-        for i, own in enumerate(rows):
-            seen.update(VIEWS[self.view](split.windows, own))
-            if len(seen) > max_texts:
-                return i
-        return len(rows)
 
 
 class WordScorer(EmbeddingScorer):
     """Reads the row's word alone: what it says is true of the word wherever it stands."""
 
-    name = "embedding_word"
-    view = "word"
+    name: ClassVar[str] = "embedding_word"
+    views: ClassVar[tuple[str, ...]] = ("word",)
 
 
 class NearScorer(EmbeddingScorer):
     """Reads the word with three words on either side."""
 
-    name = "embedding_near"
-    view = "near"
+    name: ClassVar[str] = "embedding_near"
+    views: ClassVar[tuple[str, ...]] = ("near",)
 
 
 class WindowScorer(EmbeddingScorer):
     """Reads 29 tokens around the row."""
 
-    name = "embedding_window"
-    view = "window"
+    name: ClassVar[str] = "embedding_window"
+    views: ClassVar[tuple[str, ...]] = ("window",)
 
 
 class ExampleScorer:

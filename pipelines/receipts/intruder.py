@@ -80,5 +80,5 @@ def find_intruders(
 def _result(hits: float, n: int) -> IntruderResult:
     if n == 0:
         return IntruderResult(None, None, None, 0)
-    low, high = wilson(np.float64(hits), np.float64(n))
+    low, high = wilson(np.asarray(hits), np.asarray(n))
     return IntruderResult(hits / n, float(low), float(high), n)

@@ -43,13 +43,16 @@ def plant(
     """Plant concepts in the windows of `text`, whose own features do not matter. A pure function of text and seed."""
     truth = {split: _rows_of(text.of(split), concepts) for split in SPLITS}
     fewest = {"train": FEWEST_ROWS, "calibration": FEWEST_ROWS, "test": FEWEST_TEST_ROWS}
-    kept = [i for i in range(len(concepts)) if all(len(truth[s][i]) * (1 - MISSES) >= fewest[s] for s in SPLITS)]
+    kept = [
+        i
+        for i in range(len(concepts))
+        if all(len(truth[s][i]) - round(MISSES * len(truth[s][i])) >= fewest[s] for s in SPLITS)
+    ]
     truth = {split: [found[i] for i in kept] for split, found in truth.items()}
-    deciles = _token_deciles(text.train)
     splits = {}
     for number, split in enumerate(SPLITS):
         rng = np.random.default_rng([seed, number])
-        splits[split] = _planted_split(text.of(split), truth[split], deciles, num_random if kept else 0, rng)
+        splits[split] = _planted_split(text.of(split), truth[split], num_random if kept else 0, rng)
     tau = np.ones(len(kept) + (num_random if kept else 0), np.float32)
     return Planted(
         FeatureRows("planted", tau, **splits),
@@ -64,25 +67,24 @@ def _rows_of(split: SplitRows, concepts: Sequence[Concept]) -> list[np.ndarray]:
     return [np.flatnonzero(c.rows(context).ravel() & split.eligible) for c in concepts]
 
 
-def _token_deciles(train: SplitRows) -> np.ndarray:
-    """[V] int: decile of every token by how often it occurs on train; the rows of a decile are about a tenth of all."""
-    tokens = train.windows.tokens.ravel()[train.eligible]
-    counts = np.bincount(tokens, minlength=len(train.windows.vocabulary))
+def _token_deciles(split: SplitRows) -> np.ndarray:
+    """[V] int: decile of every token by how often it occurs; the rows of a decile are about a tenth of all."""
+    tokens = split.windows.tokens.ravel()[split.eligible]
+    counts = np.bincount(tokens, minlength=len(split.windows.vocabulary))
     order = np.argsort(counts, kind="stable")
-    reached = np.cumsum(counts[order]) / max(counts.sum(), 1)
     deciles = np.zeros(len(counts), np.int64)
-    deciles[order] = np.minimum(reached * _DECILES, _DECILES - 1).astype(np.int64)
+    deciles[order] = (np.cumsum(counts[order]) - counts[order]) * _DECILES // max(len(tokens), 1)
     return deciles
 
 
-def _planted_split(
-    split: SplitRows, truth: list[np.ndarray], deciles: np.ndarray, num_random: int, rng: np.random.Generator
-) -> SplitRows:
+def _planted_split(split: SplitRows, truth: list[np.ndarray], num_random: int, rng: np.random.Generator) -> SplitRows:
+    deciles = _token_deciles(split)
     eligible = np.flatnonzero(split.eligible)
     own = []
     for rows in truth:
         strays = rng.choice(eligible, min(round(STRAYS * len(rows)), len(eligible)), replace=False)
-        own.append(np.union1d(rows[rng.random(len(rows)) >= MISSES], strays))
+        silent = rng.choice(rows, round(MISSES * len(rows)), replace=False)
+        own.append(np.union1d(np.setdiff1d(rows, silent), strays))
     decile = deciles[split.windows.tokens.ravel()[eligible]]
     of_decile = [eligible[decile == d] for d in range(_DECILES)]
     for i in range(num_random):

@@ -69,6 +69,7 @@ class Words:
     codes: np.ndarray  # int32
     starts: np.ndarray  # first position of the word
     ends: np.ndarray  # last position of the word
+    bare: np.ndarray  # bool: the token begins without blank space
 
     @classmethod
     def of(cls, windows: RowTable) -> "Words":
@@ -76,11 +77,13 @@ class Words:
         layout, texts = _Layout.of(windows, windows.tokens), [t.strip() for t in windows.vocabulary.texts]
         index = {text: n for n, text in enumerate(dict.fromkeys(texts))}
         codes = np.append(np.array([index[t] for t in texts], np.int32), -1).astype(np.int32)[windows.tokens]
-        for w, start in zip(*np.nonzero((layout.starts < layout.ends) & (layout.starts == np.arange(codes.shape[1])))):
+        in_pieces = (layout.starts < layout.ends) & (layout.starts == np.arange(codes.shape[1]))
+        for w, start in np.argwhere(in_pieces).tolist():
             tokens = windows.tokens[w, start : layout.ends[w, start] + 1].tolist()
             word = "".join(windows.vocabulary.texts[t] for t in tokens).strip()
             codes[w, start : layout.ends[w, start] + 1] = index.setdefault(word, len(index))
-        return cls(list(index), codes, layout.starts, layout.ends)
+        bare = np.array([*(not t[:1].isspace() for t in windows.vocabulary.texts), False], bool)[windows.tokens]
+        return cls(list(index), codes, layout.starts, layout.ends, bare)
 
 
 @dataclass(frozen=True)
