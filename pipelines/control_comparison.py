@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from saeql.store.records import RECEIPTS
 
@@ -38,10 +37,9 @@ def save_receipts(run: Run, receipts: Sequence[Receipt]) -> None:
     new = receipts_table(run.spec.name, receipts)
     if run.evidence.has("receipts"):
         old = run.evidence.read("receipts").cast(RECEIPTS)
-        keep = pa.scalar(True)
-        for control in CONTROLS:
-            keep = pc.and_(keep, pc.invert(pc.starts_with(old["control"], f"{control.code} ")))
-        new = pa.concat_tables([old.filter(keep), new])
+        codes = {control.code for control in CONTROLS}
+        keep = [name.split(" ")[0] not in codes for name in old["control"].to_pylist()]
+        new = pa.concat_tables([old.filter(pa.array(keep, pa.bool_())), new])
     run.save_evidence("receipts", new, "control")
 
 

@@ -165,16 +165,15 @@ def feature_scores(run: "Run") -> FeatureScores:
 
 def _of(run: "Run", table: str) -> pa.Table:
     rows = run.evidence.read(table)
-    return rows.filter(pc.equal(rows["dictionary"], run.spec.name))
+    return rows.filter(pc.field("dictionary") == run.spec.name)
 
 
 def _numbers(receipts: pa.Table | None, code: str, end: str, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Value, low and high [num] of the receipts of a control whose name ends so."""
-    found = tuple(np.full(num, np.nan) for _ in range(3))
+    found = np.full((3, num), np.nan)
     for row in _rows(receipts, code, end):
-        for array, name in zip(found, ("value", "low", "high"), strict=True):
-            array[row["feature"]] = np.nan if row[name] is None else row[name]
-    return found
+        found[:, row["feature"]] = [np.nan if row[name] is None else row[name] for name in ("value", "low", "high")]
+    return found[0], found[1], found[2]
 
 
 def _verdicts(receipts: pa.Table | None, code: str, num: int) -> np.ndarray:
@@ -188,7 +187,6 @@ def _verdicts(receipts: pa.Table | None, code: str, num: int) -> np.ndarray:
 def _rows(receipts: pa.Table | None, code: str, end: str) -> Sequence[dict]:
     if receipts is None:
         return ()
-    control = receipts["control"]
-    keep = pc.and_(pc.starts_with(control, f"{code} "), pc.ends_with(control, end))
-    keep = pc.and_(keep, pc.is_valid(receipts["feature"]))
-    return receipts.filter(keep).select(["feature", "value", "low", "high", "verdict"]).to_pylist()
+    keep = [name.startswith(f"{code} ") and name.endswith(end) for name in receipts["control"].to_pylist()]
+    of_features = receipts.filter(pa.array(keep, pa.bool_())).filter(pc.field("feature").is_valid())
+    return of_features.select(["feature", "value", "low", "high", "verdict"]).to_pylist()
