@@ -3,8 +3,8 @@
 A label is scored by its AUROC against matched negatives (rung N1) where the run has those receipts, else by that of
 table `labels`, against all inactive test rows. Two runs are only ever compared by the same of the two.
 
-Features of two dictionaries are not paired. The interval of a difference of medians is a bootstrap over features of
-each, in which every drawn score also moves by what its own interval over documents leaves open.
+Features of two dictionaries are not paired. The interval of a difference of medians is a bootstrap over the features of
+each.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 DRAWS = 2000
 #: AUROC of the token alone from which a feature counts as lexical.
 LEXICAL = 0.95
-#: Half the width of a 95 % interval, in standard errors.
-_Z = 1.959964
 _AT_ONCE = 4_000_000
 
 
@@ -81,24 +79,19 @@ class Scores:
         return float(np.median(self.value)) if len(self) else float("nan")
 
     def medians(self, draws: int, seed: int) -> np.ndarray:
-        """[draws] medians of features drawn with replacement, each moved within its interval and kept in [0, 1]."""
+        """[draws] medians of features drawn with replacement."""
         rng, n = np.random.default_rng(seed), len(self)
-        error = np.nan_to_num((self.high - self.low) / (2 * _Z))
         found, at_once = [], max(1, _AT_ONCE // max(n, 1))
         for start in range(0, draws, at_once):
-            shape = (min(at_once, draws - start), n)
-            pick = rng.integers(0, n, shape)
-            moved = self.value[pick] + error[pick] * rng.standard_normal(shape, dtype=np.float32)
-            found.append(np.median(np.clip(moved, 0, 1), axis=1))
+            pick = rng.integers(0, n, (min(at_once, draws - start), n))
+            found.append(np.median(self.value[pick], axis=1))
         return np.concatenate(found)
 
     def interval(self, seed: int = 0, draws: int = DRAWS) -> tuple[float, float]:
         """95 % interval of the median."""
         if not len(self):
             return float("nan"), float("nan")
-        # moving every score widens the cloud: what that does to the median itself is taken off
-        medians = self.medians(draws, seed)
-        low, high = np.percentile(medians, (2.5, 97.5)) + self.median - np.median(medians)
+        low, high = np.percentile(self.medians(draws, seed), (2.5, 97.5))
         return float(low), float(high)
 
 
@@ -119,7 +112,7 @@ def median_gap(mine: Scores, other: Scores, *, seed: int = 0, draws: int = DRAWS
         return Gap(float("nan"), float("nan"), float("nan"), len(mine), len(other))
     value = mine.median - other.median
     drawn = mine.medians(draws, seed) - other.medians(draws, seed + 1)
-    low, high = np.percentile(drawn, (2.5, 97.5)) + value - np.median(drawn)
+    low, high = np.percentile(drawn, (2.5, 97.5))
     return Gap(value, float(low), float(high), len(mine), len(other))
 
 
