@@ -15,8 +15,9 @@ from .commands.comparison import compare
 from .commands.control import control
 from .commands.exchange import export, import_
 from .commands.jobs import config, demo, hooks, plan, run, submit
-from .commands.questions import search, show, sql, steer
+from .commands.questions import search, show, sql
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
+from .commands.steering import steer
 from .stopping import EXIT_STOPPED, Stopped, asked, listen
 
 _DISK_ERRORS = (

@@ -4,8 +4,8 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import tomli_w
 
 from saeql.sae.config import DictionaryConfig, TrainConfig, load_toml, to_dict
 
-from .corpus import CorpusConfig
+from .corpus import EMBEDDED_TEXT, CorpusConfig, SourceConfig
 from .embedder import EmbedderConfig
 from .evaluate import EvaluateConfig
 from .harvest import HarvestConfig
@@ -58,6 +58,15 @@ def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = N
     Raises ConfigError naming the key.
     """
     return load_toml(RunConfig, demo_config_path() if path is None else path, overrides)
+
+
+def with_text(config: RunConfig, texts: Sequence[str | Path]) -> RunConfig:
+    """`config` with files, folders or hub datasets as further sources of its corpus, each of weight 1."""
+    if not texts:
+        return config
+    added = tuple(SourceConfig(source=str(text)) for text in texts)
+    corpus = replace(config.corpus, source=EMBEDDED_TEXT, mixture=(*config.corpus.sources, *added))
+    return replace(config, corpus=corpus)
 
 
 def demo_config_path() -> Path:

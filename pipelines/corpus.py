@@ -33,7 +33,7 @@ class CorpusConfig:
     """Which text is read, how it is put into windows, and how much of it."""
 
     source: str = EMBEDDED_TEXT
-    """embedded:wikipedia, a file or folder (.txt .md .jsonl .ndjson, also .gz and .zst; .parquet; a saved dataset), or hf:NAME[:CONFIG][@REVISION]."""  # noqa: E501
+    """embedded:wikipedia, a file or folder (.txt .md .jsonl .ndjson, also .gz, .xz and .zst; .parquet; a saved dataset), or hf:NAME[:CONFIG][@REVISION]."""  # noqa: E501
     content: str = "text"
     """What a row holds: "text", "tokens" (ids of this model's tokenizer) or "chat" (messages, through the model's template)."""  # noqa: E501
     text_column: str = "text"

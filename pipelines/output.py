@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # a table of rows needs neither the store's engine nor torch
     from saeql.store.search import SearchHit
 
     from .search import PromptHits
-    from .steer import Edit
+    from .steering.edits import Edit
 
 _VISIBLE = {"\n": "↵", "\t": "→", "\r": "␍"}
 
@@ -190,14 +191,25 @@ def print_feature(
         out.print(Text(f"{example.activation:8.2f}  ").append_text(highlighted(example)))
 
 
-def print_steering(change: "Edit", prompt: str, baseline: str, steered: str, *, as_json: bool = False) -> None:
-    """Print a prompt's continuation with and without an edit, side by side."""
+def print_steering(
+    edits: "Sequence[Edit]",
+    prompts: Sequence[str],
+    baselines: Sequence[str],
+    steered: Sequence[str],
+    *,
+    as_json: bool = False,
+) -> None:
+    """Print continuations of prompts with and without edits, side by side."""
+    texts = list(zip(prompts, baselines, steered, strict=True))
     if as_json:
-        print(json.dumps({**asdict(change), "prompt": prompt, "baseline": baseline, "steered": steered}))
+        names = ("prompt", "baseline", "steered")
+        made = [asdict(change) | {"strength": change.amount, "to": change.goal} for change in edits]
+        record = {"edits": made, "texts": [dict(zip(names, text, strict=True)) for text in texts]}
+        print(json.dumps(record, ensure_ascii=False, default=str))
         return
-    strength = "" if change.mode == "ablate" else f" {change.strength:g}"
-    table = Table(title=Text(f"prompt: {prompt}"), title_justify="left", expand=True)
-    table.add_column("baseline", ratio=1)
-    table.add_column(f"feature {change.feature}, {change.mode}{strength}", ratio=1)
-    table.add_row(Text(baseline.strip()), Text(steered.strip()))
-    console().print(table)
+    for prompt, baseline, changed in texts:
+        table = Table(title=Text(f"prompt: {prompt}"), title_justify="left", expand=True)
+        table.add_column("baseline", ratio=1)
+        table.add_column(Text("; ".join(change.describe() for change in edits)), ratio=1)
+        table.add_row(Text(baseline.strip()), Text(changed.strip()))
+        console().print(table)

@@ -54,7 +54,8 @@ from .output import note
 from .progress import progress
 from .provenance import more_evidence, provenance
 from .ranks import take_own_gpu
-from .steer import Steerer
+from .steering.edits import FeatureScale
+from .steering.steerer import Steerer
 from .stopping import leave_if_asked
 from .train import STOPPED_FILE, train_dictionaries
 from .verify import Verification, recorded, verify_run
@@ -191,14 +192,18 @@ class Run:
             ModelIdentity(**metadata["identity"]),
             writes=metadata["writes"],
             median_norms=metadata["median_norms"],
-            max_activations=self._max_activations(),
+            scales=self._feature_scales(),
             allow_mismatch=allow_mismatch,
         )
 
-    def _max_activations(self) -> dict[int, float]:
+    def _feature_scales(self) -> dict[int, FeatureScale]:
+        query = (
+            "SELECT feature, p99, density * mean_activation AS mean FROM features "
+            "WHERE dictionary = $name AND max_activation > 0"
+        )
         with self.store() as store:
-            table = store.trusted_sql("SELECT feature, max_activation FROM features WHERE max_activation > 0")
-        return dict(zip(table["feature"].to_pylist(), table["max_activation"].to_pylist(), strict=True))
+            rows = store.trusted_sql(query, {"name": self.spec.name}).to_pylist()
+        return {row["feature"]: FeatureScale(row["p99"], row["mean"]) for row in rows}
 
     # --- stages --------------------------------------------------------------------------------------------------
 

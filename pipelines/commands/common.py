@@ -8,6 +8,14 @@ from cyclopts import Parameter
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 RunPath = Annotated[Path, Parameter(help="Run directory.")]
+Text = Annotated[
+    list[str] | None,
+    Parameter(
+        help="Read this file, folder or hub dataset (hf:NAME) too, beside the configured corpus; corpus.max_tokens and "
+        "corpus.max_document_tokens say how much of all of it.",
+        negative="",
+    ),
+]
 Truncate = Annotated[
     bool,
     Parameter(help="Harvest without the layers after the deepest hook point in memory (model.truncate).", negative=""),
