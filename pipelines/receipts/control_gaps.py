@@ -1,11 +1,13 @@
 """What C6, C7 and C8 have in common: labels of a run against those of its control runs, one receipt a question."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..control_runs import command, find_control, status
-from .control_scores import FeatureScores, Gap, Scores, feature_scores, median_gap
+from .control_scores import DRAWS, FeatureScores, Gap, Scores, feature_scores, median_gap
+from .document_medians import document_medians
 from .receipt import FAILED, REPORTED, Receipt, judged
 
 if TYPE_CHECKING:
@@ -35,9 +37,16 @@ class ControlPair:
             else:
                 self.mine, self.other = mine, other
 
+    @cached_property
+    def of_documents(self) -> np.ndarray:
+        """[DRAWS] by how much the difference moves with the documents; both runs are drawn the same ones."""
+        assert self.control is not None
+        mine, other = (document_medians(run, draws=DRAWS, seed=0) for run in (self.run, self.control))
+        return mine - other
+
     def gap(self, name: str, mine: Scores, other: Scores, *, at_least: float = 0.0, asked: bool = True) -> Receipt:
         """Receipt of a difference of medians; passed where it reaches `at_least` and its interval is above 0."""
-        found = median_gap(mine, other)
+        found = median_gap(mine, other, of_documents=self.of_documents)
         if found.value != found.value:
             what = "the run" if not len(mine) else f"control {self.kind}"
             return self.absent(name, f"no label of {what} has such a score", asked=asked)

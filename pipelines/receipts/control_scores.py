@@ -4,7 +4,7 @@ A label is scored by its AUROC against matched negatives (rung N1) where the run
 table `labels`, against all inactive test rows. Two runs are only ever compared by the same of the two.
 
 Features of two dictionaries are not paired. The interval of a difference of medians is a bootstrap over the features of
-each.
+each and over the documents that all of them share (`document_medians.py`).
 """
 
 from collections.abc import Sequence
@@ -106,12 +106,19 @@ class Gap:
     n_other: int
 
 
-def median_gap(mine: Scores, other: Scores, *, seed: int = 0, draws: int = DRAWS) -> Gap:
-    """How much higher the median of `mine` is."""
+def median_gap(
+    mine: Scores, other: Scores, *, of_documents: np.ndarray | None = None, seed: int = 0, draws: int = DRAWS
+) -> Gap:
+    """How much higher the median of `mine` is.
+
+    `of_documents` [draws]: by how much the difference moves with draws of the documents, which all features share.
+    """
     if not len(mine) or not len(other):
         return Gap(float("nan"), float("nan"), float("nan"), len(mine), len(other))
     value = mine.median - other.median
     drawn = mine.medians(draws, seed) - other.medians(draws, seed + 1)
+    if of_documents is not None:
+        drawn += of_documents
     low, high = np.percentile(drawn, (2.5, 97.5))
     return Gap(value, float(low), float(high), len(mine), len(other))
 

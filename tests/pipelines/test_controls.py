@@ -1,7 +1,6 @@
 """Control runs of a tiny real run: what is switched, what stays bit for bit, what is shared, how they are compared."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from saeql.pipelines.receipts.control_scores import Scores, feature_scores, medi
 from saeql.pipelines.receipts.receipt import Receipt, receipts_table
 from saeql.sae.checkpoint import checkpoints
 
-MADE = ("random", "neurons", "frozen-decoder", "soft-frozen", "randomised-model", "second-seed")
+MADE = ("random", "frozen-decoder", "soft-frozen", "randomised-model", "second-seed")
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +58,14 @@ def test_random_rows_fire_as_often_as_the_trained_ones(parent: Run):
     assert run.dictionary().config.freeze == "all"
 
 
-def test_neurons_are_single_coordinates(parent: Run):
-    dictionary = of(parent, "neurons").dictionary()
-    assert dictionary.d_sae == 64  # two directions for each of 32 coordinates
-    rows = dictionary.W_dec.detach()
-    assert ((rows != 0).sum(1) == 1).all()
-    assert len({tuple(row) for row in rows.tolist()}) == 64
+def test_directions_that_are_few_make_a_narrower_dictionary(parent: Run, tmp_path: Path):
+    run = Run.open(shutil.copytree(parent.path, tmp_path / "copy", symlinks=True))
+    made = make_control(run, "neurons", out=tmp_path / "elsewhere")
+    assert made.config.dictionary.d_sae == 64  # two directions for each of 32 coordinates
+    assert status(run, "neurons") == "harvest done" and (tmp_path / "elsewhere" / "control.json").exists()
+    list(made.execute(("train",)))
+    rows = made.dictionary().W_dec.detach()
+    assert ((rows != 0).sum(1) == 1).all() and len({tuple(row) for row in rows.tolist()}) == 64
 
 
 def test_a_frozen_decoder_keeps_every_bit_and_the_encoder_learns(parent: Run):
@@ -104,7 +105,7 @@ def test_a_randomised_model_keeps_shapes_and_moments_and_is_another(tiny_model_f
         load_model(replace(config, **more))
         for more in ({}, {"randomise": "weights"}, {"randomise": "all"}, {"randomise": "weights", "randomise_seed": 1})
     )
-    weights = {name: p for name, p in drawn.model.named_parameters()}
+    weights = dict(drawn.model.named_parameters())
     for name, p in plain.model.named_parameters():
         kept = p.dim() < 2 or "embed" in name or "lm_head" in name
         assert torch.equal(p, weights[name]) == kept, name
@@ -148,7 +149,7 @@ def test_a_second_seed_starts_elsewhere_and_data_seed_holds_the_order(parent: Ru
 
 def test_activations_are_there_once_and_every_file_verifies(parent: Run):
     run = of(parent, "frozen-decoder")
-    assert os.readlink(run.activations) == "../../activations"
+    assert str(run.activations.readlink()) == "../../activations"
     windows = [r.evidence.files("windows")[0] for r in (parent, run)]
     assert windows[0].samefile(windows[1])
     for one in (run, parent):
@@ -208,7 +209,7 @@ def test_what_the_parent_made_anew_makes_controls_out_of_date(parent: Run, tmp_p
 
 
 def test_what_cannot_be_made_is_refused_in_one_line(parent: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(ControlRunError, match='no control "rnadom"|did you mean "random"'):
+    with pytest.raises(ControlRunError, match='did you mean "random"'):
         make_control(parent, "rnadom")
     with pytest.raises(ControlRunError, match="is a control itself"):
         make_control(of(parent, "frozen-decoder"), "random")
@@ -238,6 +239,36 @@ def test_a_gap_of_medians_and_its_interval():
     high, low = (Scores(v, v - 0.02, v + 0.02) for v in (rng.normal(0.8, 0.05, 400), rng.normal(0.7, 0.05, 300)))
     gap = median_gap(high, low)
     assert gap.value == pytest.approx(0.1, abs=0.02) and 0.08 < gap.low < gap.value < gap.high < 0.12
+    moving = 0.02 * rng.standard_normal(2000)
+    wider = median_gap(high, low, of_documents=moving)
+    assert wider.value == gap.value and wider.high - wider.low > 2 * (gap.high - gap.low)
     nothing = np.zeros(0)
     assert np.isnan(median_gap(high, Scores(nothing, nothing, nothing)).value)
     assert percentiles(np.array([0.0, 2.0, 9.0]), np.array([1.0, 2.0, 3.0, 4.0])).tolist() == [0, 0.375, 1]
+
+
+def test_medians_over_documents_are_those_of_the_labels_scored_anew(parent: Run):
+    from saeql.pipelines.label import labels_of
+    from saeql.pipelines.receipts.document_medians import document_medians
+    from saeql.pipelines.split_rows import read_feature_rows
+
+    moved = document_medians(parent, draws=40, seed=0)
+    assert moved.shape == (40,) and 0 < moved.std() < 0.05
+    rows = read_feature_rows(parent.evidence, parent.spec.name, active_fraction=0.25).test
+    times = np.random.default_rng(0).multinomial(
+        rows.num_documents, np.full(rows.num_documents, 1 / rows.num_documents), 40
+    )
+    weights = np.where(rows.eligible, times[7][rows.documents], 0)
+    scores = {0: [], 1: []}
+    for feature, label in labels_of(parent.evidence.read("labels")).items():
+        assert label.predicate is not None
+        holds = label.predicate.rows(rows.windows).ravel()
+        active = np.zeros(len(holds), bool)
+        active[rows.active.by_feature()[feature]] = True
+        for number, w in enumerate((rows.eligible.astype(int), weights)):
+            rate = (
+                (w * (holds & active)).sum() / (w * active).sum(),
+                (w * ~(holds | active)).sum() / (w * ~active).sum(),
+            )
+            scores[number].append(sum(rate) / 2)
+    assert moved[7] == pytest.approx(np.median(scores[1]) - np.median(scores[0]), abs=1e-5)

@@ -68,7 +68,7 @@ def test_a_frozen_decoder_keeps_its_bits_under_every_option_of_training(option: 
 
 
 def test_clipping_goes_by_what_learns():
-    """A frozen weight's gradient is no part of the norm: the clipped step of the rest is the same for any norm of it."""
+    """A frozen weight's gradient is no part of the norm, so more is left for the others."""
     whole, frozen = (
         trainer(train=TrainConfig(**{**vars(SETTINGS), "max_grad_norm": 1e-4}), freeze=freeze)
         for freeze in ("none", "encoder")
@@ -120,7 +120,7 @@ def test_rows_that_left_their_cone_return_to_its_edge_the_way_they_went():
 def test_resampling_and_freezing_are_not_asked_for_together():
     config = DictionaryConfig(d_sae=24, k=4, architecture="relu", freeze="decoder")
     everything = slice(None)
-    with pytest.raises(ConfigError, match="which dictionary.freeze"):
+    with pytest.raises(ConfigError, match=r"which dictionary\.freeze"):
         Learner("d", build(config, 12), TrainConfig(resample_every_steps=10), everything, everything)
 
 
