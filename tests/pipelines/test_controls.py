@@ -168,12 +168,13 @@ def test_labels_of_control_runs_are_real_and_stand_beside_the_runs(parent: Run):
         assert gap.value == pytest.approx(
             np.median(mine.auroc[mine.is_labelled]) - np.median(random.auroc[random.is_labelled])
         )
-        assert gap.low is not None and gap.high is not None and gap.low <= gap.value <= gap.high
+        assert gap.low is not None and gap.value is not None and gap.high is not None
+        assert gap.low <= gap.value <= gap.high
         assert gap.n == mine.is_labelled.sum() + random.is_labelled.sum()
     assert receipts["C6 random dictionary labelled share"].n == int(random.is_alive.sum())
     turned = receipts["C7 frozen baselines cosine with start frozen-decoder"]
     assert turned.value == pytest.approx(1.0, abs=1e-6) and sum(turned.detail["counts"]) == 96
-    assert receipts["C7 frozen baselines cosine with start"].value < 1
+    assert (receipts["C7 frozen baselines cosine with start"].value or 1) < 1
     missing = receipts["C7 frozen baselines frozen-encoder"]
     assert missing.value is None and missing.verdict == "failed"
     assert f"saeql control {parent.path} --kind frozen-encoder" in missing.detail["missing"]
