@@ -257,13 +257,13 @@ def test_features_by_id_words_and_sql(run: Run):
         assert len(found) == 2 and all(kind_of[e.feature] != "none" for e in found)
         hits = [h.feature for h in store.search("river", limit=2)]
         assert [e.feature for e in chosen(store, pattern, search="river", top=2)] == hits
-        refused: tuple[tuple[Any, str], ...] = (
-            ({"features": ["x"]}, "'x' is no feature"),
-            ({"where": "density > 2"}, "no feature meets where 'density > 2'"),
-            ({}, "name a feature"),
-        )
-        for asked, message in refused:
+
+        def refused(message: str, **asked: Any) -> None:
             with pytest.raises(SteerError, match=message):
                 chosen(store, pattern, **asked)
+
+        refused("'x' is no feature", features=["x"])
+        refused("no feature meets where 'density > 2'", where="density > 2")
+        refused("name a feature")
         with pytest.raises(ValueError, match=r"read-only|not allowed|condition"):
             chosen(store, pattern, where="density > 0); DROP TABLE x; --")
