@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from saeql.store.records import RECEIPTS
 
 from .control_runs import KINDS, command, control_path, find_control, status
-from .receipts.control_gaps import labelled_share
-from .receipts.control_scores import FeatureScores, feature_scores, median_gap
+from .receipts.control_gaps import ControlPair, Trained
+from .receipts.control_scores import FeatureScores, feature_scores, gap, median_interval
 from .receipts.frozen_baselines import FrozenBaselines
 from .receipts.random_dictionary import RandomDictionary
 from .receipts.randomised_model import RandomisedModel
@@ -19,14 +20,15 @@ from .run import Run
 
 CONTROLS = (RandomDictionary, FrozenBaselines, RandomisedModel, SeedStability)
 COLUMNS = [
-    "dictionary", "alive", "labelled", "median AUROC", "95 % interval", "n", "trained - it", "95 % interval of that",
-    "contextual & labelled",
+    "dictionary", "alive", "labelled", "contextual & labelled", "n", "median AUROC", "95 % over features",
+    "trained - it", "95 % over features and documents",
 ]  # fmt: skip
 
 
 def compare_controls(run: Run) -> list[Receipt]:
     """Receipts of all four controls, by the control runs that there are."""
-    return [receipt for control in CONTROLS for receipt in control.of(run).compare(run)]
+    trained = Trained(run)
+    return [receipt for control in CONTROLS for receipt in control.of(run).compare(trained)]
 
 
 def save_receipts(run: Run, receipts: Sequence[Receipt]) -> None:
@@ -45,12 +47,13 @@ def save_receipts(run: Run, receipts: Sequence[Receipt]) -> None:
 
 def control_table(run: Run) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: the run, then every control run that is finished, beside it."""
-    mine = feature_scores(run)
-    rows = [_row("trained", mine, None)]
+    trained = Trained(run)
+    rows = [_row("trained", feature_scores(run))]
     for kind in KINDS:
         control = find_control(run, kind)
         if control is not None:
-            rows.append(_row(kind, feature_scores(control), mine))
+            pair = ControlPair(trained, kind)
+            rows.append(_row(kind, feature_scores(control), pair))
     return COLUMNS, rows
 
 
@@ -64,24 +67,18 @@ def status_table(run: Run) -> tuple[list[str], list[list[Any]]]:
     return ["kind", "control", "what differs", "state", "where"], rows
 
 
-def _row(name: str, scores: FeatureScores, trained: FeatureScores | None) -> list[Any]:
-    own = scores.of(scores.is_labelled)
-    share, alive = labelled_share(scores)
-    low, high = own.interval()
-    contextual = (scores.is_alive & scores.is_labelled & ~scores.is_lexical).sum() / max(alive, 1)
-    row = [name, alive, _share(share), _number(own.median), f"{low:.3f} to {high:.3f}" if len(own) else "-", len(own)]
-    if trained is None:
-        return [*row, "", "", _share(float(contextual))]
-    if trained.scored_on != scores.scored_on:
-        return [*row, "-", f"scored on {scores.scored_on}, not on {trained.scored_on}", _share(float(contextual))]
-    gap = median_gap(trained.of(trained.is_labelled), own)
-    between = f"{gap.low:+.3f} to {gap.high:+.3f}" if gap.value == gap.value else "-"
-    return [*row, f"{gap.value:+.3f}" if gap.value == gap.value else "-", between, _share(float(contextual))]
+def _row(name: str, scores: FeatureScores, pair: ControlPair | None = None) -> list[Any]:
+    own, (share, alive), (contextual, _) = scores.of_labels(), scores.share(), scores.share(contextual=True)
+    low, high = median_interval(own)
+    row = [name, alive, _share(share), _share(contextual), len(own)]
+    row += [f"{np.median(own):.3f}", f"{low:.3f} to {high:.3f}"] if len(own) else ["-", "-"]
+    if pair is None:
+        return [*row, "", ""]
+    if pair.scores is None:
+        return [*row, "-", pair.missing]
+    found = gap(pair.scores[0].of_labels(), own, of_documents=pair.moves.median)
+    return [*row, *([f"{found.value:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}"] if len(own) else ["-", "-"])]
 
 
 def _share(value: float) -> str:
     return f"{100 * value:.1f} %" if value == value else "-"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if value == value else "-"

@@ -122,6 +122,11 @@ def control_path(run: Run, kind: str) -> Path:
     return run.path / CONTROLS_FOLDER / kind
 
 
+def is_control(run: Run) -> bool:
+    """Whether a run is itself a control run of another."""
+    return (run.path / CONTROL_FILE).exists()
+
+
 def make_control(run: Run, kind: str, *, out: Path | None = None) -> Run:
     """The control run of a kind, begun or as it was left; `out`: in another folder, to which a link is kept.
 
@@ -129,7 +134,7 @@ def make_control(run: Run, kind: str, *, out: Path | None = None) -> Run:
     something else.
     """
     wanted, finished = kind_of(kind), run.finished()
-    if run.config.dictionary.freeze != "none" or run.config.model.randomise != "none":
+    if is_control(run):
         raise ControlRunError(f"{run.path} is a control itself: name the run that it was made of")
     for stage in ("harvest", *wanted.reads):
         if stage not in finished:

@@ -6,52 +6,90 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..control_runs import command, find_control, status
-from .control_scores import DRAWS, FeatureScores, Gap, Scores, feature_scores, median_gap
-from .document_medians import document_medians
+from .control import Labelled
+from .control_scores import DRAWS, FeatureScores, feature_scores, gap, scores_of
+from .document_medians import DocumentMoves, document_moves, document_moves_of
 from .receipt import FAILED, REPORTED, Receipt, judged
 
 if TYPE_CHECKING:
     from ..run import Run
 
 
+class Trained:
+    """The labels of the run itself: those in its evidence, or `labelled`, which are not evidence yet."""
+
+    def __init__(self, run: "Run", labelled: Labelled | None = None):
+        self.run, self.labelled = run, labelled
+
+    @cached_property
+    def scores(self) -> FeatureScores | None:
+        """None before the run is labelled."""
+        if self.labelled is not None:
+            return scores_of(self.labelled)
+        return feature_scores(self.run) if self.run.evidence.has("labels") else None
+
+    @cached_property
+    def moves(self) -> DocumentMoves:
+        """With the documents."""
+        if self.labelled is not None:
+            return document_moves(self.labelled.rows, self.labelled.labels, draws=DRAWS, seed=0)
+        return document_moves_of(self.run, draws=DRAWS, seed=0)
+
+
 class ControlPair:
     """Scores of a run and of one of its control runs, on the same kind of negatives.
 
-    `missing` says what to do where they cannot be compared; then there are no scores.
+    `missing` says what to do where they cannot be compared; `scores` are None then.
     """
 
-    def __init__(self, run: "Run", kind: str):
-        self.run, self.kind, self.missing = run, kind, ""
-        self.mine: FeatureScores | None = None
-        self.other: FeatureScores | None = None
-        self.control = find_control(run, kind)
+    def __init__(self, trained: Trained, kind: str):
+        self.trained, self.kind, self.missing = trained, kind, ""
+        self.scores: tuple[FeatureScores, FeatureScores] | None = None  # of the run, of the control
+        run, self.control = trained.run, find_control(trained.run, kind)
         if self.control is None:
             self.missing = f"{status(run, kind)}: `{command(run, kind)}` makes it"
-        elif not run.evidence.has("labels"):
+        elif trained.scores is None:
             self.missing = f"`saeql label {run.path}` first"
         else:
-            mine, other = feature_scores(run), feature_scores(self.control)
+            mine, other = trained.scores, feature_scores(self.control)
             if mine.scored_on != other.scored_on:
                 behind = run if other.scored_on == "N1" else self.control
                 self.missing = f"scored on {mine.scored_on} and {other.scored_on}: `saeql label {behind.path}` again"
             else:
-                self.mine, self.other = mine, other
+                self.scores = mine, other
 
     @cached_property
-    def of_documents(self) -> np.ndarray:
-        """[DRAWS] by how much the difference moves with the documents; both runs are drawn the same ones."""
+    def moves(self) -> DocumentMoves:
+        """By how much the differences move with the documents; both runs are drawn the same ones."""
         assert self.control is not None
-        mine, other = (document_medians(run, draws=DRAWS, seed=0) for run in (self.run, self.control))
-        return mine - other
+        mine, other = self.trained.moves, document_moves_of(self.control, draws=DRAWS, seed=0)
+        return DocumentMoves(mine.median - other.median, mine.mean - other.mean)
 
-    def gap(self, name: str, mine: Scores, other: Scores, *, at_least: float = 0.0, asked: bool = True) -> Receipt:
-        """Receipt of a difference of medians; passed where it reaches `at_least` and its interval is above 0."""
-        found = median_gap(mine, other, of_documents=self.of_documents)
+    def gap(
+        self,
+        name: str,
+        mine: np.ndarray,
+        other: np.ndarray,
+        *,
+        at_least: float = 0.0,
+        mean: bool = False,
+        asked: bool = True,
+    ) -> Receipt:
+        """Receipt of a difference of medians (or means); passed: it reaches `at_least` and its interval is above 0."""
+        moves = self.moves.mean if mean else self.moves.median
+        found = gap(mine, other, mean=mean, of_documents=moves)
         if found.value != found.value:
             what = "the run" if not len(mine) else f"control {self.kind}"
             return self.absent(name, f"no label of {what} has such a score", asked=asked)
-        is_above = found.low > 0
-        verdict = REPORTED if not asked else judged(found.value, at_least) if is_above else FAILED
+        statistic, word = (np.mean, "mean") if mean else (np.median, "median")
+        detail = {
+            "kind": self.kind,
+            "n": found.n,
+            "n_control": found.n_other,
+            word: float(statistic(mine)),
+            f"{word}_control": float(statistic(other)),
+        }
+        verdict = REPORTED if not asked else judged(found.value, at_least) if found.low > 0 else FAILED
         return Receipt(
             control=name,
             value=found.value,
@@ -60,39 +98,31 @@ class ControlPair:
             n=found.n + found.n_other,
             low=found.low,
             high=found.high,
-            detail=self._detail(found, mine, other),
+            detail=detail,
         )
 
     def absent(self, name: str, why: str, *, asked: bool = True) -> Receipt:
         """Receipt of what could not be measured; where something is asked, that has not passed."""
-        return Receipt(
-            control=name, value=None, verdict=FAILED if asked else REPORTED,
-            detail={"missing": why, "kind": self.kind},
-        )  # fmt: skip
+        verdict = FAILED if asked else REPORTED
+        return Receipt(control=name, value=None, verdict=verdict, detail={"missing": why, "kind": self.kind})
 
-    def _detail(self, found: Gap, mine: Scores, other: Scores) -> dict[str, Any]:
-        assert self.mine is not None
-        sizes = {"n": found.n, "n_control": found.n_other, "median": mine.median, "median_control": other.median}
-        return {"kind": self.kind, "scored_on": self.mine.scored_on, **sizes}
+    def labelled_shares(self, name: str, *, contextual: bool = False) -> Receipt:
+        """Share of the control's alive features that have a label; that of the run is in `detail`."""
+        assert self.scores is not None
+        (mine, alive), (other, other_alive) = (scores.share(contextual=contextual) for scores in self.scores)
+        value = None if other != other else other
+        detail = {"kind": self.kind, "trained": mine, "n_trained": alive}
+        return Receipt(control=name, value=value, verdict=REPORTED, n=other_alive, detail=detail)
 
-
-def labelled_share(scores: FeatureScores) -> tuple[float, int]:
-    """Share of the alive features that have a label, and how many are alive."""
-    alive = int(scores.is_alive.sum())
-    return (float((scores.is_labelled & scores.is_alive).sum() / alive) if alive else float("nan")), alive
-
-
-def share_receipt(name: str, scores: FeatureScores, kind: str) -> Receipt:
-    """The labelled share of a control run."""
-    share, alive = labelled_share(scores)
-    return Receipt(control=name, value=share, verdict=REPORTED, n=alive, detail={"kind": kind})
-
-
-def permutation_share(name: str, scores: FeatureScores, kind: str) -> Receipt:
-    """Share of a control run's labels that pass the permutation test (C3)."""
-    tested = ~np.isnan(scores.passes_permutation)
-    value = float(np.nanmean(scores.passes_permutation)) if tested.any() else None
-    detail: dict[str, Any] = {"kind": kind}
-    if value is None:
-        detail["missing"] = "its labels have no receipt of C3"
-    return Receipt(control=name, value=value, verdict=REPORTED, n=int(tested.sum()), detail=detail)
+    def permutation_share(self, name: str) -> Receipt:
+        """Share of the control's alive features whose label passes the permutation test (C3)."""
+        assert self.scores is not None
+        other = self.scores[1]
+        tested = ~np.isnan(other.passes_permutation)
+        detail: dict[str, Any] = {"kind": self.kind, "tested": int(tested.sum())}
+        value, alive = None, int(other.is_alive.sum())
+        if tested.any() and alive:
+            value = float(np.nansum(other.passes_permutation) / alive)
+        else:
+            detail["missing"] = "its labels have no receipt of C3"
+        return Receipt(control=name, value=value, verdict=REPORTED, n=alive, detail=detail)

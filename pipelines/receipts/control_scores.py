@@ -7,7 +7,6 @@ Features of two dictionaries are not paired. The interval of a difference of med
 each and over the documents that all of them share (`document_medians.py`).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,14 +17,19 @@ import pyarrow.compute as pc
 from saeql.store.evidence import EvidenceError
 
 from ..label import UNEXPLAINED
+from .control import Labelled
+from .label_permutation import LabelPermutation
+from .negative_ladder import NegativeLadder
+from .receipt import FAILED, PASSED
+from .statistics import DRAWN_AT_ONCE, PERCENTILES, auroc
+from .thresholds import THRESHOLDS
+from .token_baseline import TokenBaseline
+from .token_table import token_auroc
 
 if TYPE_CHECKING:
     from ..run import Run
 
 DRAWS = 2000
-#: AUROC of the token alone from which a feature counts as lexical.
-LEXICAL = 0.95
-_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -37,67 +41,33 @@ class FeatureScores:
     is_labelled: np.ndarray  # bool
     is_lexical: np.ndarray  # bool: its token says it all
     auroc: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
     n2_auroc: np.ndarray  # against the same token where it does not fire
-    n2_low: np.ndarray
-    n2_high: np.ndarray
     passes_permutation: np.ndarray  # 1, 0, NaN
 
-    def of(self, keep: np.ndarray) -> "Scores":
-        """The N1 scores of the features that `keep` marks, and that have one."""
-        keep = keep & ~np.isnan(self.auroc)
-        return Scores(self.auroc[keep], self.low[keep], self.high[keep])
+    def of_labels(self, *, contextual: bool = False) -> np.ndarray:
+        """[n] scores of the labels that have one; `contextual`: of features that their token does not explain."""
+        keep = self.is_labelled & ~(self.is_lexical & contextual)
+        return self.auroc[keep & ~np.isnan(self.auroc)]
 
-    def on_same_token(self, keep: np.ndarray) -> "Scores":
-        """The same against negatives of the same token."""
-        keep = keep & ~np.isnan(self.n2_auroc)
-        return Scores(self.n2_auroc[keep], self.n2_low[keep], self.n2_high[keep])
+    def of_same_token(self) -> np.ndarray:
+        """[n] scores of the labels against silent rows of the same token."""
+        return self.n2_auroc[self.is_labelled & ~np.isnan(self.n2_auroc)]
 
-    def with_silence(self) -> "Scores":
-        """Every feature that is alive; one without a label says nothing, 0.5."""
-        silent = self.is_alive & ~self.is_labelled
-        own = self.of(self.is_labelled & self.is_alive)
-        nothing = np.full(int(silent.sum()), 0.5)
-        return Scores(*(np.concatenate([a, nothing]) for a in (own.value, own.low, own.high)))
+    def of_alive(self) -> np.ndarray:
+        """[n] scores of every alive feature; one without a label, or whose label has none, says nothing: 0.5."""
+        scores = np.where(self.is_labelled & ~np.isnan(self.auroc), self.auroc, 0.5)
+        return scores[self.is_alive]
 
-
-@dataclass(frozen=True)
-class Scores:
-    """Numbers of n features with their intervals over documents, NaN where there is none."""
-
-    value: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.value)
-
-    @property
-    def median(self) -> float:
-        """NaN for none."""
-        return float(np.median(self.value)) if len(self) else float("nan")
-
-    def medians(self, draws: int, seed: int) -> np.ndarray:
-        """[draws] medians of features drawn with replacement."""
-        rng, n = np.random.default_rng(seed), len(self)
-        found, at_once = [], max(1, _AT_ONCE // max(n, 1))
-        for start in range(0, draws, at_once):
-            pick = rng.integers(0, n, (min(at_once, draws - start), n))
-            found.append(np.median(self.value[pick], axis=1))
-        return np.concatenate(found)
-
-    def interval(self, seed: int = 0, draws: int = DRAWS) -> tuple[float, float]:
-        """95 % interval of the median."""
-        if not len(self):
-            return float("nan"), float("nan")
-        low, high = np.percentile(self.medians(draws, seed), (2.5, 97.5))
-        return float(low), float(high)
+    def share(self, *, contextual: bool = False) -> tuple[float, int]:
+        """Share of the alive features that have a label (and that their token does not explain), and how many live."""
+        alive = int(self.is_alive.sum())
+        chosen = self.is_alive & self.is_labelled & ~(self.is_lexical & contextual)
+        return (float(chosen.sum() / alive) if alive else float("nan")), alive
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Median of one group less that of another, with its 95 % interval; NaN where a group is empty."""
+    """A statistic of one group less that of another, with its 95 % interval; NaN where a group is empty."""
 
     value: float
     low: float
@@ -106,21 +76,46 @@ class Gap:
     n_other: int
 
 
-def median_gap(
-    mine: Scores, other: Scores, *, of_documents: np.ndarray | None = None, seed: int = 0, draws: int = DRAWS
+def gap(
+    mine: np.ndarray,
+    other: np.ndarray,
+    *,
+    mean: bool = False,
+    of_documents: np.ndarray | None = None,
+    seed: int = 0,
+    draws: int = DRAWS,
 ) -> Gap:
-    """How much higher the median of `mine` is.
+    """How much higher the median (or mean) of the scores `mine` [n] is than that of `other` [m].
 
     `of_documents` [draws]: by how much the difference moves with draws of the documents, which all features share.
     """
     if not len(mine) or not len(other):
         return Gap(float("nan"), float("nan"), float("nan"), len(mine), len(other))
-    value = mine.median - other.median
-    drawn = mine.medians(draws, seed) - other.medians(draws, seed + 1)
+    statistic = np.mean if mean else np.median
+    value = float(statistic(mine) - statistic(other))
+    drawn = _drawn(mine, mean, draws, seed) - _drawn(other, mean, draws, seed + 1)
     if of_documents is not None:
         drawn += of_documents
-    low, high = np.percentile(drawn, (2.5, 97.5))
+    low, high = np.percentile(drawn, PERCENTILES)
     return Gap(value, float(low), float(high), len(mine), len(other))
+
+
+def median_interval(scores: np.ndarray, *, seed: int = 0, draws: int = DRAWS) -> tuple[float, float]:
+    """95 % interval of the median of scores [n] over features; NaN for none."""
+    if not len(scores):
+        return float("nan"), float("nan")
+    low, high = np.percentile(_drawn(scores, False, draws, seed), PERCENTILES)
+    return float(low), float(high)
+
+
+def _drawn(values: np.ndarray, mean: bool, draws: int, seed: int) -> np.ndarray:
+    """[draws] medians (or means) of features drawn with replacement."""
+    rng, n = np.random.default_rng(seed), len(values)
+    found, at_once = [], max(1, DRAWN_AT_ONCE // n)
+    for start in range(0, draws, at_once):
+        picked = values[rng.integers(0, n, (min(at_once, draws - start), n))]
+        found.append(picked.mean(axis=1) if mean else np.median(picked, axis=1))
+    return np.concatenate(found)
 
 
 def percentiles(values: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -132,35 +127,57 @@ def percentiles(values: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def feature_scores(run: "Run") -> FeatureScores:
-    """The scores of a labelled run's own dictionary. Raises EvidenceError before `saeql label`."""
+    """The scores of a labelled run's own dictionary, from its evidence. Raises EvidenceError before `saeql label`."""
     if not run.evidence.has("labels"):
         raise EvidenceError(f"{run.path} has no labels yet: `saeql label {run.path}` makes them")
     labels = _of(run, "labels").sort_by("feature")
     num = len(labels)
     receipts = _of(run, "receipts") if run.evidence.has("receipts") else None
-    is_labelled = np.array([label != UNEXPLAINED for label in labels["label"].to_pylist()])
-    n1 = _numbers(receipts, "C4", "N1", num)
-    n2 = _numbers(receipts, "C4", "N2", num)
-    token = _numbers(receipts, "C5", "A_tok", num)
-    has_n1 = bool((~np.isnan(n1[0])).any())
-    own = tuple(labels[name].to_numpy().astype(np.float64) for name in ("auroc", "auroc_low", "auroc_high"))
-    value, low, high = n1 if has_n1 else own
-    is_lexical = np.array([kind == "lexical" for kind in labels["kind"].to_pylist()])
-    if bool((~np.isnan(token[0])).any()):
-        is_lexical = token[0] >= LEXICAL
+    n1 = _numbers(receipts, _rung("N1"), num)
+    n2 = _numbers(receipts, _rung("N2"), num)
+    token = _numbers(receipts, f"{TokenBaseline.code} {TokenBaseline.name}", num)
+    has_n1, has_token = bool((~np.isnan(n1)).any()), bool((~np.isnan(token)).any())
+    is_labelled = np.array([label != UNEXPLAINED for label in labels["label"].to_pylist()], bool)
+    kind_is_lexical = np.array([kind == "lexical" for kind in labels["kind"].to_pylist()], bool)
+    own = labels["auroc"].to_numpy().astype(np.float64)
     return FeatureScores(
         scored_on="N1" if has_n1 else "all inactive rows",
         is_alive=labels["n_active"].to_numpy() > 0,
         is_labelled=is_labelled,
-        is_lexical=is_lexical,
-        auroc=np.where(is_labelled, value, np.nan),
-        low=low,
-        high=high,
-        n2_auroc=np.where(is_labelled, n2[0], np.nan),
-        n2_low=n2[1],
-        n2_high=n2[2],
-        passes_permutation=_verdicts(receipts, "C3", num),
+        is_lexical=token >= THRESHOLDS.lexical_auroc if has_token else kind_is_lexical,
+        auroc=np.where(is_labelled, n1 if has_n1 else own, np.nan),
+        n2_auroc=np.where(is_labelled, n2, np.nan),
+        passes_permutation=_verdicts(receipts, f"{LabelPermutation.code} {LabelPermutation.name}", num),
     )
+
+
+def scores_of(labelled: Labelled) -> FeatureScores:
+    """The same of labels that are just made and not evidence yet."""
+    num, test = labelled.rows.num_features, labelled.rows.test
+    n1, n2 = np.full(num, np.nan), np.full(num, np.nan)
+    tokens = test.windows.tokens.ravel()
+    for feature, scores in labelled.scores.items():
+        negatives = labelled.examples[feature].negatives
+        if "N1" in negatives:
+            n1[feature] = auroc(scores["active"], scores["N1"])
+        if "N2" in negatives:
+            same = tokens[labelled.examples[feature].active][:, None] == tokens[negatives["N2"]][None, :]
+            n2[feature] = auroc(scores["active"], scores["N2"], same)
+    is_labelled = np.zeros(num, bool)
+    is_labelled[list(labelled.labels)] = True
+    return FeatureScores(
+        scored_on="N1",
+        is_alive=test.active.counts > 0,
+        is_labelled=is_labelled,
+        is_lexical=token_auroc(labelled.token_table, test) >= THRESHOLDS.lexical_auroc,
+        auroc=n1,
+        n2_auroc=n2,
+        passes_permutation=np.full(num, np.nan),
+    )
+
+
+def _rung(name: str) -> str:
+    return f"{NegativeLadder.code} {NegativeLadder.name} {name}"
 
 
 def _of(run: "Run", table: str) -> pa.Table:
@@ -168,25 +185,24 @@ def _of(run: "Run", table: str) -> pa.Table:
     return rows.filter(pc.field("dictionary") == run.spec.name)
 
 
-def _numbers(receipts: pa.Table | None, code: str, end: str, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Value, low and high [num] of the receipts of a control whose name ends so."""
-    found = np.full((3, num), np.nan)
-    for row in _rows(receipts, code, end):
-        found[:, row["feature"]] = [np.nan if row[name] is None else row[name] for name in ("value", "low", "high")]
-    return found[0], found[1], found[2]
-
-
-def _verdicts(receipts: pa.Table | None, code: str, num: int) -> np.ndarray:
+def _numbers(receipts: pa.Table | None, control: str, num: int) -> np.ndarray:
+    """Values [num] of the receipts of this name, by feature."""
     found = np.full(num, np.nan)
-    for row in _rows(receipts, code, ""):
-        if row["verdict"] in ("passed", "failed"):
-            found[row["feature"]] = row["verdict"] == "passed"
+    for row in _rows(receipts, control):
+        found[row["feature"]] = np.nan if row["value"] is None else row["value"]
     return found
 
 
-def _rows(receipts: pa.Table | None, code: str, end: str) -> Sequence[dict]:
+def _verdicts(receipts: pa.Table | None, control: str, num: int) -> np.ndarray:
+    found = np.full(num, np.nan)
+    for row in _rows(receipts, control):
+        if row["verdict"] in (PASSED, FAILED):
+            found[row["feature"]] = row["verdict"] == PASSED
+    return found
+
+
+def _rows(receipts: pa.Table | None, control: str) -> list[dict]:
     if receipts is None:
-        return ()
-    keep = [name.startswith(f"{code} ") and name.endswith(end) for name in receipts["control"].to_pylist()]
-    of_features = receipts.filter(pa.array(keep, pa.bool_())).filter(pc.field("feature").is_valid())
-    return of_features.select(["feature", "value", "low", "high", "verdict"]).to_pylist()
+        return []
+    chosen = receipts.filter((pc.field("control") == control) & pc.field("feature").is_valid())
+    return chosen.select(["feature", "value", "verdict"]).to_pylist()

@@ -13,10 +13,10 @@ import torch
 from saeql.sae.config import ConfigError
 from saeql.sae.files import DictionaryError
 
-from ..control_runs import find_control
+from ..control_runs import find_control, is_control
 from ..dictionaries import start_dictionary
 from .control import Control, Labelled
-from .control_gaps import ControlPair, share_receipt
+from .control_gaps import ControlPair, Trained
 from .receipt import REPORTED, Receipt
 
 if TYPE_CHECKING:
@@ -39,24 +39,24 @@ class FrozenBaselines:
         return cls()
 
     def check(self, labelled: Labelled) -> Sequence[Receipt]:
-        """By what is on disk of the run and its control runs."""
-        return self.compare(labelled.run)
+        """Of labels that are just made, against the control runs on disk; none for a control run itself."""
+        return [] if is_control(labelled.run) else self.compare(Trained(labelled.run, labelled))
 
-    def compare(self, run: "Run") -> list[Receipt]:
+    def compare(self, trained: Trained) -> list[Receipt]:
         """One receipt a baseline and kind of negatives, that of the best baseline, and the turn of decoder rows."""
         title, found, gaps = f"{self.code} {self.name}", [], []
         for kind in KINDS:
-            pair = ControlPair(run, kind)
-            if pair.mine is None or pair.other is None:
+            pair = ControlPair(trained, kind)
+            if pair.scores is None:
                 gaps.append(pair.absent(f"{title} {kind}", pair.missing))
                 continue
-            mine, other = pair.mine, pair.other
-            gaps.append(pair.gap(f"{title} {kind}", mine.of(mine.is_labelled), other.of(other.is_labelled)))
-            n2 = mine.on_same_token(mine.is_labelled), other.on_same_token(other.is_labelled)
+            mine, other = pair.scores
+            gaps.append(pair.gap(f"{title} {kind}", mine.of_labels(), other.of_labels()))
             found += [
-                pair.gap(f"{title} {kind} N2", *n2),
-                pair.gap(f"{title} {kind} alive", mine.with_silence(), other.with_silence(), asked=False),
-                share_receipt(f"{title} {kind} labelled share", other, kind),
+                pair.gap(f"{title} {kind} N2", mine.of_same_token(), other.of_same_token()),
+                pair.gap(f"{title} {kind} alive", mine.of_alive(), other.of_alive(), mean=True, asked=False),
+                pair.labelled_shares(f"{title} {kind} labelled share"),
+                pair.labelled_shares(f"{title} {kind} contextual share", contextual=True),
             ]
         measured = [(gap.value, gap) for gap in gaps if gap.value is not None]
         if measured:
@@ -67,6 +67,7 @@ class FrozenBaselines:
                     n=best.n, low=best.low, high=best.high, detail={**best.detail, "measured": len(measured)},
                 )
             )  # fmt: skip
+        run = trained.run
         runs = [("", run), *((f" {kind}", find_control(run, kind)) for kind in KINDS)]
         return [*gaps, *found, *(turn(f"{title} cosine with start{end}", own) for end, own in runs if own is not None)]
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from ..control_runs import is_control
 from .control import Control, Labelled
-from .control_gaps import ControlPair, permutation_share, share_receipt
+from .control_gaps import ControlPair, Trained
 from .control_scores import percentiles
 from .receipt import REPORTED, Receipt
+from .thresholds import THRESHOLDS
 
 if TYPE_CHECKING:
     from ..run import Run
 
-#: What the trained median has to be above the random one, set before any dictionary was scored.
-LEAST_GAP = 0.05
 #: The one that decides, and others that are only reported where they were made.
 KIND, MORE_KINDS = "random", ("random-covariance", "neurons", "pca")
 
@@ -37,38 +37,37 @@ class RandomDictionary:
         return cls()
 
     def check(self, labelled: Labelled) -> Sequence[Receipt]:
-        """By what is on disk of the run and its control runs."""
-        return self.compare(labelled.run)
+        """Of labels that are just made, against the control runs on disk; none for a control run itself."""
+        return [] if is_control(labelled.run) else self.compare(Trained(labelled.run, labelled))
 
-    def compare(self, run: "Run") -> list[Receipt]:
+    def compare(self, trained: Trained) -> list[Receipt]:
         """Receipts of the whole, and the percentile of every labelled feature."""
-        pair = ControlPair(run, KIND)
-        title = f"{self.code} {self.name}"
-        if pair.mine is None or pair.other is None:
+        title, pair = f"{self.code} {self.name}", ControlPair(trained, KIND)
+        if pair.scores is None:
             return [pair.absent(title, pair.missing)]
-        mine, other = pair.mine, pair.other
+        mine, other = pair.scores
         found = [
-            pair.gap(title, mine.of(mine.is_labelled), other.of(other.is_labelled), at_least=LEAST_GAP),
-            pair.gap(f"{title} alive", mine.with_silence(), other.with_silence(), asked=False),
-            share_receipt(f"{title} labelled share", other, KIND),
-            permutation_share(f"{title} C3", other, KIND),
+            pair.gap(title, mine.of_labels(), other.of_labels(), at_least=THRESHOLDS.random_gap),
+            pair.gap(f"{title} alive", mine.of_alive(), other.of_alive(), mean=True, asked=False),
+            pair.labelled_shares(f"{title} labelled share"),
+            pair.permutation_share(f"{title} C3 share"),
         ]
         for kind in MORE_KINDS:
-            more = ControlPair(run, kind)
-            if more.mine is not None and more.other is not None:
-                both = more.mine.of(more.mine.is_labelled), more.other.of(more.other.is_labelled)
+            more = ControlPair(trained, kind)
+            if more.scores is not None:
+                mine, other = more.scores
                 found += [
-                    more.gap(f"{title} {kind}", *both, asked=False),
-                    share_receipt(f"{title} {kind} labelled share", more.other, kind),
+                    more.gap(f"{title} {kind}", mine.of_labels(), other.of_labels(), asked=False),
+                    more.labelled_shares(f"{title} {kind} labelled share"),
                 ]
         return found + self._percentiles(pair)
 
     def _percentiles(self, pair: ControlPair) -> list[Receipt]:
         """Where every label's score lies among those of random features."""
-        assert pair.mine is not None and pair.other is not None
-        has_score = pair.mine.is_labelled & ~np.isnan(pair.mine.auroc)
-        others = pair.other.of(pair.other.is_labelled).value
-        features, values = np.flatnonzero(has_score), pair.mine.auroc[has_score]
+        assert pair.scores is not None
+        mine, other = pair.scores
+        has_score, others = mine.is_labelled & ~np.isnan(mine.auroc), other.of_labels()
+        features, values = np.flatnonzero(has_score), mine.auroc[has_score]
         if not len(others):
             return []
         name = f"{self.code} {self.name} percentile"

@@ -8,10 +8,10 @@ that their token alone does not explain.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from ..control_runs import is_control
 from .control import Control, Labelled
-from .control_gaps import ControlPair, share_receipt
-from .control_scores import FeatureScores
-from .receipt import REPORTED, Receipt
+from .control_gaps import ControlPair, Trained
+from .receipt import Receipt
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -33,36 +33,26 @@ class RandomisedModel:
         return cls()
 
     def check(self, labelled: Labelled) -> Sequence[Receipt]:
-        """By what is on disk of the run and its control runs."""
-        return self.compare(labelled.run)
+        """Of labels that are just made, against the control runs on disk; none for a control run itself."""
+        return [] if is_control(labelled.run) else self.compare(Trained(labelled.run, labelled))
 
-    def compare(self, run: "Run") -> list[Receipt]:
+    def compare(self, trained: Trained) -> list[Receipt]:
         """The gap on contextual features, which decides; that on all of them and the shares, which do not."""
         title, found = f"{self.code} {self.name}", []
         for kind in (KIND, *MORE_KINDS):
-            pair, own = ControlPair(run, kind), title if kind == KIND else f"{title} {kind}"
-            if pair.mine is None or pair.other is None:
+            pair, own = ControlPair(trained, kind), title if kind == KIND else f"{title} {kind}"
+            if pair.scores is None:
                 found += [pair.absent(own, pair.missing)] if kind == KIND else []
                 continue
-            mine, other = pair.mine, pair.other
-            contextual = (scores.of(scores.is_labelled & ~scores.is_lexical) for scores in (mine, other))
+            mine, other = pair.scores
+            contextual = mine.of_labels(contextual=True), other.of_labels(contextual=True)
             found += [
                 pair.gap(own, *contextual, asked=kind == KIND),
-                pair.gap(f"{own} all", mine.of(mine.is_labelled), other.of(other.is_labelled), asked=False),
-                share_receipt(f"{own} labelled share", other, kind),
-                _contextual_share(f"{own} contextual share", other, kind),
-                _contextual_share(f"{own} contextual share of the run", mine, kind),
+                pair.gap(f"{own} all", mine.of_labels(), other.of_labels(), asked=False),
+                pair.labelled_shares(f"{own} labelled share"),
+                pair.labelled_shares(f"{own} contextual share", contextual=True),
             ]
         return found
-
-
-def _contextual_share(name: str, scores: FeatureScores, kind: str) -> Receipt:
-    """Share of the alive features that have a label and are not lexical."""
-    alive = int(scores.is_alive.sum())
-    count = int((scores.is_alive & scores.is_labelled & ~scores.is_lexical).sum())
-    return Receipt(
-        control=name, value=count / alive if alive else None, verdict=REPORTED, n=alive, detail={"kind": kind}
-    )
 
 
 _: type[Control] = RandomisedModel

@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from saeql.sae.config import ConfigError
 
 from ..compare import SHARED_COSINE, Pair, compare, find_compared
-from ..control_runs import command, control_path, status
+from ..control_runs import command, control_path, is_control, status
 from ..dictionaries import start_dictionary
 from .control import Control, Labelled
+from .control_gaps import Trained
 from .receipt import FAILED, PASSED, REPORTED, Receipt, judged
+from .thresholds import THRESHOLDS
 
 if TYPE_CHECKING:
     from ..run import Run
 
 KIND = "second-seed"
-#: Share of features that two seeds should share: up to so many latents, and in wider dictionaries.
-LEAST_SHARE, WIDE, LEAST_SHARE_WIDE = 0.25, 8192, 0.15
 
 
 class SeedStability:
@@ -41,11 +41,12 @@ class SeedStability:
         return cls()
 
     def check(self, labelled: Labelled) -> Sequence[Receipt]:
-        """By what is on disk of the run and its control run."""
-        return self.compare(labelled.run)
+        """By the dictionaries on disk, whatever the labels; none for a control run itself."""
+        return [] if is_control(labelled.run) else self.compare(Trained(labelled.run))
 
-    def compare(self, run: "Run") -> list[Receipt]:
+    def compare(self, trained: Trained) -> list[Receipt]:
         """The shared share with what chance gives, and every feature's own flag."""
+        run = trained.run
         title, state = f"{self.code} {self.name}", status(run, KIND)
         other = control_path(run, KIND)
         if state in ("none", "begun", "harvest done") or state.startswith("out of date"):
@@ -57,7 +58,7 @@ class SeedStability:
 
     def _whole(self, run: "Run", title: str, pair: Pair, density: NDArray[np.float32] | None) -> list[Receipt]:
         summary, num = pair.summary, len(pair.matching.partner)
-        least = LEAST_SHARE if num <= WIDE else LEAST_SHARE_WIDE
+        least = THRESHOLDS.shared_share if num <= THRESHOLDS.wide else THRESHOLDS.shared_share_wide
         low, high = summary["shared_interval"]
         detail = {
             "kind": KIND,

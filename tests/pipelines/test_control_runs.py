@@ -17,7 +17,7 @@ from saeql.pipelines.control_runs import ControlRunError, find_control, make_con
 from saeql.pipelines.dictionaries import start_dictionary
 from saeql.pipelines.model_config import ModelConfig
 from saeql.pipelines.models import ModelMismatch, load_model
-from saeql.pipelines.receipts.control_scores import Scores, feature_scores, median_gap, percentiles
+from saeql.pipelines.receipts.control_scores import feature_scores, gap, percentiles
 from saeql.pipelines.receipts.receipt import Receipt, receipts_table
 from saeql.sae.checkpoint import checkpoints
 
@@ -163,14 +163,13 @@ def test_activations_are_there_once_and_every_file_verifies(parent: Run):
 def test_labels_of_control_runs_are_real_and_stand_beside_the_runs(parent: Run):
     receipts = {r.control: r for r in compare_controls(parent) if r.feature is None}
     mine, random = feature_scores(parent), feature_scores(of(parent, "random"))
-    gap = receipts["C6 random dictionary"]
-    if random.is_labelled.any():
-        assert gap.value == pytest.approx(
-            np.median(mine.auroc[mine.is_labelled]) - np.median(random.auroc[random.is_labelled])
-        )
-        assert gap.low is not None and gap.value is not None and gap.high is not None
-        assert gap.low <= gap.value <= gap.high
-        assert gap.n == mine.is_labelled.sum() + random.is_labelled.sum()
+    assert mine.scored_on == random.scored_on == "N1"
+    found = receipts["C6 random dictionary"]
+    assert found.low is not None and found.value is not None and found.high is not None
+    assert found.value == pytest.approx(np.median(mine.of_labels()) - np.median(random.of_labels()))
+    assert found.low <= found.value <= found.high and found.n == len(mine.of_labels()) + len(random.of_labels())
+    share = receipts["C6 random dictionary C3 share"]
+    assert share.value is not None and 0 <= share.value <= (receipts["C6 random dictionary labelled share"].value or 0)
     assert receipts["C6 random dictionary labelled share"].n == int(random.is_alive.sum())
     turned = receipts["C7 frozen baselines cosine with start frozen-decoder"]
     assert turned.value == pytest.approx(1.0, abs=1e-6) and sum(turned.detail["counts"]) == 96
@@ -237,23 +236,22 @@ def test_switches_that_do_not_fit_are_named(overrides: dict[str, str], message: 
 
 def test_a_gap_of_medians_and_its_interval():
     rng = np.random.default_rng(0)
-    high, low = (Scores(v, v - 0.02, v + 0.02) for v in (rng.normal(0.8, 0.05, 400), rng.normal(0.7, 0.05, 300)))
-    gap = median_gap(high, low)
-    assert gap.value == pytest.approx(0.1, abs=0.02) and 0.08 < gap.low < gap.value < gap.high < 0.12
-    moving = 0.02 * rng.standard_normal(2000)
-    wider = median_gap(high, low, of_documents=moving)
-    assert wider.value == gap.value and wider.high - wider.low > 2 * (gap.high - gap.low)
-    nothing = np.zeros(0)
-    assert np.isnan(median_gap(high, Scores(nothing, nothing, nothing)).value)
+    high, low = rng.normal(0.8, 0.05, 400), rng.normal(0.7, 0.05, 300)
+    found = gap(high, low)
+    assert found.value == pytest.approx(0.1, abs=0.02) and 0.08 < found.low < found.value < found.high < 0.12
+    assert gap(low, high).high < 0 and gap(high, low, mean=True).value == pytest.approx(high.mean() - low.mean())
+    wider = gap(high, low, of_documents=0.02 * rng.standard_normal(2000))
+    assert wider.value == found.value and wider.high - wider.low > 2 * (found.high - found.low)
+    assert np.isnan(gap(high, np.zeros(0)).value)
     assert percentiles(np.array([0.0, 2.0, 9.0]), np.array([1.0, 2.0, 3.0, 4.0])).tolist() == [0, 0.375, 1]
 
 
 def test_medians_over_documents_are_those_of_the_labels_scored_anew(parent: Run):
     from saeql.pipelines.label import labels_of
-    from saeql.pipelines.receipts.document_medians import document_medians
+    from saeql.pipelines.receipts.document_medians import document_moves_of
     from saeql.pipelines.split_rows import read_feature_rows
 
-    moved = document_medians(parent, draws=40, seed=0)
+    moved = document_moves_of(parent, draws=40, seed=0).median
     assert moved.shape == (40,) and 0 < moved.std() < 0.05
     rows = read_feature_rows(parent.evidence, parent.spec.name, active_fraction=0.25).test
     times = np.random.default_rng(0).multinomial(
@@ -273,3 +271,25 @@ def test_medians_over_documents_are_those_of_the_labels_scored_anew(parent: Run)
             )
             scores[number].append(sum(rate) / 2)
     assert moved[7] == pytest.approx(np.median(scores[1]) - np.median(scores[0]), abs=1e-5)
+
+
+def test_labels_that_are_not_evidence_yet_are_compared_alike(parent: Run):
+    from saeql.pipelines.label import labels_of
+    from saeql.pipelines.receipts.control import Labelled
+    from saeql.pipelines.receipts.control_gaps import Trained
+    from saeql.pipelines.receipts.held_out import HeldOut
+    from saeql.pipelines.receipts.random_dictionary import RandomDictionary
+    from saeql.pipelines.receipts.randomised_model import RandomisedModel
+    from saeql.pipelines.split_rows import read_feature_rows
+
+    rows = read_feature_rows(parent.evidence, parent.spec.name, active_fraction=0.25)
+    held_out = HeldOut.of_evidence(rows, parent.evidence, parent.config.label)
+    alive = np.flatnonzero(rows.test.active.counts).tolist()
+    labels = labels_of(parent.evidence.read("labels"))
+    labelled = Labelled(parent, rows, labels, held_out.sample("test", alive), "full", held_out=held_out)
+    for control in (RandomDictionary(), RandomisedModel()):
+        now, before = control.check(labelled), control.compare(Trained(parent))
+        assert [r.control for r in now] == [r.control for r in before]
+        for mine, theirs in zip(now, before, strict=True):
+            assert mine.value == pytest.approx(theirs.value, abs=1e-6) and mine.verdict == theirs.verdict, mine.control
+    assert RandomDictionary().check(Labelled(of(parent, "random"), rows, {}, {}, "full")) == []
