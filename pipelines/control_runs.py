@@ -155,11 +155,12 @@ def make_control(run: Run, kind: str, *, out: Path | None = None) -> Run:
             raise ControlRunError(
                 f"{place} was made before the last {changed[0]} of {run.path}: remove it to make it anew"
             )
+        return Run.open(place)
     config = replace(wanted.switch(run), sweep=SweepConfig())
     control = Run.create(place, config)
-    write_whole(place / CONTROL_FILE, json.dumps(_record(run, wanted), indent=2) + "\n")
     if not wanted.has_own_activations and not control.activations.exists():
         _share_harvest(run, control)
+    write_whole(place / CONTROL_FILE, json.dumps(_record(run, wanted), indent=2) + "\n")  # last: all is there
     return control
 
 
@@ -221,7 +222,7 @@ def _share_harvest(run: Run, control: Run) -> None:
     harvest = {"harvest": run.finished()["harvest"]}
     write_whole(control.path / "stages.json", json.dumps(harvest, indent=2) + "\n")
     target = os.path.relpath(run.activations.resolve(), control.path.resolve())
-    control.activations.symlink_to(target)  # last: it says that all is there
+    control.activations.symlink_to(target)
 
 
 def _link(file: Path, copy: Path) -> None:

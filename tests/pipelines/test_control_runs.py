@@ -294,3 +294,11 @@ def test_labels_that_are_not_evidence_yet_are_compared_alike(parent: Run):
         for mine, theirs in zip(now, before, strict=True):
             assert mine.value == pytest.approx(theirs.value, abs=1e-6) and mine.verdict == theirs.verdict, mine.control
     assert RandomDictionary().check(Labelled(of(parent, "random"), rows, {}, {}, "full")) == []
+
+
+def test_every_stage_runs_on_a_dictionary_that_was_not_trained(parent: Run, tmp_path: Path):
+    made = make_control(Run.open(shutil.copytree(parent.path, tmp_path / "copy", symlinks=True)), "random")
+    assert [stage for stage, seconds in made.execute() if seconds is not None] == ["evaluate", "store", "report"]
+    metrics = {m["metric"]: m["value"] for m in made.evidence.read("metrics").to_pylist()}
+    assert metrics["l0"] == pytest.approx(4, abs=1)  # the trained one has 4 on train
+    assert (made.path / "report.html").stat().st_size > 0
