@@ -72,7 +72,7 @@ def _fixed(start: str) -> Callable[[Run], RunConfig]:
 def _frozen(freeze: str) -> Callable[[Run], RunConfig]:
     return lambda run: replace(
         run.config,
-        dictionary=replace(run.config.dictionary, freeze=freeze),
+        dictionary=replace(run.config.dictionary, freeze=freeze, start_from=""),
         train=replace(run.config.train, resample_every_steps=0),
     )
 
