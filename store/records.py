@@ -104,6 +104,8 @@ NEIGHBOURS = pa.schema(
 #: One row a feature, `unexplained` included: made on train, chosen on calibration, every score here read on test.
 #: For labels a feature is *active* on a row where its activation exceeds `label.active_fraction` (a quarter) of its
 #: largest train activation; every other row after a window's first is inactive, rows of weak activation included.
+#: A label in words has no predicate to execute: its AUROC is its scorer's, on examples against negatives matched on token
+#: frequency, position and window length (rung N1 of docs/receipts.md), and the columns that need every row are null.
 LABELS = pa.schema(
     [
         ("dictionary", pa.string()),
@@ -113,15 +115,15 @@ LABELS = pa.schema(
         ("predicate", pa.string()),  # JSON, executable by pipelines/predicates.py; null where the label is words only
         ("explainer", pa.string()),
         ("score_split", pa.string()),  # always 'test'
-        ("auroc", pa.float32()),  # of the predicate against 'active', null where n is 0
+        ("auroc", pa.float32()),  # of the predicate against 'active' on all test rows; of words on N1 examples
         ("auroc_low", pa.float32()),  # 95 % interval, bootstrap over documents
         ("auroc_high", pa.float32()),
         ("precision", pa.float32()),
         ("recall", pa.float32()),
         ("f1", pa.float32()),
         ("n_active", pa.int32()),  # test rows on which the feature is active
-        ("n_inactive", pa.int32()),  # test rows it was scored against
-        ("calibration_f1", pa.float32()),  # what the label was chosen by
+        ("n_inactive", pa.int32()),  # test rows it was scored against: all of them, or the N1 negatives
+        ("calibration_f1", pa.float32()),  # what an executable label was chosen by
     ]
 )
 

@@ -61,7 +61,7 @@ class LabelPermutation:
         share = float(rejected.sum() / alive) if alive else None
         detail = {"labelled": int(rejected.sum()), "with_label": len(labelled.labels), "testable": len(features)}
         receipts.append(Receipt(control=f"{named} share", value=share, n=alive, verdict=REPORTED, detail=detail))
-        receipts.append(_mean_receipt(named, [v for f in features for v in found[f]], len(features)))
+        receipts.append(_mean_receipt(named, [found[f] for f in features], len(features)))
         return receipts
 
 
@@ -84,9 +84,10 @@ def _quantiles(values: np.ndarray) -> list[float]:
     return [round(float(v), 4) for v in np.quantile(values, [0.05, 0.5, 0.95])] if len(values) else []
 
 
-def _mean_receipt(named: str, values: list[float], num_features: int) -> Receipt:
+def _mean_receipt(named: str, found: list[np.ndarray], num_features: int) -> Receipt:
     """Mean AUROC of labels on features that they were not made for: a leak shows here."""
-    mean = float(np.mean(values)) if values else None
+    values = np.concatenate([np.zeros(0), *found])
+    mean = float(values.mean()) if len(values) else None
     margin = THRESHOLDS.null_margin
     enough = num_features >= THRESHOLDS.null_features
     verdict = judged(abs(mean - 0.5) if mean is not None else None, margin, at_least=False) if enough else REPORTED
@@ -115,11 +116,13 @@ def _others(labelled: Labelled, features: Sequence[int]) -> dict[int, list[int]]
             continue
         texts = [labels[f].label for f in group.tolist()]
         repeats = max(np.unique(texts, return_counts=True)[1])
-        asked = min(len(group), THRESHOLDS.permutations + int(repeats))
+        few = not executable and getattr(labelled.label_scorer, "is_costly", False)
+        num = THRESHOLDS.costly_permutations if few else THRESHOLDS.permutations
+        asked = min(len(group), num + int(repeats))
         nearest = np.asarray(KDTree(places[group]).query(places[group], k=asked)[1])
         for feature, own, near in zip(group.tolist(), texts, nearest.tolist(), strict=True):
             kept = [int(group[i]) for i in near if texts[i] != own]
-            out[feature] = kept[: THRESHOLDS.permutations]
+            out[feature] = kept[:num]
     return out
 
 

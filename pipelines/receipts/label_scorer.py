@@ -8,7 +8,7 @@ import numpy as np
 from ..explainers.base import Candidate
 from ..split_rows import SplitRows
 from .predicate_scorer import PredicateScorer
-from .registry import scorers
+from .registry import COSTLY_SCORERS, scorers
 from .scorer import Scorer
 
 if TYPE_CHECKING:
@@ -20,14 +20,16 @@ class LabelScorer:
 
     name: ClassVar[str] = "labels"
 
-    def __init__(self, words: Callable[[], Scorer]):
-        self._make_words, self._words = words, None
+    def __init__(self, words: Callable[[], Scorer], *, is_costly: bool = False):
+        """`words` makes the scorer of words; `is_costly`: it asks a language model about every row."""
+        self._make_words, self._words, self.is_costly = words, None, is_costly
         self._executed = PredicateScorer()
 
     @classmethod
     def of(cls, run: "Run") -> Self:
         """Words by `label.scorer`."""
-        return cls(lambda: scorers([run.config.label.scorer])[0].of(run))
+        name = run.config.label.scorer
+        return cls(lambda: scorers([name])[0].of(run), is_costly=name in COSTLY_SCORERS)
 
     def score(self, labels: Sequence[Candidate], rows: Sequence[np.ndarray], split: SplitRows) -> list[np.ndarray]:
         """For every label the scores of its rows; see `Scorer`."""
@@ -40,10 +42,3 @@ class LabelScorer:
             for index, scores in zip(in_words, found, strict=True):
                 out[index] = np.asarray(scores, np.float64)
         return out
-
-    def score_as_words(
-        self, labels: Sequence[Candidate], rows: Sequence[np.ndarray], split: SplitRows
-    ) -> list[np.ndarray]:
-        """The same by the text of every label alone, executable or not."""
-        texts = [Candidate(label.label, label.kind, label.explainer) for label in labels]
-        return self.score(texts, rows, split)

@@ -12,7 +12,7 @@ from saeql.store.records import RECEIPTS
 PASSED, FAILED, REPORTED = "passed", "failed", "reported"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
     """One row of evidence table `receipts`."""
 
@@ -41,19 +41,12 @@ def judged(value: float | None, threshold: float, *, at_least: bool = True) -> s
 
 def receipts_table(dictionary: str, receipts: Sequence[Receipt]) -> pa.Table:
     """Evidence table `receipts` of one dictionary."""
-    rows = [
-        {
-            "dictionary": dictionary,
-            "feature": r.feature,
-            "control": r.control,
-            "value": r.value,
-            "threshold": r.threshold,
-            "n": r.n,
-            "low": r.low,
-            "high": r.high,
-            "verdict": r.verdict,
-            "detail": json.dumps(r.detail, ensure_ascii=False, sort_keys=True) if r.detail else None,
-        }
-        for r in receipts
+    columns: dict[str, list[Any]] = {
+        name: [getattr(r, name) for r in receipts]
+        for name in ("feature", "control", "value", "threshold", "n", "low", "high", "verdict")
+    }
+    columns["dictionary"] = [dictionary] * len(receipts)
+    columns["detail"] = [
+        json.dumps(r.detail, ensure_ascii=False, sort_keys=True) if r.detail else None for r in receipts
     ]
-    return pa.Table.from_pylist(rows, schema=RECEIPTS)
+    return pa.table([pa.array(columns[f.name], f.type) for f in RECEIPTS], schema=RECEIPTS)

@@ -13,6 +13,9 @@ SCORERS: dict[str, tuple[str, str]] = {
     "predicates": ("predicate_scorer", "PredicateScorer"),
 }
 
+#: Scorers that ask a language model about every row: controls that score many labels ask fewer of them.
+COSTLY_SCORERS = frozenset({"detection", "fuzzing", "simulation", "surprisal", "intervention"})
+
 #: code -> (module, class, tier), in the order in which they run.
 CONTROLS: dict[str, tuple[str, str, str]] = {
     "C0": ("split_hygiene", "SplitHygiene", "fast"),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Features that labels saying nothing are scored on.
 _BASELINE_FEATURES = 200
+#: The same where every row is asked of a language model.
+_COSTLY_BASELINE_FEATURES = 20
 
 
 class ScorerHealth:
@@ -69,7 +71,8 @@ class ScorerHealth:
     def _baselines(self, labelled: Labelled, features: list[int]) -> list[Receipt]:
         """Mean AUROC of labels that say nothing of a feature, over a sample of them."""
         order = np.argsort(luck(self.seed, "baseline", np.array(features)))
-        sample = [features[i] for i in order[:_BASELINE_FEATURES]]
+        costly = getattr(labelled.label_scorer, "is_costly", False)
+        sample = [features[i] for i in order[: _COSTLY_BASELINE_FEATURES if costly else _BASELINE_FEATURES]]
         labels = [labelled.labels[f] for f in sample]
         longest = max(labels, key=lambda label: (len(label.label), label.label))
         nothing: list[tuple[str, Callable[[Candidate], Candidate | None]]] = [

@@ -20,6 +20,8 @@ class Thresholds:
     null_features: int = 200
     permutations: int = 199
     """C3: labels of other features that a label is compared with."""
+    costly_permutations: int = 39
+    """The same for labels in words whose scorer asks a language model about every row."""
     false_discovery_rate: float = 0.05
     chance: float = 0.5
     """C4: the lower end of the interval must lie above it."""

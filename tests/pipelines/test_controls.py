@@ -1,8 +1,10 @@
 """Every control lets what is right pass, and names what is wrong: leaks, judges that judge nothing, shuffled labels."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,7 @@ from saeql.pipelines.explainers.predicates import PredicateExplainer
 from saeql.pipelines.label import label_rows, labels_of
 from saeql.pipelines.label_config import LabelConfig
 from saeql.pipelines.predicates import Token, TokenClass, TokenSet
+from saeql.pipelines.receipts import label_permutation
 from saeql.pipelines.receipts.activation_range import ActivationRange
 from saeql.pipelines.receipts.control import Labelled, ReceiptError
 from saeql.pipelines.receipts.held_out import HeldOut
@@ -72,7 +75,7 @@ def labelled(tmp_path_factory) -> Labelled:
 class Constant:
     """A judge that always says the same."""
 
-    name = "constant"
+    name: ClassVar[str] = "constant"
 
     def __init__(self, answer: float):
         self.answer = answer
@@ -85,11 +88,11 @@ def with_changes(labelled: Labelled, **changes) -> Labelled:
     return replace(labelled, **changes)
 
 
-def of_features(receipts, control: str) -> dict[int, Receipt]:
+def of_features(receipts: Sequence[Receipt], control: str) -> dict[Any, Any]:
     return {r.feature: r for r in receipts if r.control == control and r.feature is not None}
 
 
-def of_run(receipts, control: str) -> Receipt:
+def of_run(receipts: Sequence[Receipt], control: str) -> Any:
     (found,) = [r for r in receipts if r.control == control and r.feature is None]
     return found
 
@@ -108,6 +111,10 @@ def test_examples_from_train_end_the_run(labelled):
     """A sampler that draws from train, and says that it is test."""
     train = replace(labelled.rows.train, split="test", weak=labelled.rows.train.active.where(np.zeros(0, int)))
     leaking = Sampler(train, SampleConfig()).sample([0, 1, 2])
+    with pytest.raises(ReceiptError, match="examples of feature 0 hold a row that is not of the test split"):
+        SplitHygiene().check(with_changes(labelled, examples=leaking))
+    behind = np.arange(len(train.windows.tokens)) >= len(labelled.rows.test.windows.tokens)
+    leaking = Sampler(train, SampleConfig(), left_out=behind).sample([0, 1, 2])  # rows that test has too, by number
     with pytest.raises(ReceiptError, match=r"C0 split hygiene: examples of feature 0 .*taken from train"):
         SplitHygiene().check(with_changes(labelled, examples=leaking))
     # windows that nearly repeat train are left out, so that a sampler that leaves them out finds nothing there
@@ -195,12 +202,17 @@ def test_the_null_keeps_everything_but_the_places(labelled):
         assert len(shared) < 0.3 * len(before.active.by_feature()[3])
 
 
+NULLS = ("labelled share", "mean", "significant")
+
+
 def test_labels_of_nothing_score_half(labelled):
-    share, mean, significant = TrueNull.of(labelled.run).check(labelled)
+    receipts = TrueNull.of(labelled.run).check(labelled)
+    share, mean, significant = (
+        of_run(receipts, f"C2 true null {x}") for x in ("labelled share", "mean", "significant")
+    )
     assert share.value == 0 and share.n == synthetic.DEAD
-    assert mean.low is not None and mean.high is not None and mean.value is not None
     assert mean.n > 20 and abs(mean.value - 0.5) < 0.05
-    assert significant.value is not None and significant.value < 0.2
+    assert significant.value < 0.2
     assert {r.verdict for r in (share, mean, significant)} == {"reported"}  # 29 features are too few to judge by
 
 
@@ -366,7 +378,7 @@ def test_a_label_of_the_strongest_rows_only_is_named(labelled):
 
 def test_a_healthy_scorer_passes(labelled):
     receipts = ScorerHealth().check(labelled)
-    named = {r.control.removeprefix("C15 scorer health "): r for r in receipts}
+    named: dict[str, Any] = {r.control.removeprefix("C15 scorer health "): r for r in receipts}
     assert {r.verdict for r in receipts} <= {"passed", "reported"}
     assert named["missing answers"].value == 0
     assert abs(named["longest label"].value - 0.5) < 0.05
@@ -395,7 +407,7 @@ def test_a_judge_that_likes_every_label_is_named_by_its_baselines(labelled):
     class Familiar:
         """Knows which rows are active, whatever the label says: it must fail on labels that say nothing."""
 
-        name = "familiar"
+        name: ClassVar[str] = "familiar"
 
         def score(self, labels, rows, split):
             active = {f: set(own.tolist()) for f, own in enumerate(split.active.by_feature())}
@@ -404,7 +416,7 @@ def test_a_judge_that_likes_every_label_is_named_by_its_baselines(labelled):
 
     words = {f: Candidate(c.label, "semantic", "test") for f, c in labelled.labels.items() if f < 12}
     receipts = ScorerHealth().check(with_changes(labelled, labels=words, scorer=Familiar()))
-    named = {r.control.removeprefix("C15 scorer health "): r for r in receipts}
+    named: dict[str, Any] = {r.control.removeprefix("C15 scorer health "): r for r in receipts}
     for baseline in ("empty label", 'label "text"', "longest label"):
         assert named[baseline].verdict == "failed"
         assert named[baseline].value > 0.9
@@ -428,3 +440,21 @@ def test_thresholds_cannot_move_without_their_hash():
     receipt = THRESHOLDS.receipt("fast")
     assert receipt.detail["sha256"] == THRESHOLDS.sha256
     assert receipt.detail["thresholds"]["false_discovery_rate"] == 0.05
+
+
+def test_a_costly_scorer_of_words_is_asked_about_fewer_labels(labelled):
+    words = {f: Candidate(f"{c.label} {f}", "semantic", "test") for f, c in labelled.labels.items()}
+    own = np.random.default_rng(0)
+
+    class Noise:
+        name: ClassVar[str] = "noise"
+
+        def score(self, labels, rows, split):
+            return [own.random(len(r)) for r in rows]
+
+    for is_costly, most in ((False, len(words) - 1), (True, 5)):
+        scorer = LabelScorer(Noise, is_costly=is_costly)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(label_permutation, "THRESHOLDS", replace(THRESHOLDS, costly_permutations=5))
+            receipts = LabelPermutation().check(with_changes(labelled, labels=words, scorer=scorer))
+        assert {r.n for r in of_features(receipts, "C3 label permutation").values()} == {most}
