@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .receipts.card import card_lines
+
 if TYPE_CHECKING:  # a table of rows needs neither the store's engine nor torch
     from saeql.store.feature_store import Example, FeatureStore
     from saeql.store.search import SearchHit
@@ -159,16 +161,21 @@ def print_feature(
 ) -> None:
     """Print one feature with examples, logit effects and neighbours. Raises FeatureNotFound."""
     card = store.feature(feature)
+    receipts = store.receipts(feature)
     examples = store.examples(feature, split=split, limit=num_examples)
     near = store.neighbours(feature, limit=5)
     effects = store.logit_effects(feature)
     if as_json:
-        card = {**card, "examples": [asdict(e) for e in examples], "neighbours": near, "logit_effects": effects}
+        shown = {"examples": [asdict(e) for e in examples], "neighbours": near, "logit_effects": effects}
+        card = {**card, **shown, "receipts": [_parsed(row) for row in receipts]}
         print(json.dumps(card, ensure_ascii=False, default=str))
         return
     out = console()
     out.print(Text(f"feature {feature} of {card['dictionary']}", "bold"))
     out.print(Text(f"label        {visible(card['label'])}  ({card['kind']})"))
+    for line in card_lines(receipts):
+        style = {"passed": "green", "failed": "red"}.get(line.verdict, "")
+        out.print(Text(f"{line.title:<30} ").append(f"{line.verdict:<9}", style).append(line.text))
     if card["auroc"] is not None:
         out.print(
             f"receipt      AUROC {card['auroc']:.3f} on test documents (95 % interval {cell(card['auroc_low'])} to "
@@ -189,6 +196,12 @@ def print_feature(
     out.print(Text(f"\ntop examples ({split})", "bold"))
     for example in examples:
         out.print(Text(f"{example.activation:8.2f}  ").append_text(highlighted(example)))
+
+
+def _parsed(receipt: dict[str, Any]) -> dict[str, Any]:
+    """A receipt without what the card says anyway, its detail as an object."""
+    kept = {key: value for key, value in receipt.items() if key not in ("dictionary", "feature")}
+    return kept | {"detail": json.loads(receipt["detail"]) if receipt["detail"] else None}
 
 
 def print_steering(

@@ -7,6 +7,7 @@ dictionaries/<name>/   cfg.json, sae_weights.safetensors, sparsity.safetensors
 evidence/*.parquet     what was found
 features.duckdb        the feature store, one build of the evidence
 metrics.jsonl          training curve
+evaluation.html        what the dictionary is worth, and what its controls allow to say
 report.html            everything on one page
 stages.json            which stages are finished
 hashes.json            hashes of all that is not in a manifest or a checkpoint
@@ -42,6 +43,7 @@ from .config import RunConfig, to_toml
 from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
 from .embedder import EMBEDDED_EMBEDDER, Embedder, EmbedderError
 from .evaluate import Evaluator, metrics_table
+from .evaluation_page import write_evaluation
 from .harvest import HARVEST_FILE, HarvestInfo, harvest
 from .hook_points import settle
 from .index import Indexer, IndexResult
@@ -407,11 +409,12 @@ class Run:
         return Evaluator(self.language_model, self.activations, info, self.config.evaluate, seed=self.config.seed)
 
     def evaluate(self) -> None:
-        """dictionary + test documents -> metrics."""
+        """dictionary + test documents -> metrics, and with the receipts of its labels evaluation.html."""
         spec = self.spec
         self.evidence.write(
             "metrics", metrics_table(spec.name, self.evaluator().metrics(self.dictionary(), spec.places))
         )
+        write_evaluation(self)
 
     def build_store(self, *, rebuild: bool = False) -> list[str]:
         """evidence -> features.duckdb: what is new is added, published by rename; `rebuild` makes all of it anew.

@@ -354,6 +354,15 @@ class FeatureStore:
         )
         return self._of_feature(query, feature, dictionary, direction=direction, limit=limit)
 
+    def receipts(self, feature: int | None, *, dictionary: str | None = None) -> list[dict[str, Any]]:
+        """Rows of the view `receipts` about a feature, or with None about the dictionary as a whole."""
+        params = {"dictionary": self._scope(dictionary).dictionary, "feature": feature}
+        query = (
+            "SELECT * FROM receipts WHERE dictionary = $dictionary AND feature IS NOT DISTINCT FROM $feature::INTEGER "
+            "ORDER BY control"
+        )
+        return self._rows(query, params)
+
     def dictionaries(self) -> list[dict[str, Any]]:
         """Rows of the view `dictionaries`, in the store's order."""
         return self._rows("SELECT * FROM dictionaries")

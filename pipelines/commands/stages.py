@@ -179,6 +179,7 @@ def evaluate(
 
     Example: saeql evaluate runs/demo --dictionary path/to/dictionary --json
     """
+    from ..evaluation_page import EVALUATION_FILE, run_headline
     from ..metric_table import print_evaluation
     from ..run import Run
 
@@ -187,6 +188,8 @@ def evaluate(
         run_stage("evaluate", run)
         name, places = opened.spec.name, opened.spec.places
         rows = opened.evidence.read("metrics").to_pylist()
+        if not json:
+            print(f"{run_headline(opened.evidence).text}; more in {opened.path / EVALUATION_FILE}", file=sys.stderr)
     else:
         from ..find_dictionary import find_dictionary
 

@@ -273,6 +273,10 @@ def test_the_command_labels_a_real_run_again(tiny_run, tmp_path, capsys):
     main(["store", str(run)])
     main(["sql", str(run), "SELECT verdict FROM receipts WHERE control = 'C0 split hygiene'"])
     assert "passed" in capsys.readouterr().out
+    main(["label", str(run), "--receipts", "none"])
+    assert not (run / "evidence" / "receipts.parquet").exists()
+    main(["verify", str(run)])
+    assert "all whole" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["label", str(run), "--only", "x"])
     assert "--only takes 'unexplained'" in capsys.readouterr().err
