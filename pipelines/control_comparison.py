@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from saeql.store.records import RECEIPTS
 
-from .control_runs import KINDS, command, control_path, find_control, status
+from .control_runs import KINDS, command, control_path, status
 from .receipts.control_gaps import ControlPair, Trained
 from .receipts.control_scores import FeatureScores, feature_scores, gap, median_interval
 from .receipts.frozen_baselines import FrozenBaselines
@@ -25,10 +25,9 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def compare_controls(run: Run) -> list[Receipt]:
+def compare_controls(trained: Trained) -> list[Receipt]:
     """Receipts of all four controls, by the control runs that there are."""
-    trained = Trained(run)
-    return [receipt for control in CONTROLS for receipt in control.of(run).compare(trained)]
+    return [receipt for control in CONTROLS for receipt in control.of(trained.run).compare(trained)]
 
 
 def save_receipts(run: Run, receipts: Sequence[Receipt]) -> None:
@@ -45,15 +44,13 @@ def save_receipts(run: Run, receipts: Sequence[Receipt]) -> None:
     run.save_evidence("receipts", new, "control")
 
 
-def control_table(run: Run) -> tuple[list[str], list[list[Any]]]:
+def control_table(trained: Trained) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: the run, then every control run that is finished, beside it."""
-    trained = Trained(run)
-    rows = [_row("trained", feature_scores(run))]
+    rows = [_row("trained", feature_scores(trained.run))]
     for kind in KINDS:
-        control = find_control(run, kind)
-        if control is not None:
-            pair = ControlPair(trained, kind)
-            rows.append(_row(kind, feature_scores(control), pair))
+        pair = trained.pair(kind)
+        if pair.control is not None:
+            rows.append(_row(kind, feature_scores(pair.control), pair))
     return COLUMNS, rows
 
 

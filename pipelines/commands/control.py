@@ -37,6 +37,7 @@ def control(
     from ..control_comparison import compare_controls, control_table, save_receipts, status_table
     from ..control_runs import ControlRunError, execute_control, kind_of, make_control
     from ..output import note, print_records
+    from ..receipts.control_gaps import Trained
     from ..run import Run
 
     refuse_ranks()
@@ -51,9 +52,10 @@ def control(
         note(f"{name}: {made.path}")
         report_stages(execute_control(opened, made, evaluate=evaluate))
     with opened.locked():
-        receipts = compare_controls(opened)
+        trained = Trained(opened)
+        receipts = compare_controls(trained)
         save_receipts(opened, receipts)
-    print_records(*control_table(opened), style)
+    print_records(*control_table(trained), style)
     if not json:
         whole = [r for r in receipts if r.feature is None]
         print_records(*_receipts(whole), style)

@@ -20,6 +20,13 @@ class Trained:
 
     def __init__(self, run: "Run", labelled: Labelled | None = None):
         self.run, self.labelled = run, labelled
+        self._pairs: dict[str, ControlPair] = {}
+
+    def pair(self, kind: str) -> "ControlPair":
+        """Beside a control run; read once."""
+        if kind not in self._pairs:
+            self._pairs[kind] = ControlPair(self, kind)
+        return self._pairs[kind]
 
     @cached_property
     def scores(self) -> FeatureScores | None:

@@ -16,7 +16,7 @@ from saeql.sae.files import DictionaryError
 from ..control_runs import find_control, is_control
 from ..dictionaries import start_dictionary
 from .control import Control, Labelled
-from .control_gaps import ControlPair, Trained
+from .control_gaps import Trained
 from .receipt import REPORTED, Receipt
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class FrozenBaselines:
         """One receipt a baseline and kind of negatives, that of the best baseline, and the turn of decoder rows."""
         title, found, gaps = f"{self.code} {self.name}", [], []
         for kind in KINDS:
-            pair = ControlPair(trained, kind)
+            pair = trained.pair(kind)
             if pair.scores is None:
                 gaps.append(pair.absent(f"{title} {kind}", pair.missing))
                 continue

@@ -42,7 +42,7 @@ class RandomDictionary:
 
     def compare(self, trained: Trained) -> list[Receipt]:
         """Receipts of the whole, and the percentile of every labelled feature."""
-        title, pair = f"{self.code} {self.name}", ControlPair(trained, KIND)
+        title, pair = f"{self.code} {self.name}", trained.pair(KIND)
         if pair.scores is None:
             return [pair.absent(title, pair.missing)]
         mine, other = pair.scores
@@ -53,7 +53,7 @@ class RandomDictionary:
             pair.permutation_share(f"{title} C3 share"),
         ]
         for kind in MORE_KINDS:
-            more = ControlPair(trained, kind)
+            more = trained.pair(kind)
             if more.scores is not None:
                 mine, other = more.scores
                 found += [

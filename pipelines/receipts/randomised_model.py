@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..control_runs import is_control
 from .control import Control, Labelled
-from .control_gaps import ControlPair, Trained
+from .control_gaps import Trained
 from .receipt import Receipt
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class RandomisedModel:
         """The gap on contextual features, which decides; that on all of them and the shares, which do not."""
         title, found = f"{self.code} {self.name}", []
         for kind in (KIND, *MORE_KINDS):
-            pair, own = ControlPair(trained, kind), title if kind == KIND else f"{title} {kind}"
+            pair, own = trained.pair(kind), title if kind == KIND else f"{title} {kind}"
             if pair.scores is None:
                 found += [pair.absent(own, pair.missing)] if kind == KIND else []
                 continue

@@ -17,6 +17,7 @@ from saeql.pipelines.control_runs import ControlRunError, find_control, make_con
 from saeql.pipelines.dictionaries import start_dictionary
 from saeql.pipelines.model_config import ModelConfig
 from saeql.pipelines.models import ModelMismatch, load_model
+from saeql.pipelines.receipts.control_gaps import Trained
 from saeql.pipelines.receipts.control_scores import feature_scores, gap, percentiles
 from saeql.pipelines.receipts.receipt import Receipt, receipts_table
 from saeql.sae.checkpoint import checkpoints
@@ -161,7 +162,7 @@ def test_activations_are_there_once_and_every_file_verifies(parent: Run):
 
 
 def test_labels_of_control_runs_are_real_and_stand_beside_the_runs(parent: Run):
-    receipts = {r.control: r for r in compare_controls(parent) if r.feature is None}
+    receipts = {r.control: r for r in compare_controls(Trained(parent)) if r.feature is None}
     mine, random = feature_scores(parent), feature_scores(of(parent, "random"))
     assert mine.scored_on == random.scored_on == "N1"
     found = receipts["C6 random dictionary"]
@@ -179,7 +180,7 @@ def test_labels_of_control_runs_are_real_and_stand_beside_the_runs(parent: Run):
     assert f"saeql control {parent.path} --kind frozen-encoder" in missing.detail["missing"]
     assert receipts["C9 seed stability"].n == 96
     assert not receipts["C9 seed stability"].detail["same_start"]
-    columns, rows = control_table(parent)
+    columns, rows = control_table(Trained(parent))
     assert [row[0] for row in rows] == ["trained", *MADE]
     assert all(len(row) == len(columns) for row in rows)
 
@@ -188,7 +189,7 @@ def test_receipts_are_evidence_and_replace_their_own_kind_only(parent: Run, tmp_
     parent = Run.open(shutil.copytree(parent.path, tmp_path / "copy", symlinks=True))
     other = Receipt(control="C2 true null", value=0.5, verdict="passed", n=7)
     parent.evidence.write("receipts", receipts_table(parent.spec.name, [other]))
-    found = compare_controls(parent)
+    found = compare_controls(Trained(parent))
     for _ in range(2):
         with parent.locked():
             save_receipts(parent, found)
@@ -277,7 +278,6 @@ def test_medians_over_documents_are_those_of_the_labels_scored_anew(parent: Run)
 def test_labels_that_are_not_evidence_yet_are_compared_alike(parent: Run):
     from saeql.pipelines.label import labels_of
     from saeql.pipelines.receipts.control import Labelled
-    from saeql.pipelines.receipts.control_gaps import Trained
     from saeql.pipelines.receipts.held_out import HeldOut
     from saeql.pipelines.receipts.random_dictionary import RandomDictionary
     from saeql.pipelines.receipts.randomised_model import RandomisedModel
