@@ -15,7 +15,6 @@ from .latent_rows import SEGMENT, latent_row, segment_sums
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
 from .sparse_matmul import SparseLatents, embedding_sum, run_sum, scatter_sum
 
-
 #: Which of W_enc and W_dec are asked for.
 Wanted: TypeAlias = tuple[bool, bool]
 BOTH: Wanted = (True, True)

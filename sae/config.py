@@ -49,8 +49,8 @@ class DictionaryConfig:
     """Decoder rows at the start: "random" (isotropic Gaussian), "random_covariance" (Gaussian with the activations'
     covariance), "neurons" (single coordinates) or "pca"; the last two have no more than 2 d_in directions."""
     freeze: str = "none"
-    """What does not learn: "none", "decoder", "soft_decoder" (rows keep a cosine of 0.8 with their start), "encoder", or
-    "all": nothing is trained, and a jumprelu dictionary only gets the thresholds that match firing rates."""
+    """What does not learn: "none", "decoder", "soft_decoder" (rows keep a cosine of 0.8 with their start), "encoder",
+    or "all": nothing is trained, and a jumprelu dictionary only gets the thresholds that match firing rates."""
     rates_from: str = ""
     """With freeze = "all": folder of an indexed dictionary whose firing rates are matched; unset: k / d_sae each."""
     sparsity_coefficient: float | None = None

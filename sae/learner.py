@@ -280,7 +280,7 @@ class Learner:
         return frozenset(
             name
             for name in self.tensors()
-            if name in rows or name.rpartition(".")[0] in rows and name.rpartition(".")[2] in _BESIDE
+            if name in rows or (name.rpartition(".")[0] in rows and name.rpartition(".")[2] in _BESIDE)
         )
 
     def state(self) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def match_rates(dictionary: JumpReluAutoencoder, rates: torch.Tensor, batches: B
 
     `batches()` gives all rows once, as [n, d_in] in the space that the dictionary reads; `num_rows` is about their
     number. A rate of 0 gives a threshold above every row. Rates are off by at most `BIN_SHARE` of themselves, or a row,
-    or as many rows as are equal. Raises ValueError for rates that are no shares, RateError for rows that are not finite.
+    or as many rows as are equal.
+    Raises ValueError for rates that are no shares, RateError for rows that are not finite.
     """
     dictionary.b_enc.zero_()
     wanted = rates.to(torch.float64).cpu()

@@ -1,4 +1,4 @@
-"""Decoder rows that are taken from the activations or their basis, not learned: where `dictionary.start` is not "random"."""
+"""Decoder rows that are taken from the activations or their basis: where `dictionary.start` is not "random"."""
 
 import torch
 
