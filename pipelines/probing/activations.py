@@ -114,9 +114,12 @@ def _forward(lm: LanguageModel, hook_points: Sequence[str], token_ids: np.ndarra
     """[n, d] activations of rows [n], sorted; windows of one length go through the model together."""
     width = token_ids.shape[1]
     lengths = (token_ids != PADDING).sum(1)
+    if lm.is_causal:  # what stands behind the last row that is asked for changes nothing
+        lengths = np.zeros(len(token_ids), np.int64)
+        np.maximum.at(lengths, rows // width, rows % width + 1)
     windows = np.unique(rows // width)
     windows = windows[np.argsort(lengths[windows], kind="stable")]
-    if lm.is_causal:  # what stands behind a token changes nothing, so lengths may be mixed
+    if lm.is_causal:  # so lengths may be mixed
         batches = [windows[n : n + BATCH_WINDOWS] for n in range(0, len(windows), BATCH_WINDOWS)]
     else:
         cuts = np.flatnonzero(np.diff(lengths[windows])) + 1

@@ -3,8 +3,9 @@
 C10 control task    every unit (word type) gets one label for good, at random, as many cases of either label as in the
                     task; a probe that merely memorises does as well here (Hewitt and Liang 2019, arXiv 1909.03368)
 C11 permuted twin   every unit takes the label of another unit that is about as frequent: how many units have the
-                    property, how often, and which properties go together stays; what it says about them is gone
-                    (arXiv 2508.13729). Beside it, labels tossed for each unit with the property's share of units.
+                    property, how often, and which properties go together stays (one seed exchanges alike for all
+                    tasks of a text); what it says about them is gone (arXiv 2508.13729). Beside it, labels tossed for
+                    each unit with the property's share of units.
 """
 
 import numpy as np

@@ -93,7 +93,7 @@ def _pair(found: Interval, *, signed: bool = False) -> tuple[str, str]:
 
 def _twin_lines(result: TaskResult) -> list[str]:
     words = {
-        PERMUTED: f"the same labels on other {result.unit}s",
+        PERMUTED: f"the same labels on other {_PLURAL[result.unit]}",
         TOSSED: f"labels tossed for each {result.unit}",
     }
     lines = []
@@ -173,6 +173,7 @@ def summary(results: Sequence[TaskResult]) -> list[str]:
     return lines
 
 
+_PLURAL = {"word type": "word types", "pair of word types": "pairs of word types", "document": "documents"}
 _LATENTS = tuple(named(k, "latent") for k in (1, 5, 16))
 
 
