@@ -31,6 +31,8 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         if self.max_cases < 40:
             raise TaskError(f"max_cases must be at least 40, got {self.max_cases}")
+        if self.seed < 0:
+            raise TaskError(f"seed must be at least 0, got {self.seed}")
 
 
 @dataclass(frozen=True)

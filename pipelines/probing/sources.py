@@ -19,7 +19,7 @@ from ..models import LanguageModel, ModelError, load_model
 from .activations import ModelRows, RowSource, StoredRows, TokenEmbeddings, without_massive
 from .labelled_windows import labelled_tasks
 from .plans import ProbeSettings, TaskPlan, plan_task, rows_of
-from .planted_tasks import PLANTED, chosen_concepts, planted_tasks
+from .planted_tasks import PLANTED, chosen_concepts, planted_names, planted_tasks
 from .representations import (
     ACTS,
     EMBEDDINGS,
@@ -116,7 +116,7 @@ def _text_and_tasks(
 ) -> tuple[ProbedText, list[Task], StoredRows | None]:
     """The text, its tasks, and its stored activations where there are any at these hook points."""
     info, path = run.harvest_info, Path(asked.task).expanduser()
-    if path.suffix in FILES or path.is_file():
+    if asked.task not in (PLANTED, *planted_names()) and (path.suffix in FILES or path.is_file()):
         documents = read_labelled(path, level=asked.level, text=asked.text_column, label=asked.label_column)
         corpus = run.config.corpus
         text, tasks = labelled_tasks(

@@ -200,6 +200,7 @@ BAD: dict[str, tuple[str, list[dict] | str | None, list[str], str]] = {
     "level": ("years", None, ["--level", "word"], "level must be one of token, document"),
     "hook point": ("years", None, ["--hook-point", "resid_post.77"], 'no hook point "resid_post.77"'),
     "cases": ("years", None, ["--max-cases", "3"], "max_cases must be at least 40"),
+    "seed": ("years", None, ["--seed", "-1"], "seed must be at least 0"),
     "absent": ("law", None, [], "task law: 0 positive tokens in 0 documents of the train split"),
     "not JSON": ("t.jsonl", "{", [], "cannot be read"),
     "suffix": ("t.txt", "x", [], "is a .jsonl, .csv or .parquet file"),
