@@ -22,7 +22,7 @@ def judge_of(run: "Run") -> Judge:
         return Endpoint(config)
     if not config.local:
         raise JudgeError(
-            'this needs a language model: set judge.base_url (an endpoint) or judge.local = '
+            "this needs a language model: set judge.base_url (an endpoint) or judge.local = "
             '"embedded:smollm2-135m-instruct" (docs/language_models.md)'
         )
     return local_model_of(run)

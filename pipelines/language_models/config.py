@@ -1,4 +1,4 @@
-"""Which language model phrases labels and judges them, and what it may cost. Unset: none, and nothing leaves the machine."""
+"""Which language model words labels and judges them, and what it may cost. Unset: none, nothing leaves the machine."""
 
 import os
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class JudgeConfig:
     max_wait_seconds: float = 300.0
     """An endpoint that asks for a longer wait than this ends the command."""
     max_total_tokens: int = 2_000_000
-    """Tokens that one command may spend at the endpoint, in and out together; no question is sent that could pass it."""
+    """Tokens that a command may spend at the endpoint, in and out together; no question that could pass it is sent."""
     price_per_million_in: float | None = None
     """What a million tokens sent cost, for the estimate."""
     price_per_million_out: float | None = None
@@ -76,7 +76,7 @@ class JudgeConfig:
             return ""
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
-            raise JudgeError(f"judge.api_key_env names the variable {self.api_key_env}, which is not set: put the key there")
+            raise JudgeError(f"judge.api_key_env names the variable {self.api_key_env}, which is not set")
         return key
 
 

@@ -109,7 +109,9 @@ def find_dialect(post: Callable[..., Any], model: str, config: JudgeConfig) -> D
         most = dialect.most_tokens(question, config)
         key = question.key(f"dialect {model}")
         reply = post("/chat/completions", body, idempotency_key=key, most_tokens=most)
-        kept = json.loads(dialect.answer(reply, question).text) == {"word": _PASSWORD}  # which the question does not say
+        kept = json.loads(dialect.answer(reply, question).text) == {
+            "word": _PASSWORD
+        }  # which the question does not say
     except Hopeless:
         raise
     except (Refused, ValueError):

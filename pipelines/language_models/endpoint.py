@@ -183,7 +183,9 @@ class Endpoint:
             self._in_a_row = self._in_a_row + 1 if answer.failure else 0
             if self._in_a_row >= _GIVE_UP_AFTER:
                 self._cache_forget_dialect()
-                raise JudgeError(f"gave up after {_GIVE_UP_AFTER} failed questions in a row; the last: {answer.failure}")
+                raise JudgeError(
+                    f"gave up after {_GIVE_UP_AFTER} failed questions in a row; the last: {answer.failure}"
+                )
         return answer
 
     def _cache_forget_dialect(self) -> None:

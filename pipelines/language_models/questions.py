@@ -138,4 +138,3 @@ class Judge(Protocol):
     def close(self) -> None:
         """Let go of connections and files."""
         ...
-

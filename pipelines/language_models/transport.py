@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -204,8 +204,8 @@ def retry_after(headers: Mapping[str, str]) -> float:
         date = parsedate_to_datetime(text)
     except (ValueError, TypeError):
         return 0.0
-    date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
-    return max((date - datetime.now(timezone.utc)).total_seconds(), 0.0)
+    date = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return max((date - datetime.now(UTC)).total_seconds(), 0.0)
 
 
 def _message(data: bytes) -> str:
