@@ -19,7 +19,7 @@ from .embedder import EmbedderConfig
 from .evaluate import EvaluateConfig
 from .harvest import HarvestConfig
 from .index import IndexConfig
-from .label import LabelConfig
+from .label_config import LabelConfig
 from .language_models.config import JudgeConfig
 from .models import ModelConfig
 from .sweep import SweepConfig

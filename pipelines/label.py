@@ -1,17 +1,12 @@
-"""Label features with executable predicates: made on train, chosen on calibration, scored on test.
+"""Label features: proposed on train, chosen on calibration, scored on test.
 
-What a row is, and where a feature is active, is defined in `split_rows.py`.
-
-A label is a predicate (`pipelines/predicates.py`) and its description. Candidates are counted on train documents
-(`label_candidates.propose`); the one with the best calibration F1 is taken, or a simpler one within
-`simplicity_margin` of it; where none reaches the thresholds the feature stays 'unexplained'. Only then do test
-activations count: AUROC of the yes/no predicate is (TPR + TNR) / 2 (ties count 1/2), its interval a bootstrap over test
-documents (`auroc_interval`). A label that cannot be scored, because no test row (or every one) is active, is taken
-back: no label without its score.
+What a row is, and where a feature is active, is defined in `split_rows.py`. Explainers propose candidates from train
+rows (`explainers/`), one is chosen on calibration (`label_choice.py`), and only then do test activations count. A label
+that cannot be scored, because no test row (or every one) is active, is taken back: no label without its score. Where
+nothing is good enough the feature stays 'unexplained'.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -19,216 +14,138 @@ import pyarrow as pa
 from saeql.store.evidence import Evidence
 from saeql.store.records import LABELS
 
-from .label_candidates import CandidateLimits, propose
+from .explainers.base import Candidate, Explainer
+from .explainers.predicates import PredicateExplainer
+from .label_choice import Choice, choose
+from .label_config import LabelConfig
+from .predicate_scores import score_executable
 from .predicates import Predicate
 from .progress import OnProgress
-from .split_rows import SplitRows, read_feature_rows
+from .receipts.held_out import HeldOut
+from .receipts.predicate_scorer import PredicateScorer
+from .receipts.sampler import SampleConfig
+from .receipts.scorer import Scorer
+from .receipts.statistics import DocumentDraws, auroc
+from .split_rows import FeatureRows, read_feature_rows
 
-EXPLAINER = "predicates"
 UNEXPLAINED = "unexplained"
+#: Columns of `records.LABELS` by name, for the labels that could be scored.
+Scores = dict[int, dict[str, float | None]]
 
 
-@dataclass(frozen=True)
-class LabelConfig:
-    """Thresholds of the labeller. All of them are applied on train or calibration, none on test."""
+def label_rows(
+    rows: FeatureRows,
+    config: LabelConfig,
+    *,
+    explainers: Sequence[Explainer],
+    scorer: Scorer,
+    held_out: HeldOut,
+    features: Sequence[int] | None = None,
+    on_progress: OnProgress | None = None,
+) -> pa.Table:
+    """Label `features` (None: all): a table of `records.LABELS`, one row for every feature of the dictionary.
 
-    active_fraction: float = 0.25
-    """A feature is active where its activation exceeds this fraction of its largest train activation, in [0, 1)."""
-    min_f1: float = 0.3
-    """Calibration F1 that a label needs; candidates need half of it on train."""
-    min_lift: float = 2.0
-    """P(active | predicate) / P(active) that a label needs, on train and on calibration."""
-    min_active_rows: int = 10
-    """Active rows that a feature needs on train, and again on calibration, to be labelled at all."""
-    min_hits: int = 3
-    """Active rows on which a label must hold, on train and on calibration."""
-    simplicity_margin: float = 0.02
-    """Calibration F1 given up for a simpler predicate."""
-    max_candidates: int = 16
-    """Candidates a feature that are tried on calibration."""
-    max_set_size: int = 8
-    """Texts that a 'one of ...' predicate may list."""
-    num_bootstrap: int = 400
-    """Draws of test documents behind each interval."""
-    seed: int = 0
-    """Seed of the document draws, the only randomness here."""
-
-    def __post_init__(self):
-        if not 0 <= self.active_fraction < 1:
-            raise ValueError(f"active_fraction must be in [0, 1), not {self.active_fraction}")
-        for name in ("min_active_rows", "min_hits", "max_candidates", "num_bootstrap"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_set_size < 2:
-            raise ValueError(f"max_set_size must be at least 2, not {self.max_set_size}")
+    Features that were not asked for are unexplained. `on_progress(done, total)` counts candidates proposed, then
+    executable ones tried on calibration.
+    """
+    enough = np.minimum(rows.train.active.counts, rows.calibration.active.counts) >= config.min_active_rows
+    wanted = [f for f in (range(rows.num_features) if features is None else sorted(features)) if enough[f]]
+    candidates: dict[int, list[Candidate]] = {}
+    for explainer in explainers:
+        for feature, own in explainer.propose(rows, wanted, on_progress or _silent).items():
+            candidates.setdefault(feature, []).extend(own)
+    candidates = dict(sorted(candidates.items()))
+    chosen = choose(rows, candidates, config, held_out=held_out, scorer=scorer, on_progress=on_progress)
+    executable = {f: c.candidate.predicate for f, c in chosen.items() if c.candidate.predicate is not None}
+    scores = score_executable(rows.test, executable, config)
+    scores |= _score_words(rows, chosen, config, held_out, scorer)
+    return _table(rows, chosen, scores)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    predicate: Predicate
-    calibration_f1: float
+def _silent(done: int, total: int) -> None:
+    pass
 
 
-def _candidates(train: SplitRows, calibration: SplitRows, config: LabelConfig) -> dict[Predicate, list[int]]:
-    """Candidate predicates with the features that propose them; features that are too rare to choose for have none."""
-    limits = CandidateLimits(
-        min_hits=config.min_hits,
-        min_lift=config.min_lift,
-        min_f1=config.min_f1 / 2,
-        max_candidates=config.max_candidates,
-        max_set_size=config.max_set_size,
-    )
-    enough = np.minimum(train.active.counts, calibration.active.counts) >= config.min_active_rows
-    kept = enough[train.active.features]
-    active = train.active.where(kept)
-    proposed: dict[Predicate, list[int]] = {}
-    for feature, own in enumerate(propose(train.windows, active, train.eligible, limits)):
-        for predicate in own:
-            proposed.setdefault(predicate, []).append(feature)
-    return proposed
-
-
-def _choose(
-    calibration: SplitRows, proposed: dict[Predicate, list[int]], config: LabelConfig, on_progress: OnProgress | None
-) -> dict[int, _Choice]:
-    """The label of every feature that has one: best calibration F1, or a simpler predicate within the margin."""
-    rows_of = calibration.active.by_feature()
-    passed: dict[int, list[_Choice]] = {}
-    for done, (predicate, features) in enumerate(proposed.items()):
-        holds = predicate.rows(calibration.windows).ravel() & calibration.eligible
-        support = int(np.count_nonzero(holds))
-        for feature in features:
-            rows = rows_of[feature]
-            hits = int(np.count_nonzero(holds[rows]))
-            if hits < config.min_hits:
-                continue
-            f1 = 2 * hits / (len(rows) + support)
-            lift = hits * calibration.num_rows / (support * len(rows))
-            if f1 >= config.min_f1 and lift >= config.min_lift:
-                passed.setdefault(feature, []).append(_Choice(predicate, f1))
-        if on_progress is not None and (done % 500 == 499 or done + 1 == len(proposed)):
-            on_progress(done + 1, len(proposed))
-    chosen = {}
-    for feature, choices in passed.items():
-        bar = max(c.calibration_f1 for c in choices) - config.simplicity_margin
-        near = [c for c in choices if c.calibration_f1 >= bar]
-        chosen[feature] = min(near, key=lambda c: (c.predicate.complexity, -c.calibration_f1, c.predicate.to_json()))
-    return chosen
-
-
-def _count_by_document(test: SplitRows, predicates: Sequence[Predicate], features: Sequence[int]) -> np.ndarray:
-    """[N, D, 4] float64: true positives, false positives, false negatives, true negatives of N labels by document."""
-    rows_of, size = test.active.by_feature(), test.num_documents
-    num_rows = np.bincount(test.documents[test.eligible], minlength=size)
-    out = np.zeros((len(predicates), size, 4))
-    for i, (predicate, feature) in enumerate(zip(predicates, features, strict=True)):
-        holds = predicate.rows(test.windows).ravel() & test.eligible
-        rows = rows_of[feature]
-        active = np.bincount(test.documents[rows], minlength=size)
-        hits = np.bincount(test.documents[rows[holds[rows]]], minlength=size)
-        claimed = np.bincount(test.documents[holds], minlength=size)
-        out[i] = np.stack([hits, claimed - hits, active - hits, num_rows - active - claimed + hits], axis=1)
+def _score_words(
+    rows: FeatureRows, chosen: Mapping[int, Choice], config: LabelConfig, held_out: HeldOut, scorer: Scorer
+) -> Scores:
+    """Test AUROC against matched negatives (N1) of the labels that are words only."""
+    words = {f: c.candidate for f, c in chosen.items() if c.candidate.predicate is None}
+    if not words:
+        return {}
+    examples = {f: e for f, e in held_out.sample("test", sorted(words)).items() if len(e.negatives.get("N1", ()))}
+    both = [np.concatenate([e.active, e.negatives["N1"]]) for e in examples.values()]
+    found = scorer.score([words[f] for f in examples], both, rows.test)
+    documents = rows.test.documents
+    draws = DocumentDraws(rows.test.num_documents, draws=config.num_bootstrap, seed=config.seed)
+    out: Scores = {}
+    for e, scores in zip(examples.values(), found, strict=True):
+        positive, negative = np.split(scores, [len(e.active)])
+        low, high = draws.interval(positive, documents[e.active], negative, documents[e.negatives["N1"]])
+        out[e.feature] = {
+            "auroc": auroc(positive, negative),
+            "auroc_low": None if np.isnan(low) else low,
+            "auroc_high": None if np.isnan(high) else high,
+            "n_inactive": len(negative),
+        }
     return out
 
 
-def _auroc(counts: np.ndarray) -> np.ndarray:
-    """[..., 4] -> [...]: (TPR + TNR) / 2, NaN where there is no active or no inactive row."""
-    tp, fp, fn, tn = np.moveaxis(counts, -1, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (tp / (tp + fn) + tn / (tn + fp)) / 2
-
-
-def _wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % Wilson interval of hits / n: it has a width even where all or none of the rows are hits."""
-    z2 = 1.96**2
-    centre, half = hits + z2 / 2, 1.96 * np.sqrt(hits * (n - hits) / n + z2 / 4)
-    return (centre - half) / (n + z2), (centre + half) / (n + z2)
-
-
-def auroc_interval(counts: np.ndarray, config: LabelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of each label's AUROC over draws of documents with replacement, [N] and [N].
-
-    Args: `counts` [N, D, 4], see `_count_by_document`. All labels share the draws. A draw without an active row says
-    nothing and is left out. Where a label holds on none (or all) of the active rows every draw agrees, so the interval
-    is widened to what the active rows alone leave open: Wilson's of the true positive rate. NaN where the active rows
-    lie in fewer than two documents: one document has no spread.
-    """
-    num_labels, num_documents, _ = counts.shape
-    rng = np.random.default_rng(config.seed)
-    draws = rng.multinomial(num_documents, np.full(num_documents, 1 / num_documents), size=config.num_bootstrap)
-    low, high = np.full(num_labels, np.nan), np.full(num_labels, np.nan)
-    spread = np.count_nonzero(counts[:, :, 0] + counts[:, :, 2], axis=1) >= 2
-    for part in np.array_split(np.flatnonzero(spread), max(num_labels // 256, 1)):
-        if len(part):
-            flat = counts[part].transpose(1, 0, 2).reshape(num_documents, -1)
-            auroc = _auroc((draws @ flat).reshape(config.num_bootstrap, len(part), 4))  # [B, n]
-            low[part], high[part] = np.nanpercentile(auroc, [2.5, 97.5], axis=0)
-    tp, fp, fn, tn = counts[spread].sum(axis=1).T
-    tpr_low, tpr_high = _wilson(tp, tp + fn)
-    tnr = tn / (tn + fp)
-    low[spread] = np.minimum(low[spread], (tpr_low + tnr) / 2)
-    high[spread] = np.maximum(high[spread], (tpr_high + tnr) / 2)
-    return low, high
-
-
-def _score(test: SplitRows, chosen: dict[int, _Choice], config: LabelConfig) -> dict[int, dict[str, float | None]]:
-    """Test scores of the labels that can be scored: active and inactive rows both exist."""
-    num_active = test.active.counts
-    features = [f for f in sorted(chosen) if 0 < num_active[f] < test.num_rows]
-    scores: dict[int, dict[str, float | None]] = {}
-    for start in range(0, len(features), 256):
-        part = features[start : start + 256]
-        counts = _count_by_document(test, [chosen[f].predicate for f in part], part)
-        low, high = auroc_interval(counts, config)
-        total = counts.sum(axis=1)  # [n, 4]
-        auroc = _auroc(total)
-        for i, feature in enumerate(part):
-            tp, fp, fn, _ = total[i]
-            scores[feature] = {
-                "auroc": float(auroc[i]),
-                "auroc_low": None if np.isnan(low[i]) else float(low[i]),
-                "auroc_high": None if np.isnan(high[i]) else float(high[i]),
-                "precision": float(tp / (tp + fp)) if tp + fp else 0.0,
-                "recall": float(tp / (tp + fn)),
-                "f1": float(2 * tp / (2 * tp + fp + fn)),
-            }
-    return scores
-
-
-def _table(dictionary: str, test: SplitRows, chosen: dict[int, _Choice], scores: dict) -> pa.Table:
-    num_active, num_rows = test.active.counts, test.num_rows
+def _table(rows: FeatureRows, chosen: Mapping[int, Choice], scores: Scores) -> pa.Table:
+    num_active, num_rows = rows.test.active.counts, rows.test.num_rows
     records = []
-    for feature in range(len(num_active)):
+    for feature in range(rows.num_features):
         choice = chosen.get(feature) if feature in scores else None
+        candidate = choice.candidate if choice else Candidate(UNEXPLAINED, "none", PredicateExplainer.name)
         record = dict.fromkeys(LABELS.names) | {
-            "dictionary": dictionary,
+            "dictionary": rows.dictionary,
             "feature": feature,
-            "label": choice.predicate.describe() if choice else UNEXPLAINED,
-            "kind": choice.predicate.kind if choice else "none",
-            "predicate": choice.predicate.to_json() if choice else None,
-            "explainer": EXPLAINER,
+            "label": candidate.label,
+            "kind": candidate.kind,
+            "predicate": candidate.predicate.to_json() if candidate.predicate else None,
+            "explainer": candidate.explainer,
             "score_split": "test",
             "n_active": int(num_active[feature]),
             "n_inactive": int(num_rows - num_active[feature]),
         }
         if choice:
-            record |= scores[feature] | {"calibration_f1": choice.calibration_f1}
+            record |= scores[feature] | {"calibration_f1": choice.f1}
         records.append(record)
     return pa.Table.from_pylist(records, schema=LABELS)
+
+
+def labels_of(table: pa.Table) -> dict[int, Candidate]:
+    """The labels of a table of `records.LABELS`, by feature; unexplained ones are missing.
+
+    Raises ValueError where a predicate is of a kind that this version cannot execute.
+    """
+    columns = table.select(["feature", "label", "kind", "predicate", "explainer"]).to_pylist()
+    return {
+        r["feature"]: Candidate(
+            r["label"], r["kind"], r["explainer"], Predicate.from_json(r["predicate"]) if r["predicate"] else None
+        )
+        for r in columns
+        if r["kind"] != "none"
+    }
 
 
 def label_dictionary(
     evidence: Evidence, *, dictionary: str, config: LabelConfig, on_progress: OnProgress | None = None
 ) -> pa.Table:
-    """Label every feature of `dictionary`: a table of `records.LABELS`, one row a feature in feature order.
+    """Label every feature of `dictionary` with executable predicates, which need nothing but the evidence.
 
-    Reads windows, vocabulary, dictionaries and activations; writes nothing. `on_progress(done, total)` counts candidate
-    predicates tried on calibration. Raises EvidenceError where the evidence is missing or inconsistent.
+    Reads windows, vocabulary, dictionaries and activations; writes nothing. Raises EvidenceError where the evidence is
+    missing or inconsistent.
     """
     rows = read_feature_rows(evidence, dictionary, active_fraction=config.active_fraction)
-    proposed = _candidates(rows.train, rows.calibration, config)
-    chosen = _choose(rows.calibration, proposed, config, on_progress)
-    return _table(dictionary, rows.test, chosen, _score(rows.test, chosen, config))
+    return label_rows(
+        rows,
+        config,
+        explainers=[PredicateExplainer(config)],
+        scorer=PredicateScorer(),
+        held_out=HeldOut(rows, SampleConfig(num=config.num_examples, seed=config.seed)),
+        on_progress=on_progress,
+    )
 
 
 def write_labels(

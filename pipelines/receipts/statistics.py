@@ -96,8 +96,8 @@ class DocumentDraws:
         low, high = np.percentile(drawn, PERCENTILES)
         if high - low < 1e-6:
             n = min(len(positive), len(negative))
-            wide = wilson(np.float64(low) * n, np.float64(n))
-            low, high = min(low, wide[0]), max(high, wide[1])
+            wide = wilson(np.array([low * n]), np.array([float(n)]))
+            low, high = min(low, wide[0][0]), max(high, wide[1][0])
         return float(low), float(high)
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saeql.pipelines.label import LabelConfig, _auroc, auroc_interval, label_dictionary, write_labels
+from saeql.pipelines.label import label_dictionary, write_labels
 from saeql.pipelines.label_candidates import CandidateLimits, propose
+from saeql.pipelines.label_config import LabelConfig
+from saeql.pipelines.predicate_scores import auroc_of_counts, interval_of_counts
 from saeql.pipelines.predicates import Affix, Both, Neighbour, Predicate, Stems, Token, TokenClass, TokenSet
 from saeql.pipelines.split_rows import ActiveRows
 from saeql.pipelines.token_classes import RowTable
@@ -189,7 +191,7 @@ def test_config_refuses_nonsense():
 def test_auroc_in_closed_form():
     counts = np.array([[5, 0, 0, 95], [0, 0, 5, 95], [5, 95, 0, 0], [3, 10, 2, 85], [0, 3, 0, 97]], float)
     expected = [1.0, 0.5, 0.5, (0.6 + 85 / 95) / 2, np.nan]
-    np.testing.assert_allclose(_auroc(counts), expected)
+    np.testing.assert_allclose(auroc_of_counts(counts), expected)
 
 
 def test_the_interval_is_over_documents():
@@ -198,7 +200,7 @@ def test_the_interval_is_over_documents():
     spread = np.stack([tp, np.full(40, 5), 10 - tp, np.full(40, 85)], axis=1).astype(float)
     one_document = np.zeros_like(spread)
     one_document[0], one_document[1:, 3] = [8, 5, 2, 85], 100
-    low, high = auroc_interval(np.stack([spread, one_document]), LabelConfig(num_bootstrap=2000))
+    low, high = interval_of_counts(np.stack([spread, one_document]), LabelConfig(num_bootstrap=2000))
     tpr = tp / 10
     half_width = 1.96 * tpr.std() / np.sqrt(40) / 2  # the false positive rate does not vary here
     centre = (tpr.mean() + 85 / 90) / 2
@@ -209,7 +211,7 @@ def test_the_interval_is_over_documents():
 
 def test_a_label_that_never_holds_is_not_surely_below_chance():
     counts = np.tile(np.array([0.0, 3, 4, 93]), (1, 10, 1))  # no hit on 40 active rows
-    low, high = auroc_interval(counts, CONFIG)
+    low, high = interval_of_counts(counts, CONFIG)
     assert low[0] == pytest.approx(93 / 96 / 2) and high[0] > 0.5
 
 
