@@ -59,7 +59,7 @@ class Dialect:
         choice = _at(reply, "choices", 0)
         text = _at(choice, "message", "content")
         usage = _at(reply, "usage")
-        tokens = [n if isinstance(n := _at(usage, f"{k}_tokens"), int) else 0 for k in ("prompt", "completion")]
+        sent, received = (n if isinstance(n := _at(usage, f"{k}_tokens"), int) else 0 for k in ("prompt", "completion"))
         likeliest = _at(choice, "logprobs", "content", 0, "top_logprobs")
         first = [
             (entry["token"], float(entry["logprob"]))
@@ -69,7 +69,7 @@ class Dialect:
             and isinstance(entry.get("logprob"), int | float)
         ]
         failure = "" if isinstance(text, str) else "the answer holds no text"
-        return Answer(text if isinstance(text, str) else "", tuple(first), *tokens, failure)
+        return Answer(text if isinstance(text, str) else "", tuple(first), sent, received, failure)
 
     def to_bytes(self) -> bytes:
         """For the cache."""
@@ -109,9 +109,8 @@ def find_dialect(post: Callable[..., Any], model: str, config: JudgeConfig) -> D
         most = dialect.most_tokens(question, config)
         key = question.key(f"dialect {model}")
         reply = post("/chat/completions", body, idempotency_key=key, most_tokens=most)
-        kept = json.loads(dialect.answer(reply, question).text) == {
-            "word": _PASSWORD
-        }  # which the question does not say
+        # the question does not say the word: only who keeps to the schema comes to it
+        kept = json.loads(dialect.answer(reply, question).text) == {"word": _PASSWORD}
     except Hopeless:
         raise
     except (Refused, ValueError):

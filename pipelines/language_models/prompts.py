@@ -1,4 +1,4 @@
-"""Text of a corpus inside a prompt is data: on one line, between tags that it cannot contain, with marks it cannot make.
+"""Text of a corpus inside a prompt is data: on one line, between tags that it cannot hold, with marks it cannot make.
 
 Every character of the data that could end a fence, make a mark, or spell a control token of a chat format
 ("<|im_end|>", "[INST]") is replaced by a look-alike, one for one, so that places in the text stay what they are.

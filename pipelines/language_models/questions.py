@@ -104,11 +104,22 @@ class Spent:
 class Judge(Protocol):
     """A language model that answers questions: an endpoint or a local model."""
 
-    name: str
-    """Short name for the column `explainer` and tables."""
-    identity: str
-    """Everything about the model that its answers depend on."""
     spent: Spent
+
+    @property
+    def name(self) -> str:
+        """Short name for the column `explainer` and tables."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Everything about the model that its answers depend on."""
+        ...
+
+    @property
+    def counts_exactly(self) -> bool:
+        """Whether `count_tokens` uses the model's own tokenizer."""
+        ...
 
     @property
     def capabilities(self) -> Capabilities:
@@ -128,11 +139,6 @@ class Judge(Protocol):
 
     def count_tokens(self, question: Question) -> int:
         """Tokens that the question takes, estimated where the tokenizer is not at hand."""
-        ...
-
-    @property
-    def counts_exactly(self) -> bool:
-        """Whether `count_tokens` uses the model's own tokenizer."""
         ...
 
     def close(self) -> None:

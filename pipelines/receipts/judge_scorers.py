@@ -2,7 +2,7 @@
 
     detection   is the pattern anywhere in the row's text? P(yes)                (arXiv 2410.13928, section 3.2)
     fuzzing     is the marked word an instance of it? P(yes)                     (the same)
-    simulation  how strongly does the marked word show it, 0 to 9? its mean      (Bills et al. 2023, one token at a time)
+    simulation  how strongly does the marked word show it, 0 to 9? its mean      (Bills et al. 2023, token by token)
 
 A judge sees the label and the text, the mark on the row's own word whether the feature is active there or not, and at
 a place that does not depend on it. P(yes) comes from the probabilities of the first token where the model gives them,
