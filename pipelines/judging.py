@@ -3,7 +3,7 @@
 Nothing of the run changes: this is for looking at a judge, and at labels, before `saeql label` uses them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -79,8 +79,8 @@ class Estimate:
 class Judging:
     """Some features of a run, their labels, and scorers and explainers by name.
 
-    Raises ValueError at a name that there is not, or a feature outside of the dictionary; JudgeError where a language
-    model is needed and there is none, or no feature has a label.
+    Raises JudgeError at a name or a feature that there is not, where a language model is needed and there is none, or
+    where no feature has a label.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class Judging:
         sample: int = 20,
     ):
         self.run = run
-        self.scorers = [cls.of(run) for cls in scorer_classes(scorers)]
-        self.explainers = [cls.of(run) for cls in explainer_classes(explainers)]
+        self.scorers = [cls.of(run) for cls in _classes(scorer_classes, scorers)]
+        self.explainers = [cls.of(run) for cls in _classes(explainer_classes, explainers)]
         self._wanted, self._sample = list(dict.fromkeys(features)), sample
 
     @cached_property
@@ -211,6 +211,13 @@ class Judging:
         return Score(
             auroc(positive, negative), float(low), float(high), len(positive), len(negative), failed, correlation
         )
+
+
+def _classes(find: Callable[[Sequence[str]], list[Any]], names: Sequence[str]) -> list[Any]:
+    try:
+        return find(names)
+    except ValueError as error:
+        raise JudgeError(str(error)) from None
 
 
 def _rows(examples: Examples) -> np.ndarray:

@@ -131,7 +131,8 @@ class Endpoint:
             thread.start()
         self._in_a_row = 0
         try:
-            for done in range(len(todo)):
+            done = 0
+            for _ in todo:
                 key, answer = come.get()
                 if isinstance(answer, BaseException):
                     self._transport.leave.set()
@@ -140,6 +141,7 @@ class Endpoint:
                     if isinstance(answer, JudgeError):
                         raise JudgeError(f"{answer} ({done:,} of {len(todo):,} questions were answered)") from None
                     raise answer
+                done += not answer.failure
                 yield key, answer
         finally:  # also where the caller is interrupted
             self._transport.leave.set()
@@ -183,9 +185,7 @@ class Endpoint:
             self._in_a_row = self._in_a_row + 1 if answer.failure else 0
             if self._in_a_row >= _GIVE_UP_AFTER:
                 self._cache_forget_dialect()
-                raise JudgeError(
-                    f"gave up after {_GIVE_UP_AFTER} failed questions in a row; the last: {answer.failure}"
-                )
+                raise JudgeError(f"{_GIVE_UP_AFTER} questions in a row failed; the last: {answer.failure}")
         return answer
 
     def _cache_forget_dialect(self) -> None:

@@ -28,9 +28,7 @@ class LocalJudge:
     def __init__(self, lm: LanguageModel, *, batch_questions: int = 8, cache: Path | None = None):
         """Raises JudgeError where `lm` does not write text."""
         if not lm.is_causal or lm.truncated:
-            raise JudgeError(
-                f"{lm.identity.model_name} cannot judge: it needs a whole model that predicts the next token"
-            )
+            raise JudgeError(f"{lm.identity.model_name} cannot judge: that takes a whole model that predicts tokens")
         self.lm, self.batch_questions, self.spent = lm, batch_questions, Spent()
         self.name = lm.identity.model_name.replace("embedded:", "").rstrip("/").rsplit("/", 1)[-1]
         self.identity = f"local {lm.identity.model_sha256} {lm.identity.tokenizer_sha256} {lm.model.dtype}"

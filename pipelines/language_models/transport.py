@@ -103,12 +103,13 @@ class Transport:
                 status, received, data = self._send(method, path, content, headers)
                 if status == 200:
                     spent = most  # unless the answer says how much it was
-                    answer = json.loads(data)
-                    if not isinstance(answer, dict | list):
-                        raise ValueError("it is no object")
-                    spent = tokens_used(answer) or most
-                    return answer
-                problem = self._problem(status, received, data)
+                    answer = _parsed(data)
+                    if answer is not None:
+                        spent = tokens_used(answer) or most
+                        return answer
+                    problem = "the answer is no JSON"
+                else:
+                    problem = self._problem(status, received, data)
             except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
                 problem, connects = f"no connection ({self._safe(str(error))})", connects + 1
                 if connects >= max_connects:
@@ -117,8 +118,6 @@ class Transport:
                 problem, spent = f"no answer within {self.config.timeout_seconds:g} s", most  # it may still be charged
             except httpx2.RequestError as error:
                 problem, spent = f"the connection broke ({self._safe(str(error))})", most
-            except ValueError as error:
-                problem = f"the answer is no JSON ({self._safe(str(error))})"
             finally:
                 self.budget.settle(most, spent)
         raise NoAnswer(f"{self._where}: {problem}, {self.config.max_tries} times", is_gone=False)
@@ -182,6 +181,15 @@ class Transport:
         """One short line without the key."""
         text = text.replace(self._key, "***") if self._key else text
         return " ".join(text.split())[:200] or "no reason given"
+
+
+def _parsed(data: bytes) -> Any:
+    """The JSON object or list, None where it is neither."""
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return answer if isinstance(answer, dict | list) else None
 
 
 def tokens_used(answer: Any) -> int:

@@ -150,5 +150,6 @@ def simulated_correlation(expected: np.ndarray, true: np.ndarray) -> float:
     NaN where either has no spread.
     """
     known = ~np.isnan(expected)
-    filled = np.where(known, expected, expected[known].mean() if known.any() else 0.0)
-    return pearson(filled, true)
+    if not known.any() or np.ptp(expected[known]) == 0:
+        return float("nan")
+    return pearson(np.where(known, expected, expected[known].mean()), true)
