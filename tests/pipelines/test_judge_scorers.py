@@ -117,9 +117,9 @@ def test_simulation_by_json_or_not_at_all(rows, tmp_path):
     with EndpointServer(by_json) as server:
         (scores,) = Simulation(judge(server, tmp_path)).score([RIVER], [active], rows.test)
         assert (scores == 6).all()
-    with EndpointServer(lambda body, n: said("Yes")) as server:
-        with pytest.raises(JudgeError, match="simulation needs probabilities or JSON answers, and m gives neither"):
-            Simulation(judge(server, tmp_path)).score([RIVER], [active], rows.test)
+    neither = pytest.raises(JudgeError, match="simulation needs probabilities or JSON answers, and m gives neither")
+    with EndpointServer(lambda body, n: said("Yes")) as server, neither:
+        Simulation(judge(server, tmp_path)).score([RIVER], [active], rows.test)
 
 
 def test_answers_that_cannot_be_read_count_as_wrong(rows, tmp_path):
@@ -158,9 +158,6 @@ def test_what_explainers_show(server, rows, tmp_path):
     assert {"walk", "walks", "walked", "walking"} <= set(listed)
     text = MaxActivation(made).questions(train, [feature])[feature].messages[-1].content
     assert text.count("<text>") == text.count("</text>") == 10
-    assert set(re.findall("<<(.*?)>>", text.split("Think about")[0])) - {"river"} == set(
-        w for w in re.findall("<<(.*?)>>", text) if w != "river"
-    )
     assert text.count("<<river>>") >= 9 and '("river" 10' in text.split("</text>")[0]
     contrast = Contrastive(made).questions(train, [feature])[feature].messages[-1].content
     without = contrast.split("Text without the pattern:")[1:]
