@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from .receipts.tiers import TIERS
+
 
 @dataclass(frozen=True)
 class LabelConfig:
@@ -50,7 +52,7 @@ class LabelConfig:
             raise ValueError(f"max_set_size must be at least 2, not {self.max_set_size}")
         if self.num_examples < 2:
             raise ValueError(f"num_examples must be at least 2, not {self.num_examples}")
-        if self.receipts not in ("none", "fast", "full", "paper"):
-            raise ValueError(f"label.receipts must be none, fast, full or paper, not {self.receipts!r}")
+        if self.receipts not in ("none", *TIERS):
+            raise ValueError(f"label.receipts must be none, {', '.join(TIERS)}, not {self.receipts!r}")
         if not self.explainers:
             raise ValueError('label.explainers names no explainer: ["predicates"] needs nothing but the evidence')

@@ -44,7 +44,7 @@ from .harvest import HARVEST_FILE, HarvestInfo, harvest
 from .hook_points import settle
 from .index import Indexer, IndexResult
 from .index_shards import INDEX_WORK, SharedIndex, index_conditions
-from .label import label_dictionary
+from .label_job import LabelOptions, label_run
 from .lock import LockedError, hold
 from .meaning import embed_features
 from .models import LanguageModel, ModelIdentity, load_model
@@ -259,6 +259,7 @@ class Run:
         truncate: bool = False,
         reshard: bool = False,
         rebuild: bool = False,
+        label: LabelOptions | None = None,
     ) -> None:
         if stage == "train":
             self.train(resume=resume, report_to=report_to, comm=comm, reshard=reshard)
@@ -266,10 +267,11 @@ class Run:
             self.harvest(truncate=truncate, resume=resume)
         elif stage == "store":
             self.build_store(rebuild=rebuild)
+        elif stage == "label":
+            self.label(label)
         else:
             {
                 "index": self.index,
-                "label": self.label,
                 "evaluate": self.evaluate,
                 "report": self.report,
             }[stage]()
@@ -385,12 +387,9 @@ class Run:
         self.evidence.write("runs", runs)
         save_dictionary(indexer.dictionary, self.dictionary_path, density=result.density)
 
-    def label(self) -> None:
-        """evidence -> labels with their held-out scores."""
-        name = self.spec.name
-        with progress("label", None, "candidates") as advance:
-            labels = label_dictionary(self.evidence, dictionary=name, config=self.config.label, on_progress=advance.to)
-        self.evidence.write("labels", labels)
+    def label(self, options: LabelOptions | None = None) -> None:
+        """evidence -> labels with their held-out scores, and receipts."""
+        label_run(self, options)
 
     def evaluator(self) -> Evaluator:
         """What measures dictionaries of this run. Raises ModelMismatch where the model is another by now."""

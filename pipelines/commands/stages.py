@@ -129,12 +129,29 @@ def index(
     print("index      finished", file=sys.stderr)
 
 
-def label(run: RunPath) -> None:
-    """Label every feature: made on train, chosen on calibration, scored on test documents.
+def label(
+    run: RunPath,
+    *,
+    receipts: Annotated[
+        str | None,
+        Parameter(help="Cost tier of the controls: fast, full, paper, or none; unset: label.receipts.", negative=""),
+    ] = None,
+    only: Annotated[
+        str | None,
+        Parameter(help='"unexplained", or features as 3,17: the others keep their labels and receipts.', negative=""),
+    ] = None,
+    explainer: Annotated[
+        list[str] | None,
+        Parameter(help="What proposes labels; may be given several times; unset: label.explainers.", negative=""),
+    ] = None,
+) -> None:
+    """Label features: made on train, chosen on calibration, scored on test documents, checked by controls.
 
-    Example: saeql label runs/demo
+    Example: saeql label runs/demo --receipts full --only unexplained
     """
-    run_stage("label", run)
+    from ..label_job import LabelOptions
+
+    run_stage("label", run, label=LabelOptions(receipts, only, tuple(explainer or ())))
 
 
 def evaluate(

@@ -6,7 +6,7 @@ from typing import Any
 
 from saeql.sae.config import suggestion
 
-from .control import TIERS
+from .tiers import TIERS
 
 #: name -> module of this package and class in it; every class is built with `.of(run)`.
 SCORERS: dict[str, tuple[str, str]] = {
@@ -18,7 +18,19 @@ SCORERS: dict[str, tuple[str, str]] = {
 }
 
 #: code -> (module, class, tier), in the order in which they run.
-CONTROLS: dict[str, tuple[str, str, str]] = {}
+CONTROLS: dict[str, tuple[str, str, str]] = {
+    "C0": ("split_hygiene", "SplitHygiene", "fast"),
+    "C1": ("metric_tests", "MetricTests", "fast"),
+    "C2": ("true_null", "TrueNull", "full"),
+    "C3": ("label_permutation", "LabelPermutation", "fast"),
+    "C4": ("negative_ladder", "NegativeLadder", "fast"),
+    "C5": ("token_baseline", "TokenBaseline", "fast"),
+    "C14": ("activation_range", "ActivationRange", "fast"),
+    "C15": ("scorer_health", "ScorerHealth", "fast"),
+}
+
+#: Module and class that fill rung N3 (`examples.NearRows`), at the tiers that pay for it; None: the rung is missing.
+NEAR_ROWS: tuple[str, str] | None = None
 
 
 def scorers(names: Sequence[str]) -> list[Any]:
@@ -38,6 +50,11 @@ def controls(tier: str) -> list[Any]:
         raise ValueError(f"no tier {tier!r}: there is {', '.join(TIERS)}{suggestion(tier, TIERS)}")
     wanted = TIERS[: TIERS.index(tier) + 1]
     return [_load(module, name) for module, name, own in CONTROLS.values() if own in wanted]
+
+
+def near_rows() -> Any | None:
+    """The class that finds rows near in meaning, None where there is none."""
+    return None if NEAR_ROWS is None else _load(*NEAR_ROWS)
 
 
 def _load(module: str, name: str) -> Any:

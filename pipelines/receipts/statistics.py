@@ -39,17 +39,31 @@ def wilson(hits: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (centre - half) / (n + z2), (centre + half) / (n + z2)
 
 
-def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+def auroc(positive: np.ndarray, negative: np.ndarray, pairs: np.ndarray | None = None) -> float:
     """P(a positive scores above a negative) + P(they tie) / 2 of scores [P] and [Q]; NaN where P or Q is 0.
 
     A NaN score is an answer that could not be had, and counts as wrong: a positive below all, a negative above all.
+    `pairs` [P, Q] bool: only those pairs are compared.
     """
+    if pairs is not None:
+        count = np.count_nonzero(pairs)
+        won = _wins(np.asarray(positive, np.float64), np.asarray(negative, np.float64))
+        return float(won[pairs].sum(dtype=np.float64) / count) if count else float("nan")
     positive, negative = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
     if len(positive) == 0 or len(negative) == 0:
         return float("nan")
     p, q = positive[~np.isnan(positive)], np.sort(negative[~np.isnan(negative)])
     wins = np.searchsorted(q, p, "left") + np.searchsorted(q, p, "right")  # twice: a tie counts once
     return float(wins.sum() / (2 * len(positive) * len(negative)))
+
+
+def aurocs(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """[n] `auroc` of each row of scores [n, P] and [n, Q]."""
+    won = np.zeros(len(positive), np.int64)  # twice: a tie counts once
+    for column in negative.T[:, :, None]:
+        won += np.count_nonzero(positive > column, axis=1) + np.count_nonzero(positive >= column, axis=1)
+    with np.errstate(invalid="ignore"):
+        return won / np.float64(2 * positive.shape[1] * negative.shape[1])
 
 
 def _wins(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
@@ -76,6 +90,7 @@ class DocumentDraws:
         positive_documents: np.ndarray,
         negative: np.ndarray,
         negative_documents: np.ndarray,
+        pairs: np.ndarray | None = None,
     ) -> tuple[float, float]:
         """95 % interval of `auroc`, documents 0 .. D - 1 drawn with replacement.
 
@@ -88,9 +103,12 @@ class DocumentDraws:
         positive, negative = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
         p = self.times[:, positive_documents].astype(np.float32)  # [B, P]
         q = self.times[:, negative_documents].astype(np.float32)  # [B, Q]
-        won = np.einsum("bq,bq->b", p @ _wins(positive, negative), q)
-        pairs = p.sum(axis=1) * q.sum(axis=1)
-        drawn = won[pairs > 0] / pairs[pairs > 0]
+        wins = _wins(positive, negative)
+        won = np.einsum("bq,bq->b", p @ (wins if pairs is None else wins * pairs), q)
+        compared = p.sum(axis=1) * q.sum(axis=1)
+        if pairs is not None:
+            compared = np.einsum("bq,bq->b", p @ pairs.astype(np.float32), q)
+        drawn = won[compared > 0] / compared[compared > 0]
         if len(drawn) == 0:
             return float("nan"), float("nan")
         low, high = np.percentile(drawn, PERCENTILES)

@@ -6,6 +6,7 @@ import pytest
 from saeql.pipelines.receipts.statistics import (
     auroc,
     auroc_interval,
+    aurocs,
     benjamini_hochberg,
     median_difference_interval,
     paired_interval,
@@ -50,6 +51,25 @@ def test_auroc_agrees_with_all_pairs(seed: int):
     positive[rng.random(23) < 0.1] = NAN
     negative[rng.random(31) < 0.1] = NAN
     assert auroc(positive, negative) == pytest.approx(brute_auroc(positive, negative), abs=1e-12)
+
+
+def test_auroc_of_some_pairs_only():
+    positive, negative = np.array([1.0, 5.0]), np.array([0.0, 9.0])
+    assert auroc(positive, negative) == 0.5
+    assert auroc(positive, negative, np.array([[True, False], [True, False]])) == 1.0
+    assert np.isnan(auroc(positive, negative, np.zeros((2, 2), bool)))
+    same_word = np.array([0, 1])[:, None] == np.array([0, 1])[None, :]
+    low, high = auroc_interval(positive, np.arange(2), negative, np.arange(2), draws=50, seed=0)
+    assert low < high
+    assert auroc(positive, negative, same_word) == 0.5  # right on the first word, wrong on the second
+
+
+def test_many_aurocs_at_once_are_each_that_of_one():
+    rng = np.random.default_rng(0)
+    positive, negative = rng.integers(0, 5, (30, 7)) * 1.0, rng.integers(0, 5, (30, 9)) * 1.0
+    positive[3, 2], negative[4] = NAN, NAN
+    expected = [auroc(p, q) for p, q in zip(positive, negative, strict=True)]
+    np.testing.assert_allclose(aurocs(positive, negative), expected, atol=1e-12)
 
 
 def test_auroc_interval_agrees_with_drawing_the_rows_themselves():

@@ -1,0 +1,149 @@
+"""C3: does a label fit its own feature better than the labels of like features do? Generic labels fit many."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+from scipy.spatial import KDTree
+
+from ..split_rows import SplitRows
+from .control import Labelled
+from .receipt import FAILED, PASSED, REPORTED, Receipt, judged
+from .statistics import aurocs, benjamini_hochberg
+from .thresholds import THRESHOLDS
+from .token_table import Counts
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+#: Labels scored at once, each on the examples of all features that compare with it.
+_LABELS_AT_ONCE = 64
+
+
+class LabelPermutation:
+    """p = (1 + #{other labels that score at least as well on this feature's examples}) / (1 + N).
+
+    The N others are labels of the features nearest in (log firing rate, token entropy), other ones than its own, of the
+    same sort (executable, or words). Scores are AUROC against matched negatives (N1). A feature counts as labelled
+    where Benjamini and Hochberg's procedure rejects over all features.
+    """
+
+    code: ClassVar[str] = "C3"
+    name: ClassVar[str] = "label permutation"
+    tier: ClassVar[str] = "fast"
+
+    @classmethod
+    def of(cls, run: "Run") -> Self:
+        """Needs nothing of the run."""
+        return cls()
+
+    def check(self, labelled: Labelled) -> Sequence[Receipt]:
+        """One receipt a label, and the share of the alive features that is labelled."""
+        named, features = f"{self.code} {self.name}", _testable(labelled)
+        alive = int((labelled.rows.test.active.counts > 0).sum())
+        others = _others(labelled, features)
+        own = {f: float(v) for f, v in zip(features, _own(labelled, features), strict=True)}
+        found = _scores_of_others(labelled, others)
+        p = np.array([_p_value(own[f], found[f]) for f in features], np.float64)
+        rejected = benjamini_hochberg(p, THRESHOLDS.false_discovery_rate)
+        receipts = [
+            Receipt(
+                feature=feature,
+                control=named,
+                value=None if np.isnan(value) else float(value),
+                threshold=THRESHOLDS.false_discovery_rate,
+                n=len(found[feature]),
+                verdict=PASSED if passed else FAILED,
+                detail={"auroc": own[feature], "others": _quantiles(found[feature])},
+            )
+            for feature, value, passed in zip(features, p, rejected, strict=True)
+        ]
+        share = float(rejected.sum() / alive) if alive else None
+        detail = {"labelled": int(rejected.sum()), "with_label": len(labelled.labels), "testable": len(features)}
+        receipts.append(Receipt(control=f"{named} share", value=share, n=alive, verdict=REPORTED, detail=detail))
+        receipts.append(_mean_receipt(named, [v for f in features for v in found[f]], len(features)))
+        return receipts
+
+
+def _testable(labelled: Labelled) -> list[int]:
+    """Labelled features that have examples on both sides."""
+    scores = labelled.scores
+    return [f for f in sorted(scores) if len(scores[f]["active"]) > 0 and len(scores[f].get("N1", ())) > 0]
+
+
+def _own(labelled: Labelled, features: Sequence[int]) -> np.ndarray:
+    own = [aurocs(labelled.scores[f]["active"][None], labelled.scores[f]["N1"][None]) for f in features]
+    return np.concatenate(own) if own else np.zeros(0)
+
+
+def _p_value(own: float, others: np.ndarray) -> float:
+    return float("nan") if len(others) == 0 else (1 + np.count_nonzero(others >= own - 1e-12)) / (1 + len(others))
+
+
+def _quantiles(values: np.ndarray) -> list[float]:
+    return [round(float(v), 4) for v in np.quantile(values, [0.05, 0.5, 0.95])] if len(values) else []
+
+
+def _mean_receipt(named: str, values: list[float], num_features: int) -> Receipt:
+    """Mean AUROC of labels on features that they were not made for: a leak shows here."""
+    mean = float(np.mean(values)) if values else None
+    margin = THRESHOLDS.null_margin
+    enough = num_features >= THRESHOLDS.null_features
+    verdict = judged(abs(mean - 0.5) if mean is not None else None, margin, at_least=False) if enough else REPORTED
+    return Receipt(control=f"{named} mean", value=mean, threshold=margin, n=len(values), verdict=verdict)
+
+
+def likeness(split: SplitRows) -> np.ndarray:
+    """[F, 2] log firing rate and entropy (nats) of the tokens on active rows, each scaled to standard deviation 1."""
+    vocabulary = len(split.windows.vocabulary)
+    counts = Counts.of(split.active, split.windows.tokens.ravel().astype(np.int64), vocabulary)
+    total = split.active.counts
+    share = counts.active / np.maximum(total[counts.features], 1)
+    entropy = -np.bincount(counts.features, share * np.log(share), split.active.num_features)
+    both = np.stack([np.log(np.maximum(total, 0.5)), entropy], axis=1)
+    spread = both[total > 0].std(axis=0) if (total > 0).any() else np.ones(2)
+    return both / np.where(spread > 0, spread, 1)
+
+
+def _others(labelled: Labelled, features: Sequence[int]) -> dict[int, list[int]]:
+    """For every feature up to `permutations` features with another label of the same sort, the likest first."""
+    places, labels = likeness(labelled.rows.test), labelled.labels
+    out: dict[int, list[int]] = {f: [] for f in features}
+    for executable in (True, False):
+        group = np.array([f for f in features if (labels[f].predicate is not None) == executable], np.int64)
+        if len(group) < 2:
+            continue
+        texts = [labels[f].label for f in group.tolist()]
+        repeats = max(np.unique(texts, return_counts=True)[1])
+        asked = min(len(group), THRESHOLDS.permutations + int(repeats))
+        nearest = np.asarray(KDTree(places[group]).query(places[group], k=asked)[1])
+        for feature, own, near in zip(group.tolist(), texts, nearest.tolist(), strict=True):
+            kept = [int(group[i]) for i in near if texts[i] != own]
+            out[feature] = kept[: THRESHOLDS.permutations]
+    return out
+
+
+def _scores_of_others(labelled: Labelled, others: dict[int, list[int]]) -> dict[int, np.ndarray]:
+    """For every feature the AUROC of each of the others' labels on its own examples."""
+    examples, test = labelled.examples, labelled.rows.test
+    found = {f: np.full(len(own), np.nan) for f, own in others.items()}
+    asked: dict[int, list[tuple[int, int]]] = {}
+    for feature, own in others.items():
+        for place, other in enumerate(own):
+            asked.setdefault(other, []).append((feature, place))
+    rows = {f: np.concatenate([examples[f].active, examples[f].negatives["N1"]]) for f in others}
+    labels = sorted(asked)
+    for start in range(0, len(labels), _LABELS_AT_ONCE):
+        block = [(label, f, place) for label in labels[start : start + _LABELS_AT_ONCE] for f, place in asked[label]]
+        scores = labelled.label_scorer.score(
+            [labelled.labels[label] for label, _, _ in block], [rows[f] for _, f, _ in block], test
+        )
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for index, (_, f, _) in enumerate(block):
+            shapes.setdefault((len(examples[f].active), len(rows[f])), []).append(index)
+        for (size, _), indices in shapes.items():
+            stacked = np.stack([scores[i] for i in indices])
+            for index, value in zip(indices, aurocs(stacked[:, :size], stacked[:, size:]), strict=True):
+                _, f, place = block[index]
+                found[f][place] = value
+    return found

@@ -1,0 +1,52 @@
+"""What the controls ask: fixed before any label is scored, not configurable, and hashed into the receipts."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from .receipt import REPORTED, Receipt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Every number that a verdict depends on."""
+
+    max_near_copies: float = 0.5
+    """C0: share of held-out windows that may nearly repeat train before nothing is left to trust."""
+    null_margin: float = 0.02
+    """C2: distance from 0.5 that the mean AUROC of labels of nothing may have."""
+    null_significant: float = 0.05
+    """C2: share of them that may be significant, two standard errors on top."""
+    null_features: int = 200
+    permutations: int = 199
+    """C3: labels of other features that a label is compared with."""
+    false_discovery_rate: float = 0.05
+    chance: float = 0.5
+    """C4: the lower end of the interval must lie above it."""
+    contextual_negatives: int = 20
+    """C4: same-token negatives that 'contextual' needs."""
+    lexical_auroc: float = 0.95
+    """C5: a feature that the token table predicts so well is lexical."""
+    top_only_drop: float = 0.15
+    """C14: AUROC lost from the strongest tenth of the activations to the middle ones."""
+    split_half: float = 0.8
+    """C15: reliability that ranking features by their score needs."""
+    baseline_margin: float = 0.05
+    """C15: distance from 0.5 that labels saying nothing may have."""
+    constant_share: float = 0.1
+    """C15: share of labels that may get one score for every row."""
+    failed_share: float = 0.05
+    """C15: share of answers that may be missing."""
+
+    @property
+    def sha256(self) -> str:
+        """Of all names and values."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def receipt(self, tier: str) -> Receipt:
+        """The thresholds themselves, written before what they judge."""
+        detail = {"sha256": self.sha256, "tier": tier, "thresholds": asdict(self)}
+        return Receipt(control="thresholds", value=None, verdict=REPORTED, detail=detail)
+
+
+THRESHOLDS = Thresholds()
