@@ -4,12 +4,11 @@ import dataclasses
 import json as json_module
 import math
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from .common import Overrides, RunPath, parse_overrides
+from .common import Overrides, RunPath, open_with
 
 if TYPE_CHECKING:
     from ..judging import Estimate, JudgedLabel
@@ -45,7 +44,7 @@ def judge(
     from ..language_models.choose import judge_of
     from ..progress import progress
 
-    opened = _with_overrides(run, parse_overrides(overrides))
+    opened = open_with(run, overrides, ("judge", "label"))
     judging = Judging(
         opened,
         scorers=scorers if scorers is not None else ["detection", "fuzzing"],
@@ -60,20 +59,6 @@ def judge(
     _print_labels(judged, [scorer.name for scorer in judging.scorers], as_json=json)
     if opened.config.judge.is_set:
         print(f"saeql: {judge_of(opened).spent}", file=sys.stderr)
-
-
-def _with_overrides(path: Path, overrides: dict[str, str]) -> Any:
-    """The run with other keys of [judge] and [label], for this command alone."""
-    from saeql.sae.config import ConfigError
-
-    from ..config import load_config
-    from ..run import Run
-
-    foreign = [key for key in overrides if key.split(".")[0] not in ("judge", "label")]
-    if foreign:
-        raise ConfigError(f"--{foreign[0]} cannot be set here: only keys of [judge] and [label] can")
-    opened = Run.open(path)
-    return Run(path, load_config(path / "config.toml", overrides)) if overrides else opened
 
 
 def _print_estimate(found: "Estimate", *, as_json: bool) -> None:
