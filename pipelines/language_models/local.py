@@ -1,12 +1,14 @@
 """A local transformers model as a judge, and how likely it finds a text: no endpoint, no cost."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from ..model_config import ModelConfig
 from ..models import LanguageModel, cache_folder, load_model
@@ -17,6 +19,24 @@ from .questions import Answer, Capabilities, Question, Spent, silent
 
 NAMESPACE = "judge 1"
 _FIRST_TOKENS = 20
+#: A beginning that was read already is used while it is this much of what a batch has in common.
+_WORTH_READING = 0.7
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """Tokens that questions begin with, and what the model's layers made of them."""
+
+    tokens: list[int]
+    cache: DynamicCache  # one sequence
+
+    def keys_and_values(self, num: int) -> DynamicCache | None:
+        """For `num` sequences, to be gone on from; None where there is nothing."""
+        if not self.tokens:
+            return None
+        copy = deepcopy(self.cache)
+        copy.batch_repeat_interleave(num)
+        return copy
 
 
 class LocalJudge:
@@ -32,6 +52,7 @@ class LocalJudge:
         self.lm, self.batch_questions, self.spent = lm, batch_questions, Spent()
         self.name = lm.identity.model_name.replace("embedded:", "").rstrip("/").rsplit("/", 1)[-1]
         self.identity = f"local {lm.identity.model_sha256} {lm.identity.tokenizer_sha256} {lm.model.dtype}"
+        self._beginning = _Beginning([], DynamicCache(config=lm.model.config))
         self._cache = TextCache(cache or cache_folder() / "answers.sqlite", NAMESPACE)
 
     @classmethod
@@ -80,7 +101,7 @@ class LocalJudge:
                 self.spent.failed += 1
             else:
                 fitting.append((key, question, tokens))
-        fitting.sort(key=lambda item: (item[1].max_tokens, item[1].wants_chances, len(item[2])))
+        fitting.sort(key=lambda item: (item[1].max_tokens, item[2]))  # those that begin alike come together
         batch: list = []
         for item in fitting:
             if batch and (len(batch) == self.batch_questions or batch[0][1].max_tokens != item[1].max_tokens):
@@ -102,11 +123,13 @@ class LocalJudge:
     @torch.no_grad()
     def _answer(self, batch: list[tuple[str, Question, list[int]]]) -> list[Answer]:
         tokens = [tokens for _, _, tokens in batch]
-        ids, mask = _padded(tokens, self._padding, left=True)
+        read = self._read_already(tokens)
+        ids, mask = _padded(tokens, self._padding, len(read.tokens))
         device = self.lm.input_device
         output: Any = self.lm.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
+            past_key_values=read.keys_and_values(len(tokens)),
             max_new_tokens=batch[0][1].max_tokens,
             do_sample=False,
             pad_token_id=self._padding,
@@ -131,6 +154,24 @@ class LocalJudge:
             )
         return answers
 
+    def _read_already(self, tokens: list[list[int]]) -> "_Beginning":
+        """What all of `tokens` begin with, as the model has read it: the last beginning, or one read now."""
+        if not getattr(self.lm.model, "_supports_default_dynamic_cache", lambda: False)():
+            return self._beginning  # a model that keeps another kind of state reads all of it every time
+        known = self._beginning.tokens
+        shortest = min(tokens, key=len)
+        shared = 0
+        while shared < len(shortest) - 1 and all(own[shared] == shortest[shared] for own in tokens):
+            shared += 1
+        fits = len(known) <= shared and shortest[: len(known)] == known
+        if not fits or len(known) < _WORTH_READING * shared:
+            cache = DynamicCache(config=self.lm.model.config)
+            if shared:
+                ids = torch.tensor([shortest[:shared]], device=self.lm.input_device)
+                self.lm.model(input_ids=ids, past_key_values=cache)
+            self._beginning = _Beginning(shortest[:shared], cache)
+        return self._beginning
+
     @torch.no_grad()
     def surprise(self, texts: Sequence[str], given: str) -> np.ndarray:
         """[n] mean nats a token of each text that follows `given`; NaN for a text without tokens.
@@ -147,7 +188,7 @@ class LocalJudge:
         device = self.lm.input_device
         for start in range(0, len(order), self.batch_questions):
             some = order[start : start + self.batch_questions]
-            ids, mask = _padded([before + own[n] for n in some], self._padding, left=False)
+            ids, mask = _padded([before + own[n] for n in some], self._padding)
             ids, mask = ids.to(device), mask.to(device)
             logits = self.lm.model(input_ids=ids, attention_mask=mask).logits[:, len(before) - 1 : -1]
             target, counts = ids[:, len(before) :], mask[:, len(before) :].to(logits.device)
@@ -173,13 +214,15 @@ class LocalJudge:
         self._cache.close()
 
 
-def _padded(lists: Sequence[list[int]], padding: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token ids, mask), each [B, T]."""
+def _padded(lists: Sequence[list[int]], padding: int, shared: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids, mask), each [B, T]; padded behind, or else between the `shared` first tokens and the rest."""
     width = max(len(tokens) for tokens in lists)
     ids = torch.full((len(lists), width), padding, dtype=torch.long)
     mask = torch.zeros((len(lists), width), dtype=torch.long)
     for n, tokens in enumerate(lists):
-        place = slice(width - len(tokens), width) if left else slice(0, len(tokens))
-        ids[n, place] = torch.tensor(tokens, dtype=torch.long)
-        mask[n, place] = 1
+        head = len(tokens) if shared is None else shared
+        for place, part in ((slice(0, head), tokens[:head]), (slice(width - len(tokens) + head, width), tokens[head:])):
+            if part:
+                ids[n, place] = torch.tensor(part, dtype=torch.long)
+                mask[n, place] = 1
     return ids, mask

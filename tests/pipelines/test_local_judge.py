@@ -27,7 +27,9 @@ def ask(text: str, tokens: int = 1, **options) -> Question:
     return Question((Message("user", text),), tokens, **options)
 
 
-TEXTS = ["the river", "the river and the blue house of stone", "music", "Paris runs quickly", "seven"]
+ALIKE = "walking and talking of seven green houses"
+TEXTS = ["the river", "the river and the blue house of stone", "music", "Paris runs quickly", f"{ALIKE} and",
+         f"{ALIKE} and music of the river", f"{ALIKE} river of stone", f"{ALIKE} and the", "seven"]  # fmt: skip
 
 
 def test_first_tokens_are_the_models_own_whatever_they_are_batched_with(judge, model):
@@ -55,11 +57,11 @@ def test_longer_answers_are_greedy_and_end_with_the_end_of_text(judge, model):
 def test_answers_are_kept(judge, model, tmp_path, monkeypatch):
     questions = [ask(text, wants_chances=True) for text in TEXTS]
     first = judge.ask([*questions, questions[0]])
-    assert (judge.spent.asked, judge.spent.cached) == (5, 0) and first[0] == first[-1]
+    assert (judge.spent.asked, judge.spent.cached) == (len(TEXTS), 0) and first[0] == first[-1]
     again = LocalJudge(model, cache=tmp_path / "answers.sqlite")
     monkeypatch.setattr(again, "_answer", lambda batch: pytest.fail("asked again"))
     assert again.known(questions) == again.ask(questions) == first[:-1]
-    assert again.spent.cached == 5
+    assert again.spent.cached == len(TEXTS)
     assert again.known([ask("something else")]) == [None]
 
 
