@@ -21,7 +21,7 @@ _HOPELESS = {
     401: "refuses the key",
     402: "wants to be paid",
     403: "refuses access",
-    404: "has no such model or address",
+    404: "has no such model or address, which most often ends in /v1",
     405: "is no OpenAI-compatible address",
 }
 _MAX_BYTES = 16_000_000  # of an answer

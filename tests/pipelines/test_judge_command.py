@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from saeql.pipelines.cli import main
@@ -71,6 +73,23 @@ def test_labels_and_proposals_are_scored_and_the_run_stays_as_it_is(tiny_run, se
     found = json.loads(capsys.readouterr().out)
     assert (found["prompt_tokens"], found["price"]) != (0, 0)
     assert {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file()} == files
+
+
+def test_labels_in_words_are_written_by_the_label_stage(tiny_run, server, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    before = pq.read_table(run / "evidence" / "labels.parquet").to_pylist()
+    active = [row["feature"] for row in before if row["n_active"] > 20][:2]
+    words = ["--explainer", "word_list", "--label.scorer", "fuzzing", "--label.min_auroc", "0.4"]
+    main(["label", str(run), "--receipts", "none", "--only", ",".join(map(str, active)), *words,
+          "--judge.base_url", server.url, "--label.min_active_rows", "2", "--label.num_examples", "4"])  # fmt: skip
+    after = pq.read_table(run / "evidence" / "labels.parquet").to_pylist()
+    for feature, row in enumerate(after):
+        if feature in active:
+            assert (row["label"], row["kind"], row["explainer"]) == ("some words", "semantic", "word_list m")
+            assert row["auroc"] == 0.5  # an honest score of a judge that always says yes
+        else:
+            assert row["label"] == before[feature]["label"]
 
 
 def test_a_local_judge_whose_context_is_too_short_fails_every_question(tiny_run, capsys):
