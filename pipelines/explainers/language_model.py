@@ -19,6 +19,7 @@ from ..language_models.parsing import explanation
 from ..language_models.prompts import FENCE_RULE, fenced, plain
 from ..language_models.questions import Judge, Message, Question
 from ..language_models.snippets import Snippet, cut
+from ..output import note
 from ..progress import OnProgress
 from ..receipts.row_text import marked_words
 from ..split_rows import FeatureRows, SplitRows
@@ -36,7 +37,7 @@ _SEED = 0
 
 
 class LanguageModelExplainer(ABC):
-    """Asks one question a feature; an answer that cannot be read is counted in `failed` and gives no candidate."""
+    """Asks one question a feature; an answer that cannot be read is counted in `failed`, said, and gives no candidate."""
 
     name: ClassVar[str]
 
@@ -61,8 +62,11 @@ class LanguageModelExplainer(ABC):
         asked = self.questions(rows.train, features)
         answers = self.judge.ask(list(asked.values()), on_progress)
         labels = {feature: explanation(answer) for feature, answer in zip(asked, answers, strict=True)}
+        failed = sum(label is None for label in labels.values())
         self.asked += len(labels)
-        self.failed += sum(label is None for label in labels.values())
+        self.failed += failed
+        if failed:
+            note(f"{self.name}: {failed:,} of {len(labels):,} answers could not be read and give no label")
         name = f"{self.name} {self.judge.name}" if labels else self.name
         return {f: [Candidate(label, "semantic", name)] for f, label in labels.items() if label is not None}
 

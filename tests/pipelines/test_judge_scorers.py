@@ -164,11 +164,12 @@ def test_what_explainers_show(server, rows, tmp_path):
     assert len(without) == 5 and "<<" not in "".join(without).split("Think about")[0]
 
 
-def test_explanations_that_cannot_be_read_are_counted(rows, tmp_path):
+def test_explanations_that_cannot_be_read_are_counted(rows, tmp_path, capsys):
     with EndpointServer(lambda body, n: said("Yes" if n < 2 else "..." if n == 2 else "rivers")) as server:
         made = WordList(Endpoint(JudgeConfig(base_url=server.url, max_concurrency=1), tmp_path / "answers.sqlite"))
         found = made.propose(rows, [0, 1, 2], silent)
         assert sorted(found) == [1, 2] and (made.asked, made.failed) == (3, 1)
+    assert "word_list: 1 of 3 answers could not be read" in capsys.readouterr().err
 
 
 def test_surprisal_is_what_a_label_saves(rows, tmp_path, tiny_model_folder):
