@@ -37,7 +37,7 @@ _SEED = 0
 
 
 class LanguageModelExplainer(ABC):
-    """Asks one question a feature; an answer that cannot be read is counted in `failed`, said, and gives no candidate."""
+    """Asks one question a feature; an answer that cannot be read is counted in `failed`, told, and gives no label."""
 
     name: ClassVar[str]
 
