@@ -14,6 +14,7 @@ from saeql.sae.rank_place import RankPlace, rank_place
 from .commands.comparison import compare
 from .commands.exchange import export, import_
 from .commands.jobs import config, demo, hooks, plan, run, submit
+from .commands.judging import judge
 from .commands.questions import search, show, sql
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
 from .commands.steering import steer
@@ -37,7 +38,7 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, compare, export, hooks, config),
+    *(search, show, sql, steer, compare, export, judge, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")

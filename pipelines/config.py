@@ -20,6 +20,7 @@ from .evaluate import EvaluateConfig
 from .harvest import HarvestConfig
 from .index import IndexConfig
 from .label_config import LabelConfig
+from .language_models.config import JudgeConfig
 from .models import ModelConfig
 from .sweep import SweepConfig
 
@@ -42,6 +43,7 @@ class RunConfig:
     label: LabelConfig = field(default_factory=LabelConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     @property
