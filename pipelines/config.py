@@ -17,6 +17,7 @@ from saeql.sae.config import DictionaryConfig, TrainConfig, load_toml, to_dict
 from .corpus import CorpusConfig
 from .embedder import EmbedderConfig
 from .evaluate import EvaluateConfig
+from .explainers.ngrams import NGramsConfig
 from .harvest import HarvestConfig
 from .index import IndexConfig
 from .label import LabelConfig
@@ -40,6 +41,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
+    ngrams: NGramsConfig = field(default_factory=NGramsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
