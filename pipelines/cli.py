@@ -16,6 +16,7 @@ from .commands.exchange import export, import_
 from .commands.jobs import config, demo, hooks, plan, run, submit
 from .commands.questions import search, show, sql, steer
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
+from .commands.tokens import tokens
 from .stopping import EXIT_STOPPED, Stopped, asked, listen
 
 _DISK_ERRORS = (
@@ -36,7 +37,7 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, compare, export, hooks, config),
+    *(search, show, sql, steer, compare, tokens, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")

@@ -18,11 +18,14 @@ from .corpus import CorpusConfig
 from .embedder import EmbedderConfig
 from .evaluate import EvaluateConfig
 from .explainers.ngrams import NGramsConfig
+from .explainers.output import OutputConfig
 from .harvest import HarvestConfig
 from .index import IndexConfig
 from .label import LabelConfig
 from .models import ModelConfig
+from .receipts.intervention import InterventionConfig
 from .sweep import SweepConfig
+from .token_identity import TokensConfig
 
 #: Tokens of the train split that are stored to gather evidence on where training reads the model itself.
 LIVE_TRAIN_TOKENS = 1_000_000
@@ -42,6 +45,9 @@ class RunConfig:
     index: IndexConfig = field(default_factory=IndexConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
     ngrams: NGramsConfig = field(default_factory=NGramsConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -73,9 +73,7 @@ class FeatureValues:
         return out
 
     @torch.no_grad()
-    def _answer(
-        self, ids: np.ndarray, sequence: np.ndarray, position: np.ndarray, feature: np.ndarray
-    ) -> np.ndarray:
+    def _answer(self, ids: np.ndarray, sequence: np.ndarray, position: np.ndarray, feature: np.ndarray) -> np.ndarray:
         """One answer a question (sequence, position, feature), all [n], about ids [b, T]."""
         rows, which = np.unique(sequence * ids.shape[1] + position, return_inverse=True)
         found = self._pass.run(ids)

@@ -25,11 +25,11 @@ class _Node:
 
 def check_pattern(pattern: object) -> None:
     """Raises ValueError unless `pattern` is a tuple of texts and None that begins with a text."""
-    is_pattern = isinstance(pattern, tuple) and all(t is None or (isinstance(t, str) and t) for t in pattern)
-    if not (is_pattern and pattern):
+    texts = pattern if isinstance(pattern, tuple) else ()
+    if not texts or not all(t is None or (isinstance(t, str) and t) for t in texts):
         raise ValueError(f"an n-gram must be a non-empty list of token texts and null, not {pattern!r}")
-    if pattern[0] is None:
-        raise ValueError(f"an n-gram must not begin with a wildcard, which says nothing: {list(pattern)!r}")
+    if texts[0] is None:
+        raise ValueError(f"an n-gram must not begin with a wildcard, which says nothing: {list(texts)!r}")
 
 
 def trimmed(tokens: Iterable[str | None]) -> Pattern:

@@ -1,4 +1,4 @@
-"""What a direction does to the model's predictions when it is added at its hook point: `h + strength c v`, c the median norm.
+"""What a direction does to predictions when it is added at its hook point: `h + strength c v`, c the median norm.
 
 Layers before the hook point are run once for all directions (`splice.py`), those after it once a direction and batch of
 windows. This is the only place where output labels, their controls and commands get such numbers from.

@@ -89,9 +89,7 @@ def _from_dict(data: object) -> Predicate:
     given = set(data) - {"type"}
     if wanted != given:
         raise ValueError(f"predicate {data['type']!r} takes {sorted(wanted)}, not {sorted(given)}")
-    values = {
-        key: _from_dict(v) if isinstance(v, dict) else _tuples(v) for key, v in data.items() if key != "type"
-    }
+    values = {key: _from_dict(v) if isinstance(v, dict) else _tuples(v) for key, v in data.items() if key != "type"}
     return made(**values)
 
 

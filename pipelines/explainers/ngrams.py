@@ -16,15 +16,12 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
-from saeql.store.evidence import Evidence
-
 from ..feature_values import FeatureValues
 from ..models import ModelError
 from ..ngram_trie import NgramTrie, Pattern, TokenIndex, trimmed
 from ..predicates import NGrams
 from ..progress import OnProgress
-from ..split_rows import FeatureRows, SplitRows
-from ..token_classes import pad_lists
+from ..split_rows import FeatureRows, SplitRows, read_token_ids
 from .base import Candidate
 
 if TYPE_CHECKING:
@@ -102,23 +99,16 @@ class NGramExplainer:
         with FeatureValues.of(self.run, config.batch_tokens) as values:
             if not values.lm.is_causal:
                 raise ModelError(
-                    f"{values.lm.identity.model_name} is an encoder, which reads what follows too: n-grams need a model "
-                    "that reads the past only; take another explainer"
+                    f"{values.lm.identity.model_name} is an encoder, which reads what follows too: n-grams need "
+                    "a model that reads the past only; take another explainer"
                 )
-            causes = _Causes(values, _token_ids(self.run.evidence, train), config)
+            causes = _Causes(values, read_token_ids(self.run.evidence, train), config)
             patterns = causes.patterns(train, examples, on_progress)
             self.num_tokens += values.num_tokens
         return {
             feature: [Candidate(n.describe(), n.kind, self.name, n) for n in made]
             for feature, made in _best_tries(train, patterns, config).items()
         }
-
-
-def _token_ids(evidence: Evidence, train: SplitRows) -> np.ndarray:
-    """[W, T] int32 token ids of the train windows, in the order of `train`; -1 behind the end of a short one."""
-    table = evidence.read("windows", columns=["window_id", "split", "token_ids"], split="train")
-    by_id = dict(zip(table["window_id"].to_pylist(), range(table.num_rows), strict=True))
-    return pad_lists(table["token_ids"])[[by_id[w] for w in train.window_ids.tolist()]]
 
 
 def _examples(train: SplitRows, features: Sequence[int], num: int) -> _Examples:
