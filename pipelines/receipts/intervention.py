@@ -17,6 +17,7 @@ from saeql.sae.metrics import Bootstrap, DocumentGroups
 
 from ..explainers.base import Candidate
 from ..explainers.output import OutputExplainer
+from ..lens_statistics import chance, lens_statistics, random_token_coherence
 from ..output_effects import Effects, WritePlace, direction_effects
 from ..output_labels import TokenTexts, raised_texts
 from ..split_rows import FeatureRows, read_token_ids, sample_windows
@@ -90,10 +91,12 @@ class OutputIntervention:
         if not labels:
             why = {"reason": "no feature has a list of raised tokens that is more than chance"}
             return [Receipt(control=control, value=None, verdict=REPORTED, detail=why)]
-        own, related = self._token_sets(place, labels)
+        texts = TokenTexts(place.lm)
+        top, lens = self._lens(place, list(labels))
+        own, related = self._token_sets(texts, labels, top)
         known = [bool(o and r) for o, r in zip(own, related, strict=True)]
         labels = {f: c for (f, c), k in zip(labels.items(), known, strict=True) if k}
-        own, related = ([s for s, k in zip(sets, known, strict=True) if k] for sets in (own, related))
+        own, related, lens = ([s for s, k in zip(column, known, strict=True) if k] for column in (own, related, lens))
         if not labels:
             why = {"reason": "no label has tokens of this model, and others that mean the same"}
             return [Receipt(control=control, value=None, verdict=REPORTED, detail=why)]
@@ -102,25 +105,40 @@ class OutputIntervention:
         receipts = []
         for i, (feature, label) in enumerate(labels.items()):
             score, on_own = scores[len(labels) + i], scores[i]
-            detail = self._detail(place, label, related[i], score, on_own, float(effects.kl[i].mean()))
-            has_passed = score.z >= self.config.min_z and (score.low is None or score.low > 0)
-            receipts.append(
-                Receipt(
-                    control=control,
-                    feature=feature,
-                    value=score.z,
-                    threshold=self.config.min_z,
-                    n=n,
-                    low=score.low,
-                    high=score.high,
-                    verdict=PASSED if has_passed else FAILED,
-                    detail=detail,
-                )
-            )
+            detail = {
+                "label": label.label,
+                "tokens": [texts.texts[t] for t in related[i]],
+                "own_tokens_shift": round(on_own.shift, 4),
+                "own_tokens_z": round(on_own.z, 2),
+                "kl": round(float(effects.kl[i].mean()), 4),
+                "strength": self.config.strength,
+                "hook_points": list(place.writes),
+                "lens": lens[i],
+            }
+            receipts.append(self._receipt(control, feature, score, n, detail))
         share = sum(r.verdict == PASSED for r in receipts) / len(receipts)
         kl = {"median_kl": round(float(np.median(effects.kl[: len(labels)].mean(-1))), 4)}
         kl["random_kl"] = round(float(np.median(effects.kl[len(labels) :].mean(-1))), 4)
         return [Receipt(control=control, value=share, n=len(receipts), verdict=REPORTED, detail=kl), *receipts]
+
+    def _receipt(self, control: str, feature: int, score: OutputScore, n: int, detail: dict[str, Any]) -> Receipt:
+        has_passed = score.z >= self.config.min_z and (score.low is None or score.low > 0)
+        moved = {
+            "shift": round(score.shift, 4),
+            "random_shift": round(score.random, 4),
+            "other_features_shift": None if score.others is None else round(score.others, 4),
+        }
+        return Receipt(
+            control=control,
+            feature=feature,
+            value=score.z,
+            threshold=self.config.min_z,
+            n=n,
+            low=score.low,
+            high=score.high,
+            verdict=PASSED if has_passed else FAILED,
+            detail={**moved, **detail},
+        )
 
     def _output_labels(self, labelled: Labelled) -> dict[int, Candidate]:
         """Output labels by feature, at most `max_features`; others than those given are read off the logit lens."""
@@ -133,17 +151,32 @@ class OutputIntervention:
         found |= {f: own[0] for f, own in proposed.items()}
         return dict(list(found.items())[:most])
 
-    def _token_sets(self, place: WritePlace, labels: Mapping[int, Candidate]) -> tuple[list[list[int]], ...]:
-        """Ids of every label's own tokens; of tokens of its meaning that neither it nor the logit lens names."""
-        from ..lens_statistics import lens_statistics
-
-        texts = TokenTexts(place.lm)
-        decoder = self.run.dictionary().W_dec.detach()[list(labels)]
-        read = lens_statistics(decoder, place.lm, self.run.config.output.list_tokens).top
+    def _token_sets(
+        self, texts: TokenTexts, labels: Mapping[int, Candidate], read: np.ndarray
+    ) -> list[list[list[int]]]:
+        """Ids of every label's own tokens; of tokens of its meaning that neither it nor `read` [n, k] names."""
         own = [texts.ids(raised_texts(c.label)) for c in labels.values()]
         related = [texts.related(o, r.tolist(), self.config.related_tokens) for o, r in zip(own, read, strict=True)]
-        self._texts = texts
-        return own, related
+        return [own, related]
+
+    def _lens(self, place: WritePlace, features: list[int]) -> tuple[np.ndarray, list[dict[str, float]]]:
+        """[n, k] tokens that the logit lens reads off the features, and its statistics beside those of chance."""
+        config = self.run.config.output
+        found = lens_statistics(self.run.dictionary().W_dec.detach()[features], place.lm, config.list_tokens)
+        random = place.random_directions(config.random_directions, self.config.seed)
+        null = lens_statistics(random, place.lm, config.list_tokens)
+        tokens = random_token_coherence(place.lm, config.list_tokens, config.random_directions, self.config.seed)
+        columns = {
+            "entropy": found.entropy,
+            "entropy_p": chance(-found.entropy, -null.entropy),
+            "kurtosis": found.kurtosis,
+            "kurtosis_p": chance(found.kurtosis, null.kurtosis),
+            "coherence": found.coherence,
+            "coherence_p": chance(found.coherence, null.coherence),
+            "coherence_p_random_tokens": chance(found.coherence, tokens),
+        }
+        rows = [{name: round(float(v[i]), 4) for name, v in columns.items()} for i in range(len(features))]
+        return found.top, rows
 
     def _effects(
         self, place: WritePlace, rows: FeatureRows, features: list[int], token_sets: list[list[int]]
@@ -188,22 +221,6 @@ class OutputIntervention:
                 )
             )
         return found
-
-    def _detail(
-        self, place: WritePlace, label: Candidate, related: list[int], score: OutputScore, own: OutputScore, kl: float
-    ) -> dict[str, Any]:
-        return {
-            "label": label.label,
-            "tokens": [self._texts.texts[i] for i in related],
-            "shift": round(score.shift, 4),
-            "random_shift": round(score.random, 4),
-            "other_features_shift": None if score.others is None else round(score.others, 4),
-            "own_tokens_shift": round(own.shift, 4),
-            "own_tokens_z": round(own.z, 2),
-            "kl": round(kl, 4),
-            "strength": self.config.strength,
-            "hook_points": list(place.writes),
-        }
 
 
 def _z_of(sums: np.ndarray, counts: np.ndarray):
