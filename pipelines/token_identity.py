@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from saeql.sae.config import ConfigError
 from saeql.sae.hook_points import KINDS, layer_stack, resolve
 from saeql.sae.metrics import Bootstrap, DocumentGroups, Estimate, ratio
 from saeql.store.evidence import Evidence
@@ -65,7 +66,7 @@ class TokensConfig:
     def __post_init__(self):
         for name in ("train_tokens", "calibration_tokens", "test_tokens", "rows", "replacements", "batch_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"tokens.{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"tokens.{name} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

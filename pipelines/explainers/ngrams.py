@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
+from saeql.sae.config import ConfigError
+
 from ..feature_values import FeatureValues
 from ..models import ModelError
 from ..ngram_trie import NgramTrie, Pattern, TokenIndex, trimmed
@@ -57,10 +59,10 @@ class NGramsConfig:
     def __post_init__(self):
         for name in ("examples", "max_context", "replacements", "max_patterns", "batch_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"ngrams.{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"ngrams.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("keep", "min_salience"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"ngrams.{name} must be above 0 and at most 1, not {getattr(self, name)}")
+                raise ConfigError(f"ngrams.{name} must be above 0 and at most 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

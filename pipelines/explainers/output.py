@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 import torch
 
+from saeql.sae.config import ConfigError
+
 from ..lens_statistics import chance, coherence, lens_statistics
 from ..output_effects import WritePlace, direction_effects
 from ..output_labels import TokenTexts, raises_label
@@ -54,15 +56,15 @@ class OutputConfig:
 
     def __post_init__(self):
         if not 1 <= self.label_tokens <= self.list_tokens or self.list_tokens < 2:
-            raise ValueError(
+            raise ConfigError(
                 f"output.list_tokens must be at least 2 and no less than output.label_tokens ({self.label_tokens}), "
                 f"not {self.list_tokens}"
             )
         for name in ("random_directions", "change_random", "change_windows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"output.{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"output.{name} must be at least 1, not {getattr(self, name)}")
         if self.change_tokens < 2:
-            raise ValueError(f"output.change_tokens must be at least 2, not {self.change_tokens}")
+            raise ConfigError(f"output.change_tokens must be at least 2, not {self.change_tokens}")
 
 
 @dataclass(frozen=True)

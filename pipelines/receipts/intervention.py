@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 
+from saeql.sae.config import ConfigError
 from saeql.sae.metrics import Bootstrap, DocumentGroups
 
 from ..explainers.base import Candidate
@@ -53,9 +54,9 @@ class InterventionConfig:
 
     def __post_init__(self):
         if self.random_directions < 2:
-            raise ValueError(f"intervention.random_directions must be at least 2, not {self.random_directions}")
+            raise ConfigError(f"intervention.random_directions must be at least 2, not {self.random_directions}")
         if self.window_tokens < 2 or self.windows < 1:
-            raise ValueError("intervention.windows must be at least 1 and intervention.window_tokens at least 2")
+            raise ConfigError("intervention.windows must be at least 1 and intervention.window_tokens at least 2")
 
 
 @dataclass(frozen=True)
