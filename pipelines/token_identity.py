@@ -66,7 +66,7 @@ class TokensConfig:
     def __post_init__(self):
         for name in ("train_tokens", "calibration_tokens", "test_tokens", "rows", "replacements", "batch_tokens"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"tokens.{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"token_identity.{name} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

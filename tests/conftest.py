@@ -119,7 +119,7 @@ def tiny_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def token_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An indexed run whose feature i fires on token id i + 3 alone and points to its logit. Tests must not change it."""
+    """An indexed run whose feature i fires on token id i + 3 alone and points to its logit. Not to be changed."""
     import torch
 
     from saeql.pipelines import Run, load_config, save_dictionary

@@ -15,13 +15,13 @@ def tokens(
         str | None, Parameter(help="Layers such as 0,5,10-15. Default: all, and what the first one reads.")
     ] = None,
     train_tokens: Annotated[
-        int | None, Parameter(help="Train tokens that the linear maps are fitted on (tokens.train_tokens).")
+        int | None, Parameter(help="Train tokens that the linear maps are fitted on (token_identity.train_tokens).")
     ] = None,
     test_tokens: Annotated[
-        int | None, Parameter(help="Test tokens that identity is measured on (tokens.test_tokens).")
+        int | None, Parameter(help="Test tokens that identity is measured on (token_identity.test_tokens).")
     ] = None,
     features: Annotated[
-        int | None, Parameter(help="Features whose own token is masked, 0 for none (tokens.features).")
+        int | None, Parameter(help="Features whose own token is masked, 0 for none (token_identity.features).")
     ] = None,
     out: Annotated[
         Path | None, Parameter(help="Folder of token_identity.json and .png. Default: RUN/token_identity.")
@@ -40,7 +40,7 @@ def tokens(
 
     opened = Run.open(run)
     given = {"train_tokens": train_tokens, "test_tokens": test_tokens, "features": features}
-    config = replace(opened.config.tokens, **{key: value for key, value in given.items() if value is not None})
+    config = replace(opened.config.token_identity, **{key: value for key, value in given.items() if value is not None})
     report = measure(opened, config, None if layers is None else layer_numbers(layers))
     write_tokens(report, out or opened.path / "token_identity")
     if json:

@@ -239,12 +239,16 @@ def _endings(pattern: Pattern) -> Iterator[Pattern]:
 
 
 def _greedy(
-    pool: list[tuple[Pattern, np.ndarray]], is_active: np.ndarray, covered: np.ndarray, num_active: int, limit: int
+    candidates: Sequence[tuple[Pattern, np.ndarray]],
+    is_active: np.ndarray,
+    covered: np.ndarray,
+    num_active: int,
+    limit: int,
 ) -> Iterator[Pattern]:
     """Patterns, each the one that raises the F1 of the union most, until none does. `covered` is room, left False."""
     hits = support = 0
     best_f1, marked = 0.0, []
-    pool = [(p, rows) for p, rows in pool if len(rows)]
+    pool = [(p, rows) for p, rows in candidates if len(rows)]
     for _ in range(limit):
         best = None
         for n, (_, rows) in enumerate(pool):

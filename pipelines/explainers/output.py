@@ -57,14 +57,14 @@ class OutputConfig:
     def __post_init__(self):
         if not 1 <= self.label_tokens <= self.list_tokens or self.list_tokens < 2:
             raise ConfigError(
-                f"output.list_tokens must be at least 2 and no less than output.label_tokens ({self.label_tokens}), "
-                f"not {self.list_tokens}"
+                "output_labels.list_tokens must be at least 2 and no less than output_labels.label_tokens "
+                f"({self.label_tokens}), not {self.list_tokens}"
             )
         for name in ("random_directions", "change_random", "change_windows"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"output.{name} must be at least 1, not {getattr(self, name)}")
+                raise ConfigError(f"output_labels.{name} must be at least 1, not {getattr(self, name)}")
         if self.change_tokens < 2:
-            raise ConfigError(f"output.change_tokens must be at least 2, not {self.change_tokens}")
+            raise ConfigError(f"output_labels.change_tokens must be at least 2, not {self.change_tokens}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class OutputExplainer:
 
     @classmethod
     def of(cls, run: "Run") -> Self:
-        return cls(run, run.config.output)
+        return cls(run, run.config.output_labels)
 
     def propose(
         self, rows: FeatureRows, features: Sequence[int], on_progress: OnProgress | None = None

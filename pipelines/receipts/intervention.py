@@ -147,7 +147,7 @@ class OutputIntervention:
         found = {f: c for f, c in labelled.labels.items() if c.kind == "output"}
         alive = np.flatnonzero(labelled.rows.train.active.counts > 0)
         rest = [int(f) for f in alive if f not in found] if len(found) < most else []
-        explainer = OutputExplainer(self.run, replace(self.run.config.output, change_features=0))
+        explainer = OutputExplainer(self.run, replace(self.run.config.output_labels, change_features=0))
         proposed = explainer.propose(labelled.rows, rest)
         found |= {f: own[0] for f, own in proposed.items()}
         return dict(list(found.items())[:most])
@@ -162,7 +162,7 @@ class OutputIntervention:
 
     def _lens(self, place: WritePlace, features: list[int]) -> tuple[np.ndarray, list[dict[str, float]]]:
         """[n, k] tokens that the logit lens reads off the features, and its statistics beside those of chance."""
-        config = self.run.config.output
+        config = self.run.config.output_labels
         found = lens_statistics(self.run.dictionary().W_dec.detach()[features], place.lm, config.list_tokens)
         random = place.random_directions(config.random_directions, self.config.seed)
         null = lens_statistics(random, place.lm, config.list_tokens)

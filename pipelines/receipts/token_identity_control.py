@@ -55,7 +55,7 @@ class TokenIdentityControl:
 
     @classmethod
     def of(cls, run: "Run") -> Self:
-        return cls(run, run.config.tokens)
+        return cls(run, run.config.token_identity)
 
     def check(self, labelled: Labelled) -> Sequence[Receipt]:
         """Raises ModelError where the text of a split has too few tokens to read any from."""

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from saeql.pipelines import ModelConfig, Run, capture, load_model
-from saeql.pipelines.explainers.ngrams import NGramExplainer, NGramsConfig, _Causes, _greedy
+from saeql.pipelines.explainers.ngrams import NGramExplainer, NGramsConfig, _Causes, _Examples, _greedy
 from saeql.pipelines.feature_values import FeatureValues
 from saeql.pipelines.ngram_trie import NgramTrie, TokenIndex, trimmed
 from saeql.pipelines.predicates import NGrams, Predicate
@@ -39,11 +40,8 @@ def test_a_trie_holds_where_its_patterns_end():
     windows = [[texts[i] for i in rng.integers(0, 4, rng.integers(1, 12))] for _ in range(40)]
     table = RowTable.from_texts(windows)
     for _ in range(60):
-        patterns = {
-            made
-            for _ in range(rng.integers(1, 6))
-            if (made := trimmed([texts[i] if (i := int(rng.integers(0, 5))) < 4 else None for _ in range(rng.integers(1, 5))]))
-        }  # fmt: skip
+        drawn = [rng.integers(0, 5, rng.integers(1, 5)) for _ in range(rng.integers(1, 6))]
+        patterns = {trimmed([[*texts, None][i] for i in one]) for one in drawn} - {()}
         if not patterns:
             continue
         held = NgramTrie(patterns).rows(table)
@@ -108,10 +106,8 @@ def test_planted_causes_are_found():
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 12, (50, 16)).astype(np.int32)
     ids[:, 0] = 0
-    places = [(f, w, p) for f, rule in enumerate(rules) for w in range(50) for p in range(3, 16)
-              if rule(ids[w, : p + 1].tolist()) > 2][:]  # fmt: skip
-    from saeql.pipelines.explainers.ngrams import _Examples
-
+    cells = [(w, p) for w in range(50) for p in range(3, 16)]
+    places = [(f, w, p) for f, rule in enumerate(rules) for w, p in cells if rule(ids[w, : p + 1].tolist()) > 2]
     features = np.array([f for f, _, _ in places])
     rows = np.array([w * 16 + p for _, w, p in places])
     values = np.array([rules[f](ids[w, : p + 1].tolist()) for f, w, p in places], np.float32)
@@ -214,6 +210,6 @@ def test_an_encoder_is_refused(token_run: Path, tiny_encoder: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("key", "value"), [("examples", 0), ("keep", 0.0), ("min_salience", 1.5), ("max_context", 0)])
-def test_wrong_settings_are_named(key: str, value: float):
+def test_wrong_settings_are_named(key: str, value: Any):
     with pytest.raises(ValueError, match=f"ngrams.{key} must be"):
         NGramsConfig(**{key: value})

@@ -1,4 +1,4 @@
-"""Token identity by depth and the masked-token test: exact where the answer is known, against a plain computation elsewhere."""
+"""Token identity by depth and the masked-token test: exact where the answer is known, else against plain ridge."""
 
 import json
 from pathlib import Path
@@ -148,7 +148,7 @@ def test_the_command(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--layers", "0,9"], "has no layer 9: its layers are 0 to 2"),
         (["--layers", "3-1"], "write numbers and ranges"),
         (["--layers", "x"], "write numbers and ranges"),
-        (["--test-tokens", "0"], "tokens.test_tokens must be at least 1"),
+        (["--test-tokens", "0"], "token_identity.test_tokens must be at least 1"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], message: str, tiny_run: Path, tmp_path: Path, capsys):
