@@ -40,19 +40,19 @@ MASSIVE = 10.0
 class TokensConfig:
     """Token identifiability by depth, and the masked-token test: on how much text and how many features."""
 
-    train_tokens: int = 30_000
+    train_tokens: int = 20_000
     """Train tokens that the linear maps are fitted on."""
-    calibration_tokens: int = 1_000
+    calibration_tokens: int = 512
     """Calibration tokens that choose the ridge penalty."""
-    test_tokens: int = 4_000
+    test_tokens: int = 3_072
     """Test tokens that identity is measured on."""
     min_identity: float = 0.9
     """id of the layer from which a single token may be named."""
     min_delta: float = 0.5
     """Share of the activation that replacing the own token must cost where id is lower."""
-    features: int = 192
+    features: int = 96
     """Features whose tokens are masked, evenly spread over those asked for; 0: none."""
-    rows: int = 6
+    rows: int = 4
     """Strongest test rows of each."""
     replacements: int = 2
     """Random tokens that a token is replaced by, one after the other; the mean activation counts."""
