@@ -73,7 +73,7 @@ class TokenList:
 
     explainer: str  # 'output-lens' | 'output-change'
     tokens: np.ndarray  # [k] ids, first the strongest
-    coherence: float  # mean pairwise cosine of their embeddings
+    coherence: float  # see `lens_statistics.coherence`
     chance: float  # p of that against random directions
 
 

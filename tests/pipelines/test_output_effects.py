@@ -106,8 +106,9 @@ def test_lens_statistics_are_the_textbooks(tiny_run: Path):
         top = np.argsort(-row)[:4]
         assert found.top[i].tolist() == top.tolist()
         pairs = [rows[a] @ rows[b] for n, a in enumerate(top) for b in top[:n]]
-        assert found.coherence[i] == pytest.approx(np.mean(pairs), abs=1e-5)
-    assert coherence(lm, np.array([[7, 7]]))[0] == pytest.approx(1.0, abs=1e-5)
+        near = [np.sort(rows @ rows[t])[::-1][1:11].mean() for t in top]
+        assert found.coherence[i] == pytest.approx(np.mean(pairs) - np.mean(near), abs=1e-5)
+    assert coherence(lm, np.array([[7, 7], [7, 9]]))[0] > coherence(lm, np.array([[7, 9]]))[0]
 
 
 # --- planted families of tokens --------------------------------------------------------------------------------------
