@@ -18,6 +18,7 @@ from .commands.judging import judge
 from .commands.questions import search, show, sql
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
 from .commands.steering import steer
+from .commands.tokens import tokens
 from .stopping import EXIT_STOPPED, Stopped, asked, listen
 
 _DISK_ERRORS = (
@@ -38,7 +39,7 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, compare, export, judge, hooks, config),
+    *(search, show, sql, steer, compare, tokens, judge, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")
