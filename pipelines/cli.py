@@ -12,6 +12,7 @@ from cyclopts import App
 from saeql.sae.rank_place import RankPlace, rank_place
 
 from .commands.comparison import compare
+from .commands.control import control
 from .commands.exchange import export, import_
 from .commands.jobs import config, demo, hooks, plan, run, submit
 from .commands.judging import judge
@@ -39,7 +40,7 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, compare, tokens, judge, export, hooks, config),
+    *(search, show, sql, steer, compare, control, tokens, judge, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")

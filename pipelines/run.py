@@ -11,6 +11,7 @@ evaluation.html        what the dictionary is worth, and what its controls allow
 report.html            everything on one page
 stages.json            which stages are finished
 hashes.json            hashes of all that is not in a manifest or a checkpoint
+controls/<kind>/       runs with one switch changed, to compare with
 stopped.json           there while a training stands still because it was asked to stop
 """
 
@@ -31,6 +32,7 @@ from saeql.sae.architectures import architecture
 from saeql.sae.comm import ALONE, Comm
 from saeql.sae.config import from_dict, suggestion, to_dict
 from saeql.sae.files import load_dictionary, save_dictionary
+from saeql.sae.frozen import check_frozen
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.resample import check_resampling
 from saeql.store.evidence import Evidence
@@ -103,6 +105,7 @@ class Run:
         path, config = Path(path), settle(config)
         kind = specify(config.dictionary, config.model, config.seed).config.architecture
         check_resampling(architecture(kind), config.train)
+        check_frozen(config.dictionary, config.train)
         if (path / "config.toml").exists():
             run = cls.open(path)
             difference = _first_difference(to_dict(run.config), to_dict(config))
@@ -313,6 +316,7 @@ class Run:
         Under torchrun every rank is one of them, on its own device. Raises RunError where a stage of this run is at
         work, which is another thing than a harvest.
         """
+        self._require_own_activations()
         with self.locked(shared=True):
             if "harvest" in self.finished():
                 return self.harvest_info
@@ -432,6 +436,14 @@ class Run:
             done += FeatureStore.sync(path, folders)
         return done
 
+    def save_evidence(self, table: str, rows: pa.Table, what: str) -> None:
+        """Write an evidence table that no stage makes, its hash taken under the name `what`.
+
+        To be called within `locked`; the store is brought up to date by `saeql store`.
+        """
+        with recorded(self.path, what):
+            self.evidence.write(table, rows)
+
     def save_comparison(self, tables: dict[str, pa.Table]) -> bool:
         """Write the evidence tables `COMPARISON_TABLES` and bring the store up to date with them, where it is built.
 
@@ -496,11 +508,19 @@ class Run:
             raise RunError(f"{self.path} is {error}") from None
 
     def _require_inputs(self, stage: str) -> None:
+        if stage == "harvest":
+            self._require_own_activations()
         missing = [name for name in _NEEDS.get(stage, ()) if name not in self.finished()]
         if missing:
             raise RunError(
                 f"{self.path}: {stage} reads what {missing[0]} makes, which is missing or out of date: "
                 f"`saeql {missing[0]} {self.path}` first"
+            )
+
+    def _require_own_activations(self) -> None:
+        if self.activations.is_symlink():
+            raise RunError(
+                f"{self.path} reads the activations of another run, {self.activations.resolve().parent}: harvest there"
             )
 
     def _mark_stale(self, stage: str) -> None:
