@@ -346,6 +346,9 @@ class Run:
         if comm.is_first:
             for table in COMPARISON_TABLES:  # of the dictionary that was here before
                 self.evidence.path(table).unlink(missing_ok=True)
+            from .probing.probe_receipts import remove_receipts
+
+            remove_receipts(self)
         train_dictionaries(self, [self.spec], self.path, resume=resume, report_to=report_to, comm=comm, reshard=reshard)
         return self.dictionary() if comm.is_first else None
 
