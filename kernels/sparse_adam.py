@@ -3,7 +3,7 @@
 The gradients of the weights are made, used and dropped a few rows at a time: they are never in memory as [d_sae, d].
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class _Target(NamedTuple):
     def rows(self, at: slice) -> "_Target":
         copy = None if self.copy is None else self.copy[at]
         return self._replace(weight=self.weight[at], moments=Moments(*(m[at] for m in self.moments)), copy=copy)
+
+
+#: W_enc and W_dec; None: left as it is.
+_Targets: TypeAlias = tuple[_Target | None, _Target | None]
 
 
 @triton.jit
@@ -105,19 +109,24 @@ def _triton_sparse_adam(
     )  # fmt: skip
 
 
-def _torch_sparse_adam(grads: SparseGrads, enc: _Target, dec: _Target, adam: AdamStep) -> None:
-    step = torch.tensor(float(adam.step), device=enc.weight.device)
-    rows = block_rows(max(enc.weight.shape[1], dec.weight.shape[1]), enc.weight.device)
-    for at, *pair in grads.blocks(rows):
-        for grad, target in zip(pair, (enc, dec), strict=True):
+def _torch_sparse_adam(grads: SparseGrads, targets: _Targets, adam: AdamStep) -> None:
+    device = grads.term.x.device
+    step = torch.tensor(float(adam.step), device=device)
+    rows = block_rows(max(t.weight.shape[1] for t in targets if t is not None), device)
+    for at, *pair in grads.blocks(rows, (targets[0] is not None, targets[1] is not None)):
+        for grad, target in zip(pair, targets, strict=True):
+            if grad is None or target is None:
+                continue
             to = target.rows(at)
             torch_adam_block(to.weight, grad, to.moments, adam, step, to.project, to.renormalize)
             if to.copy is not None:
                 to.copy.copy_(to.weight)
 
 
-def _reference_sparse_adam(grads: SparseGrads, enc: _Target, dec: _Target, adam: AdamStep) -> None:
-    for grad, to in zip(grads.dense(backend="reference"), (enc, dec), strict=True):
+def _reference_sparse_adam(grads: SparseGrads, targets: _Targets, adam: AdamStep) -> None:
+    for grad, to in zip(grads.dense(backend="reference"), targets, strict=True):
+        if to is None:
+            continue
         adam_rows_reference(to.weight, grad, to.moments, adam, project=to.project, renormalize=to.renormalize)
         if to.copy is not None:
             to.copy.copy_(to.weight)
@@ -137,9 +146,9 @@ def _check_copies(copies: tuple[Tensor | None, Tensor | None], W_enc: Tensor, W_
 def sparse_adam(
     grads: SparseGrads,
     W_enc: Tensor,
-    enc: Moments,
+    enc: Moments | None,
     W_dec: Tensor,
-    dec: Moments,
+    dec: Moments | None,
     adam: AdamStep,
     *,
     project: bool = True,
@@ -151,20 +160,26 @@ def sparse_adam(
 
     Equal to making the gradients with `dense` and calling `adam_rows` on each weight; `project` and
     `renormalize` concern W_dec alone. `copies` of the weights, in bfloat16 usually, are written in the same pass.
+    A weight without moments is frozen: neither it nor its copy is touched, and its gradient is never made.
     Raises ValueError for shapes that do not fit.
     """
-    check_moments("W_enc", W_enc, enc)
-    check_moments("W_dec", W_dec, dec)
+    for name, weight, moments in (("W_enc", W_enc, enc), ("W_dec", W_dec, dec)):
+        if moments is not None:
+            check_moments(name, weight, moments)
     guard(W_enc=(W_enc, "d_sae d_in"), W_dec=(W_dec, "d_sae d_out"), x=(grads.term.x, "N d_in"),
           grad_out=(grads.term.grad_out, "N d_out"))  # fmt: skip
     if grads.d_sae != W_enc.shape[0]:
         raise ValueError(f"latents: expected d_sae = {W_enc.shape[0]} as in W_enc, got {grads.d_sae}")
     _check_copies(copies, W_enc, W_dec)
-    to_enc, to_dec = _Target(W_enc, enc, copies[0]), _Target(W_dec, dec, copies[1], project, renormalize)
+    to_enc = None if enc is None else _Target(W_enc, enc, copies[0])
+    to_dec = None if dec is None else _Target(W_dec, dec, copies[1], project, renormalize)
+    if to_enc is None and to_dec is None:
+        return
     name = choose_backend(W_enc, backend)
     if name == "reference":
-        return _reference_sparse_adam(grads, to_enc, to_dec, adam)
+        return _reference_sparse_adam(grads, (to_enc, to_dec), adam)
     if name == "torch":
-        return _torch_sparse_adam(grads, to_enc, to_dec, adam)
+        return _torch_sparse_adam(grads, (to_enc, to_dec), adam)
     for parts, target in zip(grads.sums, (to_enc, to_dec), strict=True):
-        _triton_sparse_adam(grads, *parts, target, adam)
+        if target is not None:
+            _triton_sparse_adam(grads, *parts, target, adam)

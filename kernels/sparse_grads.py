@@ -3,7 +3,8 @@
 from bisect import bisect_left
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import compress
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from .index_transpose import IndexTranspose
 from .latent_rows import SEGMENT, latent_row, segment_sums
 from .launch import Backend, choose_backend, guard, launch, next_power_of_2, tl, triton
 from .sparse_matmul import SparseLatents, embedding_sum, run_sum, scatter_sum
+
+#: Which of W_enc and W_dec are asked for.
+Wanted: TypeAlias = tuple[bool, bool]
+BOTH: Wanted = (True, True)
 
 
 class SparseGrad(NamedTuple):
@@ -144,8 +149,11 @@ class SparseGrads:
             W_dec.index_add_(0, rows.latents, rows.W_dec.to(W_dec.dtype))
         return W_enc, W_dec
 
-    def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The float32 gradients of both weights `rows` latents at a time: (which latents, of W_enc, of W_dec)."""
+    def blocks(self, rows: int, wanted: Wanted = BOTH) -> Iterator[tuple[slice, Tensor | None, Tensor | None]]:
+        """The float32 gradients of both weights `rows` latents at a time: (which latents, of W_enc, of W_dec).
+
+        None stands for the gradient of a weight that is not `wanted`.
+        """
         transpose, sums = self.entries.transpose, self.sums
         bounds = [*transpose.offsets[::rows].tolist(), transpose.tokens.shape[0]]
         summed = None if self.rows is None else self.rows.latents.tolist()
@@ -153,8 +161,11 @@ class SparseGrads:
             own = slice(bounds[i], bounds[i + 1])
             at = slice(start, min(start + rows, self.d_sae))
             bags = transpose.offsets[start : start + rows + 1] - bounds[i]
-            grads = []
-            for factors, dense, more in sums:
+            grads: list[Tensor | None] = []
+            for (factors, dense, more), is_wanted in zip(sums, wanted, strict=True):
+                if not is_wanted:
+                    grads.append(None)
+                    continue
                 grad = embedding_sum(dense, transpose.tokens[own], bags, factors[own]).float()
                 if summed is not None and self.rows is not None and more is not None:
                     inside = slice(bisect_left(summed, at.start), bisect_left(summed, at.stop))
@@ -163,18 +174,20 @@ class SparseGrads:
             yield at, grads[0], grads[1]
 
     @torch.no_grad()
-    def square_norm(self, *, backend: Backend | None = None) -> Tensor:
-        """The sum of squares of both gradients, a float32 scalar; they are never in memory as a whole."""
+    def square_norm(self, wanted: Wanted = BOTH, *, backend: Backend | None = None) -> Tensor:
+        """The sum of squares of the `wanted` gradients, a float32 scalar; they are never in memory as a whole."""
         x, grad_out = self.term.x, self.term.grad_out
         name = choose_backend(x, backend)
         if name == "reference":
-            return torch.stack([grad.double().square().sum() for grad in self.dense(backend=name)]).sum().float()
+            grads = compress(self.dense(backend=name), wanted)
+            return torch.stack([grad.double().square().sum() for grad in grads]).sum().float()
         if name == "triton":
-            return torch.stack([_triton_square_norm(self, *parts) for parts in self.sums]).sum()
+            return torch.stack([_triton_square_norm(self, *parts) for parts in compress(self.sums, wanted)]).sum()
         total = torch.zeros((), dtype=torch.float64, device=x.device)
-        for _, *pair in self.blocks(block_rows(max(x.shape[1], grad_out.shape[1]), x.device)):
+        for _, *pair in self.blocks(block_rows(max(x.shape[1], grad_out.shape[1]), x.device), wanted):
             for grad in pair:
-                total += torch.linalg.vector_norm(grad).double().square()
+                if grad is not None:
+                    total += torch.linalg.vector_norm(grad).double().square()
         return total.float()
 
 

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from .config import RunConfig, load_config
     from .models import LanguageModel, ModelConfig, load_model
     from .run import STAGES, Run, RunError
-    from .steer import Edit, Steerer
+    from .steering.edits import Edit
+    from .steering.steerer import Steerer
 
 _HOMES = {
-    "Edit": ".steer",
+    "Edit": ".steering.edits",
     "FeatureStore": "saeql.store.feature_store",
     "LanguageModel": ".models",
     "ModelConfig": ".models",
@@ -27,7 +28,7 @@ _HOMES = {
     "RunError": ".run",
     "STAGES": ".run",
     "SparseAutoencoder": "saeql.sae.model",
-    "Steerer": ".steer",
+    "Steerer": ".steering.steerer",
     "capture": "saeql.sae.hooks",
     "edit": "saeql.sae.hooks",
     "load_config": ".config",

@@ -4,8 +4,8 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,19 @@ import tomli_w
 
 from saeql.sae.config import DictionaryConfig, TrainConfig, load_toml, to_dict
 
-from .corpus import CorpusConfig
+from .corpus import EMBEDDED_TEXT, CorpusConfig, SourceConfig
 from .embedder import EmbedderConfig
 from .evaluate import EvaluateConfig
+from .explainers.ngrams import NGramsConfig
+from .explainers.output import OutputConfig
 from .harvest import HarvestConfig
 from .index import IndexConfig
 from .label_config import LabelConfig
+from .language_models.config import JudgeConfig
 from .models import ModelConfig
+from .receipts.intervention import InterventionConfig
 from .sweep import SweepConfig
+from .token_identity import TokensConfig
 
 #: Tokens of the train split that are stored to gather evidence on where training reads the model itself.
 LIVE_TRAIN_TOKENS = 1_000_000
@@ -40,8 +45,13 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
+    ngrams: NGramsConfig = field(default_factory=NGramsConfig)
+    output_labels: OutputConfig = field(default_factory=OutputConfig)
+    intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    token_identity: TokensConfig = field(default_factory=TokensConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     @property
@@ -58,6 +68,15 @@ def load_config(path: str | Path | None, overrides: Mapping[str, str] | None = N
     Raises ConfigError naming the key.
     """
     return load_toml(RunConfig, demo_config_path() if path is None else path, overrides)
+
+
+def with_text(config: RunConfig, texts: Sequence[str | Path]) -> RunConfig:
+    """`config` with files, folders or hub datasets as further sources of its corpus, each of weight 1."""
+    if not texts:
+        return config
+    added = tuple(SourceConfig(source=str(text)) for text in texts)
+    corpus = replace(config.corpus, source=EMBEDDED_TEXT, mixture=(*config.corpus.sources, *added))
+    return replace(config, corpus=corpus)
 
 
 def demo_config_path() -> Path:

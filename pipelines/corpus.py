@@ -33,7 +33,7 @@ class CorpusConfig:
     """Which text is read, how it is put into windows, and how much of it."""
 
     source: str = EMBEDDED_TEXT
-    """embedded:wikipedia, a file or folder (.txt .md .jsonl .ndjson, also .gz and .zst; .parquet; a saved dataset), or hf:NAME[:CONFIG][@REVISION]."""  # noqa: E501
+    """embedded:wikipedia, a file or folder (.txt .md .jsonl .ndjson, also .gz, .xz and .zst; .parquet; a saved dataset), or hf:NAME[:CONFIG][@REVISION]."""  # noqa: E501
     content: str = "text"
     """What a row holds: "text", "tokens" (ids of this model's tokenizer) or "chat" (messages, through the model's template)."""  # noqa: E501
     text_column: str = "text"
@@ -250,8 +250,8 @@ class CorpusReader:
             return None
         try:
             found = self._content(source, row)
-            text_sha256 = _sha256(found.hashed)
-            sha256 = _sha256(str(row.fields.get(source.split_column))) if source.split_column else text_sha256
+            text_sha256 = document_sha256(found.hashed)
+            sha256 = document_sha256(str(row.fields.get(source.split_column))) if source.split_column else text_sha256
         except UnicodeEncodeError:  # a half of a surrogate pair, which JSON can spell
             left_out["not_utf8"] += 1
             return None
@@ -380,5 +380,6 @@ class _Content:
     token_ids: tuple[int, ...] | None = None
 
 
-def _sha256(text: str) -> str:
+def document_sha256(text: str) -> str:
+    """Hash of a document's normalised text: what decides its split, and whether it was read before."""
     return hashlib.sha256(normalise(text).encode("utf-8")).hexdigest()

@@ -14,6 +14,12 @@ from saeql.sae.trainer import Places
 from .models import ModelConfig
 
 SWEEP_FOLDER = "sweep"
+_FROZEN_NAMES = {
+    "decoder": "frozen_decoder",
+    "soft_decoder": "soft_frozen",
+    "encoder": "frozen_encoder",
+    "all": "fixed",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,9 @@ class DictionarySpec:
 def dictionary_name(config: DictionaryConfig) -> str:
     """Name of a dictionary's folder and of its rows in the store."""
     form = "" if config.form == "autoencoder" else f"_{config.form}"
-    return f"{config.architecture}{form}_{config.d_sae}_k{config.k}"
+    end = "" if config.freeze == "none" else f"_{_FROZEN_NAMES[config.freeze]}"
+    end += "" if config.start == "random" else f"_{config.start}"
+    return f"{config.architecture}{form}_{config.d_sae}_k{config.k}{end}"
 
 
 def dictionary_homes(run: Path) -> tuple[Path, Path]:

@@ -11,6 +11,7 @@ QUANTIZATIONS = {
     "bitsandbytes_4bit": "bitsandbytes",
     "torchao_int8": "torchao",
 }
+RANDOMISED = ("none", "weights", "all")
 _DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -44,6 +45,11 @@ class ModelConfig:
     """bitsandbytes_8bit, bitsandbytes_4bit or torchao_int8 on loading; a model stored quantised needs no key."""
     trust_remote_code: str = ""
     """The model's name again, to run the code that comes with it; unset never runs it."""
+    randomise: str = "none"
+    """A control: "weights" redraws every weight matrix from a normal of its own mean and deviation, embeddings, norms
+    and biases kept; "all" redraws embeddings too."""
+    randomise_seed: int = 0
+    """Seed of those draws."""
 
     @property
     def hook_points(self) -> tuple[str, ...]:
@@ -53,6 +59,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"model.dtype must be one of auto, float32, bfloat16; got {self.dtype!r}")
+        if self.randomise not in RANDOMISED:
+            raise ConfigError(
+                f"model.randomise must be one of {', '.join(RANDOMISED)}; got {self.randomise!r}"
+                f"{suggestion(self.randomise, RANDOMISED)}"
+            )
+        if self.randomise != "none" and (self.quantization or self.device_map):
+            raise ConfigError("model.randomise redraws plain weights: leave model.quantization and device_map unset")
         if self.quantization and self.quantization not in QUANTIZATIONS:
             known = tuple(QUANTIZATIONS)
             raise ConfigError(

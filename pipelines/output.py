@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .receipts.card import card_lines
+
 if TYPE_CHECKING:  # a table of rows needs neither the store's engine nor torch
     from saeql.store.feature_store import Example, FeatureStore
     from saeql.store.search import SearchHit
 
     from .search import PromptHits
-    from .steer import Edit
+    from .steering.edits import Edit
 
 _VISIBLE = {"\n": "↵", "\t": "→", "\r": "␍"}
 
@@ -158,16 +161,21 @@ def print_feature(
 ) -> None:
     """Print one feature with examples, logit effects and neighbours. Raises FeatureNotFound."""
     card = store.feature(feature)
+    receipts = store.receipts(feature)
     examples = store.examples(feature, split=split, limit=num_examples)
     near = store.neighbours(feature, limit=5)
     effects = store.logit_effects(feature)
     if as_json:
-        card = {**card, "examples": [asdict(e) for e in examples], "neighbours": near, "logit_effects": effects}
+        shown = {"examples": [asdict(e) for e in examples], "neighbours": near, "logit_effects": effects}
+        card = {**card, **shown, "receipts": [_parsed(row) for row in receipts]}
         print(json.dumps(card, ensure_ascii=False, default=str))
         return
     out = console()
     out.print(Text(f"feature {feature} of {card['dictionary']}", "bold"))
     out.print(Text(f"label        {visible(card['label'])}  ({card['kind']})"))
+    for line in card_lines(receipts):
+        style = {"passed": "green", "failed": "red"}.get(line.verdict, "")
+        out.print(Text(f"{line.title:<30} ").append(f"{line.verdict:<9}", style).append(line.text))
     if card["auroc"] is not None:
         out.print(
             f"receipt      AUROC {card['auroc']:.3f} on test documents (95 % interval {cell(card['auroc_low'])} to "
@@ -190,14 +198,31 @@ def print_feature(
         out.print(Text(f"{example.activation:8.2f}  ").append_text(highlighted(example)))
 
 
-def print_steering(change: "Edit", prompt: str, baseline: str, steered: str, *, as_json: bool = False) -> None:
-    """Print a prompt's continuation with and without an edit, side by side."""
+def _parsed(receipt: dict[str, Any]) -> dict[str, Any]:
+    """A receipt without what the card says anyway, its detail as an object."""
+    kept = {key: value for key, value in receipt.items() if key not in ("dictionary", "feature")}
+    return kept | {"detail": json.loads(receipt["detail"]) if receipt["detail"] else None}
+
+
+def print_steering(
+    edits: "Sequence[Edit]",
+    prompts: Sequence[str],
+    baselines: Sequence[str],
+    steered: Sequence[str],
+    *,
+    as_json: bool = False,
+) -> None:
+    """Print continuations of prompts with and without edits, side by side."""
+    texts = list(zip(prompts, baselines, steered, strict=True))
     if as_json:
-        print(json.dumps({**asdict(change), "prompt": prompt, "baseline": baseline, "steered": steered}))
+        names = ("prompt", "baseline", "steered")
+        made = [asdict(change) | {"strength": change.amount, "to": change.goal} for change in edits]
+        record = {"edits": made, "texts": [dict(zip(names, text, strict=True)) for text in texts]}
+        print(json.dumps(record, ensure_ascii=False, default=str))
         return
-    strength = "" if change.mode == "ablate" else f" {change.strength:g}"
-    table = Table(title=Text(f"prompt: {prompt}"), title_justify="left", expand=True)
-    table.add_column("baseline", ratio=1)
-    table.add_column(f"feature {change.feature}, {change.mode}{strength}", ratio=1)
-    table.add_row(Text(baseline.strip()), Text(steered.strip()))
-    console().print(table)
+    for prompt, baseline, changed in texts:
+        table = Table(title=Text(f"prompt: {prompt}"), title_justify="left", expand=True)
+        table.add_column("baseline", ratio=1)
+        table.add_column(Text("; ".join(change.describe() for change in edits)), ratio=1)
+        table.add_row(Text(baseline.strip()), Text(changed.strip()))
+        console().print(table)

@@ -35,6 +35,8 @@ CPU_FORWARD = {torch.bfloat16: 0.45, torch.float32: 0.7}
 GPU_FORWARD = 0.4
 #: Rate in bytes a second of gathers and of Adam on a CPU for every float32 operation a second that it multiplies at.
 CPU_BYTES_PER_FLOP = 0.05
+#: What the thresholds of a dictionary that is not trained cost, in matmuls of all train rows with its encoder.
+THRESHOLD_PASSES = 3.0
 #: Seconds an activation that label and store take, measured.
 ACTIVATION_SECONDS = 0.7e-6
 #: Seconds to import libraries and load a model, measured.
@@ -242,11 +244,16 @@ class _Speed:
         return self._forward(self.evaluate_flops)
 
     def train_flops(self, s: Sizes) -> float:
+        if s.is_fixed:
+            return 2.0 * s.d_in * s.d_sae * self.rows.of("train") * THRESHOLD_PASSES
         matmuls = 3 * (s.d_in + s.d_out) if s.is_dense else s.d_in
         return 2.0 * matmuls * s.d_sae * self.config.train.num_steps * self.config.train.batch_tokens
 
     def train(self, s: Sizes) -> float:
         train = self.config.train
+        if s.is_fixed:
+            rate = self.card.bf16_flops * REACHED if self.card else self.machine.float32_flops
+            return self.train_flops(s) / rate
         if self.card:
             return train.num_steps * step_seconds(_step(self.config, s), self.card)
         moved = s.parameter_bytes / 4 * 28.0
@@ -281,7 +288,7 @@ class _Speed:
 
 def _stage(name: str, terms: StageTerms, speed: _Speed, own: Sizes) -> Stage:
     config, rows, on_card = speed.config, speed.rows, speed.card is not None
-    trained = config.train.num_steps * config.train.batch_tokens
+    trained = rows.of("train") if own.is_fixed else config.train.num_steps * config.train.batch_tokens
     late = START_SECONDS / 2 + terms.num_activations * ACTIVATION_SECONDS
     table: dict[str, tuple[list[Term], Callable[[], list[Term]], list[Term], float, float, float]] = {
         "harvest": (

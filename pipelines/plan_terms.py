@@ -98,6 +98,22 @@ class Sizes:
         return self.spec.config.d_sae
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether nothing of it is trained."""
+        return self.spec.config.freeze == "all"
+
+    @property
+    def learnt_bytes(self) -> int:
+        """Parameters that have moments: those that are not frozen."""
+        width = {"decoder": self.d_out, "encoder": self.d_in}.get(self.spec.config.freeze, 0)
+        return 0 if self.is_fixed else self.parameter_bytes - 4 * self.d_sae * width
+
+    @property
+    def start_bytes(self) -> int:
+        """Rows that a soft-frozen decoder is kept near."""
+        return 4 * self.d_sae * self.d_out if self.spec.config.freeze == "soft_decoder" else 0
+
+    @property
     def is_dense(self) -> bool:
         """Whether a training step has dense pre-activations and gradients."""
         return self.spec.config.architecture in DENSE
@@ -106,6 +122,8 @@ class Sizes:
     def l0(self) -> float:
         """Active latents of a row: k, or the wanted l0; 64 where the penalty decides (an assumption)."""
         config = self.spec.config
+        if self.is_fixed:
+            return float(config.k)
         return float((config.target_l0 or 64) if self.is_dense else config.k)
 
 
@@ -234,15 +252,17 @@ class StageTerms:
             Term("dictionaries", parameters, f"{len(sizes)} x float32 weights"),
             Term(
                 "Adam",
-                parameters * (2 if train.moments_dtype == "float32" else 1),
-                f"two {train.moments_dtype} moments a weight",
+                sum(s.learnt_bytes for s in sizes) * (2 if train.moments_dtype == "float32" else 1),
+                f"two {train.moments_dtype} moments a weight that learns",
             ),
         ]
+        if any(s.start_bytes for s in sizes):
+            terms.append(Term("starts", sum(s.start_bytes for s in sizes), 'dictionary.freeze = "soft_decoder"'))
         if train.matmul_dtype != "float32":
             kept = sum(s.parameter_bytes / 4 for s in sizes if not s.is_dense)
             terms.append(Term("bfloat16 encoders", kept, "train.matmul_dtype"))
         if train.ema_decay is not None:
-            terms.append(Term("averaged weights", parameters, "train.ema_decay"))
+            terms.append(Term("averaged weights", sum(s.learnt_bytes for s in sizes), "train.ema_decay"))
         init = Term("first rows", INIT_COPIES * train.init_tokens * columns * 4, "train.init_tokens for the scaling")
         steps = ([self._step_term(s), self._batch_term(columns)] for s in sizes)
         return terms + _largest([init], _largest(*steps), *others)
@@ -267,8 +287,9 @@ class StageTerms:
     def train_disk(self, sizes: Sequence[Sizes]) -> list[Term]:
         """Checkpoints and dictionaries."""
         parameters, train = sum(s.parameter_bytes for s in sizes), self.config.train
-        copies = 3 if train.ema_decay is None else 4
-        saved = sum(copies * s.parameter_bytes + 8 * s.d_sae for s in sizes)
+        copies = 2 if train.ema_decay is None else 3
+        saved = sum(s.parameter_bytes + copies * s.learnt_bytes + s.start_bytes + 8 * s.d_sae for s in sizes)
+        saved = 0 if all(s.is_fixed for s in sizes) else saved
         kept = min(train.keep_checkpoints, -(-train.num_steps // train.checkpoint_every_steps))
         terms = [
             Term("checkpoints", kept * saved, f"{kept} x weights and moments"),

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .atomic import write_whole
+from .receipts.card import CardLine
 
 HIGHLIGHT_LEVELS = 10
 MAX_CHART_POINTS = 400
@@ -83,6 +84,8 @@ class FeatureDetail:
     promoted: Sequence[str]
     suppressed: Sequence[str]
     examples: Sequence[Example]
+    card: Sequence[CardLine] = ()
+    """What its receipts say."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,10 @@ class ReportData:
     steering: Sequence[SteeringExample] = field(default_factory=tuple)
     timings: Sequence[tuple[str, float]] = field(default_factory=tuple)
     """(stage, seconds)."""
+    headline: str = ""
+    """What the controls allow to say of the labels."""
+    controls: Sequence[CardLine] = ()
+    """Controls of the dictionary as a whole."""
 
 
 def visible(text: str) -> str:

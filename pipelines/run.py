@@ -7,9 +7,11 @@ dictionaries/<name>/   cfg.json, sae_weights.safetensors, sparsity.safetensors
 evidence/*.parquet     what was found
 features.duckdb        the feature store, one build of the evidence
 metrics.jsonl          training curve
+evaluation.html        what the dictionary is worth, and what its controls allow to say
 report.html            everything on one page
 stages.json            which stages are finished
 hashes.json            hashes of all that is not in a manifest or a checkpoint
+controls/<kind>/       runs with one switch changed, to compare with
 stopped.json           there while a training stands still because it was asked to stop
 """
 
@@ -30,6 +32,7 @@ from saeql.sae.architectures import architecture
 from saeql.sae.comm import ALONE, Comm
 from saeql.sae.config import from_dict, suggestion, to_dict
 from saeql.sae.files import load_dictionary, save_dictionary
+from saeql.sae.frozen import check_frozen
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.resample import check_resampling
 from saeql.store.evidence import Evidence
@@ -40,6 +43,7 @@ from .config import RunConfig, to_toml
 from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
 from .embedder import EMBEDDED_EMBEDDER, Embedder, EmbedderError
 from .evaluate import Evaluator, metrics_table
+from .evaluation_page import write_evaluation
 from .harvest import HARVEST_FILE, HarvestInfo, harvest
 from .hook_points import settle
 from .index import Indexer, IndexResult
@@ -52,7 +56,8 @@ from .output import note
 from .progress import progress
 from .provenance import more_evidence, provenance
 from .ranks import take_own_gpu
-from .steer import Steerer
+from .steering.edits import FeatureScale
+from .steering.steerer import Steerer
 from .stopping import leave_if_asked
 from .train import STOPPED_FILE, train_dictionaries
 from .verify import Verification, recorded, verify_run
@@ -100,6 +105,7 @@ class Run:
         path, config = Path(path), settle(config)
         kind = specify(config.dictionary, config.model, config.seed).config.architecture
         check_resampling(architecture(kind), config.train)
+        check_frozen(config.dictionary, config.train)
         if (path / "config.toml").exists():
             run = cls.open(path)
             difference = _first_difference(to_dict(run.config), to_dict(config))
@@ -193,14 +199,18 @@ class Run:
             ModelIdentity(**metadata["identity"]),
             writes=metadata["writes"],
             median_norms=metadata["median_norms"],
-            max_activations=self._max_activations(),
+            scales=self._feature_scales(),
             allow_mismatch=allow_mismatch,
         )
 
-    def _max_activations(self) -> dict[int, float]:
+    def _feature_scales(self) -> dict[int, FeatureScale]:
+        query = (
+            "SELECT feature, p99, density * mean_activation AS mean FROM features "
+            "WHERE dictionary = $name AND max_activation > 0"
+        )
         with self.store() as store:
-            table = store.trusted_sql("SELECT feature, max_activation FROM features WHERE max_activation > 0")
-        return dict(zip(table["feature"].to_pylist(), table["max_activation"].to_pylist(), strict=True))
+            rows = store.trusted_sql(query, {"name": self.spec.name}).to_pylist()
+        return {row["feature"]: FeatureScale(row["p99"], row["mean"]) for row in rows}
 
     # --- stages --------------------------------------------------------------------------------------------------
 
@@ -311,6 +321,7 @@ class Run:
         Under torchrun every rank is one of them, on its own device. Raises RunError where a stage of this run is at
         work, which is another thing than a harvest.
         """
+        self._require_own_activations()
         with self.locked(shared=True):
             if "harvest" in self.finished():
                 return self.harvest_info
@@ -340,6 +351,9 @@ class Run:
         if comm.is_first:
             for table in COMPARISON_TABLES:  # of the dictionary that was here before
                 self.evidence.path(table).unlink(missing_ok=True)
+            from .probing.probe_receipts import remove_receipts
+
+            remove_receipts(self)
         train_dictionaries(self, [self.spec], self.path, resume=resume, report_to=report_to, comm=comm, reshard=reshard)
         return self.dictionary() if comm.is_first else None
 
@@ -403,11 +417,12 @@ class Run:
         return Evaluator(self.language_model, self.activations, info, self.config.evaluate, seed=self.config.seed)
 
     def evaluate(self) -> None:
-        """dictionary + test documents -> metrics."""
+        """dictionary + test documents -> metrics, and with the receipts of its labels evaluation.html."""
         spec = self.spec
         self.evidence.write(
             "metrics", metrics_table(spec.name, self.evaluator().metrics(self.dictionary(), spec.places))
         )
+        write_evaluation(self)
 
     def build_store(self, *, rebuild: bool = False) -> list[str]:
         """evidence -> features.duckdb: what is new is added, published by rename; `rebuild` makes all of it anew.
@@ -428,6 +443,14 @@ class Run:
         if self._embed():
             done += FeatureStore.sync(path, folders)
         return done
+
+    def save_evidence(self, table: str, rows: pa.Table, what: str) -> None:
+        """Write an evidence table that no stage makes, its hash taken under the name `what`.
+
+        To be called within `locked`; the store is brought up to date by `saeql store`.
+        """
+        with recorded(self.path, what):
+            self.evidence.write(table, rows)
 
     def save_comparison(self, tables: dict[str, pa.Table]) -> bool:
         """Write the evidence tables `COMPARISON_TABLES` and bring the store up to date with them, where it is built.
@@ -493,11 +516,19 @@ class Run:
             raise RunError(f"{self.path} is {error}") from None
 
     def _require_inputs(self, stage: str) -> None:
+        if stage == "harvest":
+            self._require_own_activations()
         missing = [name for name in _NEEDS.get(stage, ()) if name not in self.finished()]
         if missing:
             raise RunError(
                 f"{self.path}: {stage} reads what {missing[0]} makes, which is missing or out of date: "
                 f"`saeql {missing[0]} {self.path}` first"
+            )
+
+    def _require_own_activations(self) -> None:
+        if self.activations.is_symlink():
+            raise RunError(
+                f"{self.path} reads the activations of another run, {self.activations.resolve().parent}: harvest there"
             )
 
     def _mark_stale(self, stage: str) -> None:

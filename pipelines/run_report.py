@@ -9,6 +9,8 @@ import numpy as np
 from saeql.store.feature_store import FeatureStore
 
 from .metric_table import paired
+from .receipts.card import card_lines
+from .receipts.headline import headline
 from .report import (
     Example,
     FeatureDetail,
@@ -34,6 +36,7 @@ NUM_EXAMPLES = 6
 def write_run_report(run: "Run", showcase: Showcase) -> None:
     """Write `report.html` of a run whose store is built."""
     with run.store() as store:
+        whole = store.receipts(None)
         data = ReportData(
             title=showcase.title,
             facts=_facts(run),
@@ -50,6 +53,8 @@ def write_run_report(run: "Run", showcase: Showcase) -> None:
             rows_left_out=_rows_left_out(run, showcase),
             sql=SqlExample(**showcase.sql),
             steering=[_steering(showcase.steering)] if showcase.steering else [],
+            headline=headline(whole).text,
+            controls=card_lines(whole),
             timings=[(stage, record["seconds"]) for stage, record in run.finished().items()],
         )
     write_report(run.path / REPORT_FILE, data)
@@ -92,7 +97,8 @@ def _detail(store: FeatureStore, row: dict[str, Any]) -> FeatureDetail:
         Example(e.title or f"document {e.document_id}", e.tokens, e.activations)
         for e in store.examples(row["feature"], limit=NUM_EXAMPLES)
     ]
-    return FeatureDetail(row["feature"], row["label"], row["promotes"], row["suppresses"], examples)
+    card = card_lines(store.receipts(row["feature"]))
+    return FeatureDetail(row["feature"], row["label"], row["promotes"], row["suppresses"], examples, card)
 
 
 def _rows_left_out(run: "Run", showcase: Showcase) -> list[tuple[str, int]]:

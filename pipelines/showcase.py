@@ -18,7 +18,8 @@ from .atomic import write_whole
 from .metric_table import print_metrics
 from .output import console, highlighted, print_records, print_steering, visible
 from .progress import progress
-from .steer import Edit, Steerer
+from .steering.edits import Edit
+from .steering.steerer import Steerer
 
 if TYPE_CHECKING:
     from .run import Run
@@ -160,7 +161,7 @@ def print_showcase(run: "Run") -> None:
     if change:
         out.print(Text(f"\nsteered with feature {change['feature']}: {visible(change['label'])}", "bold"))
         edit = Edit(change["feature"], change["mode"], change["strength"])
-        print_steering(edit, change["prompt"], change["baseline"], change["steered"])
+        print_steering([edit], [change["prompt"]], [change["baseline"]], [change["steered"]])
     out.print(Text("\nwhere everything lies", "bold"))
     for name, path in _places(run).items():
         out.print(Text(f"  {name:<12} {path}"))

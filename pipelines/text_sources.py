@@ -7,7 +7,7 @@ A source is `embedded:wikipedia`, a file, a folder, or `hf:NAME[:CONFIG][@REVISI
 .parquet                one row a row, read by row groups
 a folder                every such file below it in name order, or a dataset that `Dataset.save_to_disk` wrote
 
-Text files and lines may be compressed (.gz, .zst). Reading starts at any row, without parsing what comes before it.
+Text files and lines may be compressed (.gz, .xz, .zst). Reading starts at any row without parsing what is before it.
 """
 
 import bz2
@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import lzma
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from saeql.sae.config import ConfigError, suggestion
 EMBEDDED_TEXT = "embedded:wikipedia"
 _WIKIPEDIA_FILE = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _TEXT, _LINES, _PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), ".parquet"
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_ARROW_NAMES = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSIONS = (*_ARROW_NAMES, ".xz")
 _ROWS_AT_ONCE = 1024
 
 CONTENTS = ("text", "tokens", "chat")
@@ -125,8 +127,8 @@ def _files(source: SourceConfig, path: Path, start: int, stride: int) -> Iterato
     readable = [(file, kind) for file in files if (kind := _kind(file)) is not None]
     if not readable:
         raise CorpusError(
-            f"{path} holds no text that saeql reads: .txt .md .jsonl .ndjson (also .gz .zst) .parquet, or a dataset "
-            "written by save_to_disk"
+            f"{path} holds no text that saeql reads: .txt .md .jsonl .ndjson (also .gz .xz .zst) .parquet, or a "
+            "dataset written by save_to_disk"
         )
     for file, kind in readable:
         wanted, count = Wanted(start, stride), 0
@@ -135,7 +137,7 @@ def _files(source: SourceConfig, path: Path, start: int, stride: int) -> Iterato
                 count += 1
                 if row is not None:
                     yield row
-        except (OSError, EOFError, ArithmeticError) as error:
+        except (OSError, EOFError, ArithmeticError, lzma.LZMAError) as error:
             raise CorpusError(f"{file} cannot be read: {one_line(error)}") from None
         start = wanted.first_from(count) - count
 
@@ -170,7 +172,9 @@ def _kind(file: Path) -> _Reader | None:
 
 def _opened(file: Path) -> BinaryIO:
     """Bytes of a file, decompressed; several members or frames in a row are read as one."""
-    compression = _COMPRESSIONS.get(file.suffix)
+    if file.suffix == ".xz":
+        return io.BufferedReader(lzma.open(file))
+    compression = _ARROW_NAMES.get(file.suffix)
     if compression is None:
         return file.open("rb")
     import pyarrow as pa

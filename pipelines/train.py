@@ -21,6 +21,7 @@ from saeql.sae.trainer import Trainer
 
 from .atomic import write_whole
 from .dictionaries import DictionarySpec, start_dictionary
+from .fixed_dictionaries import fit_fixed
 from .harvest import HarvestInfo, module_names
 from .models import load_skeleton
 from .progress import progress
@@ -77,6 +78,7 @@ def train_dictionaries(
             source,
             places={spec.name: spec.places for spec in specs},
             pretrained=[spec.name for spec in specs if spec.config.start_from],
+            start_seeds={spec.name: spec.seed for spec in specs},
             folder=folder / "checkpoints",
             on_log=log,
             on_step=advance,
@@ -95,6 +97,8 @@ def train_dictionaries(
         for change in trainer.resharded if comm.is_first else ():
             print(f"saeql: no longer bit-exact since {change}", file=sys.stderr)
         trainer.fit()
+        if not trainer.stopped:
+            fit_fixed(run, trainer, specs, device)
         whole = {} if trainer.stopped else trainer.finish()
         if trainer.stopped and comm.is_first:  # before any rank ends: a launcher then ends the others
             where = {"step": trainer.step, "of": train.num_steps, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -153,6 +157,8 @@ def _metadata(run: "Run", spec: DictionarySpec, info: HarvestInfo) -> dict[str, 
         "text": {key: getattr(config.corpus, key) for key in ("bos", "separator", "pack")},
         "seed": spec.seed,
     }
+    if config.model.randomise != "none":
+        ours["randomised"] = config.model.randomise
     return {**metadata, "saeql": ours}
 
 

@@ -49,7 +49,7 @@ def training_stream(
             list(widths),
             train.batch_tokens,
             device,
-            shuffle_seed=config.seed,
+            shuffle_seed=data_seed(config),
             block_rows=train.shuffle_block_rows,
             buffer_bytes=train.shuffle_buffer_bytes,
             rank=rank,
@@ -71,7 +71,7 @@ def training_stream(
         config.harvest,
         batch_tokens=train.batch_tokens // num_ranks,
         norm_limits={name: info.norm_limit(name) for name in widths},
-        seed=config.seed,
+        seed=data_seed(config),
         buffer_bytes=train.shuffle_buffer_bytes,
         wanted_rows=train.num_steps * train.batch_tokens // num_ranks,
         device=device,
@@ -82,10 +82,15 @@ def training_stream(
         yield source
 
 
+def data_seed(config: "RunConfig") -> int:
+    """Seed of the order of rows: `train.data_seed`, else that of the run."""
+    return config.seed if config.train.data_seed is None else config.train.data_seed
+
+
 def belongs_to(config: "RunConfig", info: HarvestInfo, widths: Mapping[str, int]) -> dict[str, Any]:
     """What the rows of the stream, and their order, depend on beside [train]: a resume must find it the same."""
     facts = {
-        "seed": config.seed,
+        "seed": data_seed(config),  # of the order; seeds of initialisation are the dictionaries' own
         "model.name": config.model.name,
         "model.revision": config.model.revision,
         "model_sha256": info.identity.model_sha256,

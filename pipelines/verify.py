@@ -25,6 +25,8 @@ from .index_shards import INDEX_WORK
 from .progress import progress
 
 HASHES_FILE = "hashes.json"
+#: Runs of their own inside a run, each with its own hashes.
+CONTROLS_FOLDER = "controls"
 #: Bookkeeping that changes without a stage.
 _NOT_RECORDED = (".lock", "stages.json", "stopped.json", HASHES_FILE)
 
@@ -85,7 +87,7 @@ def _versions(run: Path) -> dict[str, tuple[int, int, int]]:
     """What tells that a file was written again: (inode, size, time), for every file that `hashes.json` covers."""
     found = {}
     for folder, folders, names in os.walk(run):
-        left_out = ("checkpoints", PARTS if Path(folder).name == "activations" else INDEX_WORK)
+        left_out = ("checkpoints", CONTROLS_FOLDER, PARTS if Path(folder).name == "activations" else INDEX_WORK)
         folders[:] = [name for name in folders if name not in left_out and ".tmp." not in name]
         is_shard_folder = MANIFEST in names
         stores = {name.removesuffix(HASHES_ENDING) for name in names if name.endswith(HASHES_ENDING)}
@@ -186,7 +188,8 @@ def _recorded_checks(run: Path, result: Verification) -> Iterator[tuple[int, Any
 
 
 def _checkpoint_checks(run: Path, result: Verification) -> Iterator[tuple[int, Any]]:
-    for folder in sorted(p for p in run.rglob("checkpoints/step-*") if p.is_dir() and ".tmp." not in p.name):
+    own = (p for p in run.rglob("checkpoints/step-*") if CONTROLS_FOLDER not in p.relative_to(run).parts)
+    for folder in sorted(p for p in own if p.is_dir() and ".tmp." not in p.name):
         hashes = folder / CHECKPOINT_HASHES
         if not hashes.exists():
             result.unrecorded.append(folder.relative_to(run).as_posix())

@@ -16,6 +16,10 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 ConfigT = TypeVar("ConfigT")
 
 #: What a dictionary reads and writes: the same place, another place (with or without a linear path beside), several.
+#: Where decoder rows start, and what of a dictionary does not learn.
+STARTS = ("random", "random_covariance", "neurons", "pca")
+FREEZES = ("none", "decoder", "soft_decoder", "encoder", "all")
+
 FORMS = ("autoencoder", "transcoder", "skip_transcoder", "crosscoder")
 
 
@@ -41,6 +45,14 @@ class DictionaryConfig:
     """Latents kept for every row (topk), or on average over a batch (batchtopk); unused by relu, gated and jumprelu."""
     start_from: str = ""
     """Folder of a dictionary of the same kind and size to go on from (fine-tuning); unset starts anew."""
+    start: str = "random"
+    """Decoder rows at the start: "random" (isotropic Gaussian), "random_covariance" (Gaussian with the activations'
+    covariance), "neurons" (single coordinates) or "pca"; the last two have no more than 2 d_in directions."""
+    freeze: str = "none"
+    """What does not learn: "none", "decoder", "soft_decoder" (rows keep a cosine of 0.8 with their start), "encoder",
+    or "all": nothing is trained, and a jumprelu dictionary only gets the thresholds that match firing rates."""
+    rates_from: str = ""
+    """With freeze = "all": folder of an indexed dictionary whose firing rates are matched; unset: k / d_sae each."""
     sparsity_coefficient: float | None = None
     """Weight of the sparsity penalty of relu, gated and jumprelu, whose inputs have unit variance per coordinate; unset
     takes the architecture's own."""
@@ -63,6 +75,9 @@ class DictionaryConfig:
 
     def __post_init__(self) -> None:
         _check_choice("dictionary.form", self.form, FORMS)
+        _check_choice("dictionary.start", self.start, STARTS)
+        _check_choice("dictionary.freeze", self.freeze, FREEZES)
+        self._check_fixed()
         _check_choice("dictionary.sparsity_penalty", self.sparsity_penalty, ("l1", "tanh", "p_norm"))
         _check_choice("dictionary.matryoshka_selection", self.matryoshka_selection, ("topk", "batchtopk"))
         shares = self.matryoshka_shares
@@ -77,6 +92,19 @@ class DictionaryConfig:
         if not 1 <= self.k <= self.d_sae:
             raise ConfigError(f"dictionary.k must lie between 1 and d_sae ({self.d_sae}), got {self.k}")
 
+    def _check_fixed(self) -> None:
+        if self.freeze == "all" and self.architecture != "jumprelu":
+            raise ConfigError(
+                'dictionary.freeze = "all" matches firing rates by a threshold for every latent, which only jumprelu '
+                f'has: set dictionary.architecture = "jumprelu", not "{self.architecture}"'
+            )
+        if self.rates_from and self.freeze != "all":
+            raise ConfigError('dictionary.rates_from only goes with dictionary.freeze = "all"')
+        if self.start != "random" and self.start_from:
+            raise ConfigError("dictionary.start and dictionary.start_from both say where to start: set one of them")
+        if self.start != "random" and self.form in ("transcoder", "skip_transcoder"):
+            raise ConfigError(f'dictionary.start = "{self.start}" needs a form that writes what it reads')
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -86,6 +114,8 @@ class TrainConfig:
     """"shards": rows that the harvest stored; "live": rows straight from the model, which runs while training does."""
     num_steps: int = 1400
     """Optimizer steps."""
+    data_seed: int | None = None
+    """Seed of the order of rows; unset takes the run's seed, which then moves both order and initialisation."""
     batch_tokens: int = 1024
     """Rows of one step."""
     lr: float | None = None

@@ -163,10 +163,8 @@ def capture(model: nn.Module, names: list[str], device: torch.device | None = No
 
 
 @contextmanager
-def edit(
-    model: nn.Module, name: str, fn: Callable[[torch.Tensor], torch.Tensor], device: torch.device | None = None
-) -> Iterator[None]:
-    """Replace the activations [B, T, d] at a hook point by `fn(acts)` for the length of the block.
+def edit(model: nn.Module, name: str, fn: Change, device: torch.device | None = None) -> Iterator[None]:
+    """Replace the activations [B, T, d] at a hook point by `fn(acts)` for the length of the block; None: left alone.
 
     `fn` is given them on `device` (None: where the model has them); the result goes back to where they came from.
     Raises HookPointError for a hook point that the model does not have.

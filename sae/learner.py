@@ -12,11 +12,14 @@ from saeql.kernels.sparse_adam import sparse_adam
 from saeql.kernels.sparse_grads import SparseGrads
 
 from .config import TrainConfig
+from .frozen import check_frozen, frozen_weights, keep_near
 from .model import SparseAutoencoder
 from .objective import LossTerms, loss_terms
 from .resample import check_resampling, is_due, resample
 from .sparse_step import sparse_step
 
+#: What stands beside a parameter in a checkpoint, by the end of its name.
+_BESIDE = ("first", "second", "average", "start")
 _COUNTERS = ("steps", "skipped", "resampled", "seconds")
 
 
@@ -50,19 +53,34 @@ class Learner:
     resampled: int = 0  # dead latents that were given a new start, all in all
     moments: dict[str, Moments] = field(init=False)  # by parameter name
     averages: dict[str, torch.Tensor] = field(init=False)  # by parameter name, empty where weights are not averaged
+    starts: dict[str, torch.Tensor] = field(init=False)  # by parameter name: rows that may not be left by far
     idle_tokens: torch.Tensor = field(init=False)  # [d_sae], rows since a latent fired
     window: _Window = field(default_factory=_Window)
     W_enc_cast: torch.Tensor | None = None  # W_enc in the dtype of the encoder's matmul, kept by the optimizer
 
     def __post_init__(self) -> None:
         check_resampling(self.dictionary, self.config)
-        parameters = dict(self.dictionary.named_parameters())
+        check_frozen(self.dictionary.config, self.config)
+        freeze = self.dictionary.config.freeze
+        self.is_fixed = freeze == "all"
+        self.frozen = frozenset() if self.is_fixed else frozen_weights(freeze)
+        named = dict(self.dictionary.named_parameters())
+        parameters = {n: p for n, p in named.items() if not self.is_fixed and n not in self.frozen}
+        self.starts = {"W_dec": named["W_dec"].data.clone()} if freeze == "soft_decoder" else {}
         dtype = getattr(torch, self.config.moments_dtype)
         self.moments = {name: Moments.like(p.data, dtype) for name, p in parameters.items()}
         averaged = parameters if self.config.ema_decay is not None else {}
         self.averages = {name: p.data.clone() for name, p in averaged.items()}
         device = self.dictionary.W_enc.device
         self.idle_tokens = torch.zeros(self.dictionary.d_sae, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def take_start(self) -> None:
+        """Note where the weights stand before the first step: they may have been set since this learner was made."""
+        for name, start in self.starts.items():
+            start.copy_(torch.nn.functional.normalize(self.dictionary.get_parameter(name).data, dim=1))
+        for name in {"W_enc", "W_dec"} & self.averages.keys():
+            self.averages[name].copy_(self.dictionary.get_parameter(name).data)
 
     @property
     def num_latents(self) -> int:
@@ -88,6 +106,8 @@ class Learner:
             self.skipped += 1
             return False
         self.steps += 1
+        for name, start in self.starts.items():
+            keep_near(self.dictionary.get_parameter(name).data, start)
         for name, average in self.averages.items():
             average.lerp_(self.dictionary.get_parameter(name).data, 1 - cast(float, self.config.ema_decay))
         if is_due(self.steps, self.config):
@@ -118,10 +138,11 @@ class Learner:
         """Apply the gradients of both weights as they are summed, those of the other parameters, clipped as one."""
         dictionary, moments = self.dictionary, self.moments
         if self.config.max_grad_norm is not None:
-            scale = self._clip_scale(weights.square_norm(), others)
+            learns = ("W_enc" not in self.frozen, "W_dec" not in self.frozen)
+            scale = self._clip_scale(weights.square_norm(learns), others)
             weights, others = weights.scaled(scale), {name: g * scale for name, g in others.items()}
         sparse_adam(
-            weights, dictionary.W_enc.data, moments["W_enc"], dictionary.W_dec.data, moments["W_dec"], adam,
+            weights, dictionary.W_enc.data, moments.get("W_enc"), dictionary.W_dec.data, moments.get("W_dec"), adam,
             copies=(self.W_enc_cast, None),
         )  # fmt: skip
         for name, grad in others.items():
@@ -129,6 +150,7 @@ class Learner:
 
     def _update(self, rows: dict[str, torch.Tensor], others: dict[str, torch.Tensor], adam: AdamStep) -> None:
         """The same for gradients in memory: `rows` of this rank's rows alone, `others` of all rows already."""
+        rows, others = ({n: g for n, g in grads.items() if n not in self.frozen} for grads in (rows, others))
         self.dictionary.comm.sum_data(*rows.values())
         scale = None
         if self.config.max_grad_norm is not None:
@@ -236,7 +258,7 @@ class Learner:
         for name, parameter in self.dictionary.named_parameters():
             if name in self.averages:
                 parameter.copy_(self.averages[name])
-        if self.averages:
+        if "W_dec" in self.averages:
             self.dictionary.W_dec.div_(self.dictionary.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-30))
 
     # --- checkpoint ----------------------------------------------------------------------------------------------
@@ -246,8 +268,9 @@ class Learner:
         found = {**dict(self.dictionary.named_buffers()), "idle_tokens": self.idle_tokens}
         for name, parameter in self.dictionary.named_parameters():
             found[name] = parameter.data
-            for moment, tensor in self.moments[name]._asdict().items():
+            for moment, tensor in self.moments[name]._asdict().items() if name in self.moments else ():
                 found[f"{name}.{moment}"] = tensor
+        found |= {f"{name}.start": tensor for name, tensor in self.starts.items()}
         found |= {f"{name}.average": tensor for name, tensor in self.averages.items()}
         return {f"{self.name}.{name}": tensor for name, tensor in found.items()}
 
@@ -257,7 +280,7 @@ class Learner:
         return frozenset(
             name
             for name in self.tensors()
-            if name in rows or name.removesuffix(".first").removesuffix(".second").removesuffix(".average") in rows
+            if name in rows or (name.rpartition(".")[0] in rows and name.rpartition(".")[2] in _BESIDE)
         )
 
     def state(self) -> dict[str, Any]:

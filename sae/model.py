@@ -201,14 +201,15 @@ class SparseAutoencoder(nn.Module):
         Means and scales are [d_in] and [d_out]. Latents come out divided by the geometric mean c of `y_scale`: with one
         scale for all coordinates the decoder rows keep their unit norm, and which latents are active does not change.
         """
-        c = float(y_scale.log().mean().exp())
+        is_one = bool((y_scale == y_scale[0]).all())
+        c = float(y_scale[0] if is_one else y_scale.log().mean().exp())
         shift = torch.zeros_like(self.b_enc)
         if not self.reads_what_it_writes:
             shift = self.W_enc @ (x_mean * x_scale)
             self.b_enc.sub_(shift)
         self.W_enc.mul_(x_scale / c)
         self.b_enc.div_(c)
-        self.W_dec.mul_(c / y_scale)
+        self.W_dec.mul_(torch.full_like(y_scale, c).div_(y_scale))  # exactly 1 for one scale: rows keep their bits
         self.b_dec.div_(y_scale).add_(y_mean)
         if self.W_skip is not None:
             self.W_skip.mul_(x_scale).div_(y_scale[:, None])

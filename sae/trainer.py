@@ -21,6 +21,7 @@ from .config import TrainConfig, to_dict
 from .learner import Learner
 from .model import SparseAutoencoder, geometric_median
 from .sharding import gather_dictionary, shard_dictionary
+from .start_rows import start_rows
 from .stream import ActivationBatch, ActivationSource, Cursor
 
 #: Called with one line of metrics.
@@ -79,7 +80,8 @@ class Trainer:
     """Trains `dictionaries` (by name) on `source`; checkpoints under `folder` where one is given.
 
     `places` says which hook points each dictionary reads and writes; without it each takes every column. `pretrained`
-    names dictionaries that work on raw activations already and are trained further. `belongs_to` names what the
+    names dictionaries that work on raw activations already and are trained further. `start_seeds` are for those whose
+    rows start from the activations (`dictionary.start`). `belongs_to` names what the
     training depends on besides its configuration, such as the model's revision: a resume compares it. `should_stop` is
     asked before every step; where one rank says so, all stop at the same step, with a checkpoint.
 
@@ -94,6 +96,7 @@ class Trainer:
         *,
         places: Mapping[str, Places] | None = None,
         pretrained: Collection[str] = (),
+        start_seeds: Mapping[str, int] | None = None,
         folder: Path | None = None,
         on_log: LogLine | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -111,7 +114,7 @@ class Trainer:
         self.best: dict[str, dict[str, float]] = {}  # lowest fvu between two log lines, and its step
         self.resharded: list[str] = []  # resumes on another number of ranks: from there on a run is no longer bit-exact
         self.on_log, self.on_step, self.matmul_dtype = on_log, on_step, matmul_dtype
-        self.pretrained = frozenset(pretrained)
+        self.pretrained, self.start_seeds = frozenset(pretrained), dict(start_seeds or {})
         self.step = 0
         self.cursor = Cursor()
         self.scaling: InputScaling | None = None
@@ -147,7 +150,7 @@ class Trainer:
         self.stopped = False
         if self.scaling is None:
             self._measure_input()
-        if self.step >= self.config.num_steps:
+        if self.step >= self.config.num_steps or all(learner.is_fixed for learner in self.learners):
             return
         started, first = time.monotonic(), self.step
         batches = iter(self.source.batches(self.cursor))
@@ -216,6 +219,19 @@ class Trainer:
                 self._unfold(learner)
             else:
                 learner.dictionary.b_dec.data.copy_(centre[learner.writes])
+                self._start_from_rows(learner, start[:, learner.reads])
+            learner.take_start()
+
+    @torch.no_grad()
+    def _start_from_rows(self, learner: Learner, rows: torch.Tensor) -> None:
+        """Put rows that the activations give in place of random ones, where `dictionary.start` says so."""
+        dictionary, d_sae = learner.dictionary, learner.num_latents
+        if dictionary.config.start == "random":
+            return
+        found = start_rows(dictionary.config.start, rows, d_sae, self.start_seeds.get(learner.name, 0))
+        own = found if dictionary.comm.feature_size == 1 else found[dictionary.comm.shard(d_sae)]
+        dictionary.W_dec.copy_(own)
+        dictionary.W_enc.copy_(own * dictionary.encoder_start)
 
     def _unfold(self, learner: Learner) -> None:
         """Turn a dictionary of raw activations into one of scaled rows: folding with the inverse scaling."""
@@ -236,6 +252,8 @@ class Trainer:
         sparsity_share = min(1.0, (self.step + 1) / warmup) if warmup else 1.0
         self.step += 1
         for learner in self.learners:
+            if learner.is_fixed:
+                continue
             started = time.monotonic()
             learner.step(rows, lr_share, sparsity_share, self.matmul_dtype)
             learner.seconds += time.monotonic() - started

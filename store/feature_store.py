@@ -207,6 +207,15 @@ class FeatureStore:
             found = [f for f in found if f.feature in allowed]
         return describe(self._cards_of(scope.dictionary_id), scope, found[:limit])
 
+    def matching(self, where: str, *, limit: int = 10, dictionary: str | None = None) -> list[int]:
+        """Features that meet a condition over the view `features`, best labels first. Raises SQLError."""
+        query = (
+            f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n) "
+            "ORDER BY auroc DESC NULLS LAST, feature LIMIT $limit"
+        )
+        params = {"dictionary": self._scope(dictionary).dictionary, "limit": limit}
+        return self._console.sql(query, params, conditions=[where])["feature"].to_pylist()
+
     def _scope(self, dictionary: str | None) -> Scope:
         name, (dictionary_id, _) = self._dictionary(dictionary)
         segment = self._segment(dictionary_id)
@@ -344,6 +353,15 @@ class FeatureStore:
             "AND direction = coalesce($direction, direction) ORDER BY direction, rank"
         )
         return self._of_feature(query, feature, dictionary, direction=direction, limit=limit)
+
+    def receipts(self, feature: int | None, *, dictionary: str | None = None) -> list[dict[str, Any]]:
+        """Rows of the view `receipts` about a feature, or with None about the dictionary as a whole."""
+        params = {"dictionary": self._scope(dictionary).dictionary, "feature": feature}
+        query = (
+            "SELECT * FROM receipts WHERE dictionary = $dictionary AND feature IS NOT DISTINCT FROM $feature::INTEGER "
+            "ORDER BY control"
+        )
+        return self._rows(query, params)
 
     def dictionaries(self) -> list[dict[str, Any]]:
         """Rows of the view `dictionaries`, in the store's order."""

@@ -8,6 +8,14 @@ from cyclopts import Parameter
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 RunPath = Annotated[Path, Parameter(help="Run directory.")]
+Text = Annotated[
+    list[str] | None,
+    Parameter(
+        help="Read this file, folder or hub dataset (hf:NAME) too, beside the configured corpus; corpus.max_tokens and "
+        "corpus.max_document_tokens say how much of all of it.",
+        negative="",
+    ),
+]
 Truncate = Annotated[
     bool,
     Parameter(help="Harvest without the layers after the deepest hook point in memory (model.truncate).", negative=""),
@@ -35,6 +43,24 @@ def run_stage(stage: str, path: Path, *, again: bool = True, **options: Any) -> 
 
     refuse_ranks()
     report_stages(Run.open(path).execute((stage,), again=again, **options))
+
+
+def open_with(path: Path, overrides: tuple[str, ...], sections: tuple[str, ...]) -> Any:
+    """The run in `path`, with other keys of `sections` for this command alone: nothing is written.
+
+    Raises ConfigError where an override is of another section.
+    """
+    from saeql.sae.config import ConfigError
+
+    from ..config import load_config
+    from ..run import Run
+
+    opened, changes = Run.open(path), parse_overrides(overrides)
+    foreign = [key for key in changes if key.split(".")[0] not in sections]
+    if foreign:
+        allowed = " and ".join(f"[{section}]" for section in sections)
+        raise ConfigError(f"--{foreign[0]} cannot be set here: only keys of {allowed} can")
+    return Run(path, load_config(path / "config.toml", changes)) if changes else opened
 
 
 def refuse_ranks() -> None:

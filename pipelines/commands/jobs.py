@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from .common import Overrides, RunPath, Truncate, execute, parse_overrides
+from .common import Overrides, RunPath, Text, Truncate, execute, parse_overrides
 
 DEMO_RUN = Path("runs/demo")
 
@@ -14,16 +14,19 @@ DEMO_RUN = Path("runs/demo")
 def demo(
     *overrides: Overrides,
     out: Annotated[Path, Parameter(help="Run directory to fill, or to go on with.")] = DEMO_RUN,
+    text: Text = None,
     report_to: Annotated[str, Parameter(help="none, wandb, trackio or tensorboard.")] = "none",
 ) -> None:
     """The whole road on SmolLM2-135M-Instruct and Wikipedia pages: harvest, train, index, label, evaluate, steer.
 
     Example: saeql demo
     """
-    from ..config import load_config
+    from ..config import load_config, with_text
     from ..showcase import print_showcase
 
-    made = execute(out, load_config(None, parse_overrides(overrides)), report_to=report_to, resume=True)
+    made = execute(
+        out, with_text(load_config(None, parse_overrides(overrides)), text or ()), report_to=report_to, resume=True
+    )
     print_showcase(made)
 
 
@@ -31,6 +34,7 @@ def run(
     config: Annotated[Path, Parameter(help="TOML configuration; `saeql config` documents every key.")],
     *overrides: Overrides,
     out: Annotated[Path | None, Parameter(help="Run directory; default: runs/<name of the file>.")] = None,
+    text: Text = None,
     resume: Annotated[bool, Parameter(help="Let training go on from its last checkpoint.")] = True,
     truncate: Truncate = False,
     report_to: Annotated[str, Parameter(help="none, wandb, trackio or tensorboard.")] = "none",
@@ -39,12 +43,13 @@ def run(
 
     Example: saeql run my.toml --out runs/wide --dictionary.d_sae 9216 --train.num_steps 3000
     """
-    from ..config import load_config
+    from ..config import load_config, with_text
     from ..showcase import print_showcase
 
+    keys = {**parse_overrides(overrides), **({"model.truncate": "true"} if truncate else {})}
     made = execute(
         out or Path("runs") / config.stem,
-        load_config(config, {**parse_overrides(overrides), **({"model.truncate": "true"} if truncate else {})}),
+        with_text(load_config(config, keys), text or ()),
         report_to=report_to,
         resume=resume,
     )
@@ -58,6 +63,7 @@ def plan(
             allow_leading_hyphen=True, help="TOML configuration (none: that of `saeql demo`), --section.key value."
         ),
     ],
+    text: Text = None,
     gpu: Annotated[str | None, Parameter(help="Plan for h100, h200, a100 or rtx4090 instead of this machine.")] = None,
     nodes: Annotated[int, Parameter(help="Nodes of the cluster, with --gpu.")] = 1,
     gpus_per_node: Annotated[int | None, Parameter(help="GPUs of a node; 8 where there are several nodes.")] = None,
@@ -70,13 +76,13 @@ def plan(
     """
     from json import dumps
 
-    from ..config import load_config
+    from ..config import load_config, with_text
     from ..plan import make_plan
     from ..plan_text import plan_text
 
     file = config[:1] if config and not config[0].startswith("--") else ()
     made = make_plan(
-        load_config(file[0] if file else None, parse_overrides(config[len(file) :])),
+        with_text(load_config(file[0] if file else None, parse_overrides(config[len(file) :])), text or ()),
         gpu_name=gpu,
         nodes=nodes,
         gpus_per_node=gpus_per_node or (8 if nodes > 1 else 1),

@@ -1,4 +1,4 @@
-"""Commands that ask a finished run: search, show, sql, steer."""
+"""Commands that ask a finished run: search, show, sql."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -158,37 +158,3 @@ def _text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"cannot read {file}: {error}") from error
-
-
-def steer(
-    run: RunPath,
-    *,
-    feature: Annotated[int, Parameter(help="Feature id.")],
-    prompt: Annotated[str, Parameter(help="Text to continue.")],
-    strength: Annotated[
-        float,
-        Parameter(
-            help="add: share of the median activation norm (0.1 to 0.5); clamp: multiple "
-            "of the feature's largest activation."
-        ),
-    ] = 0.4,
-    mode: Annotated[str, Parameter(help="add, clamp or ablate.")] = "add",
-    tokens: Annotated[int, Parameter(help="Tokens to write.")] = 40,
-    allow_mismatch: Annotated[
-        bool, Parameter(help="Steer a model that the dictionary was not trained on.", negative="")
-    ] = False,
-    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
-) -> None:
-    """Continue a prompt with and without a feature, side by side.
-
-    Example: saeql steer runs/demo --feature 123 --strength 0.4 --prompt "I think that"
-    """  # fmt: skip
-    from ..output import print_steering
-    from ..run import Run
-    from ..steer import Edit
-
-    steerer = Run.open(run).steerer(allow_mismatch=allow_mismatch)
-    edits = [Edit(feature, mode, strength)]
-    steered = steerer.generate(prompt, edits, max_new_tokens=tokens)
-    baseline = steerer.generate(prompt, [], max_new_tokens=tokens)
-    print_steering(edits[0], prompt, baseline, steered, as_json=json)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from .common import RunPath, Truncate, report_stages, run_stage
+from .common import Overrides, RunPath, Truncate, open_with, refuse_ranks, report_stages, run_stage
 
 
 def harvest(
@@ -131,7 +131,7 @@ def index(
 
 def label(
     run: RunPath,
-    *,
+    *overrides: Overrides,
     receipts: Annotated[
         str | None,
         Parameter(help="Cost tier of the controls: fast, full, paper, or none; unset: label.receipts.", negative=""),
@@ -147,11 +147,16 @@ def label(
 ) -> None:
     """Label features: made on train, chosen on calibration, scored on test documents, checked by controls.
 
+    Keys of [label] and [judge] can be set as --judge.key value, for this time.
+
     Example: saeql label runs/demo --receipts full --only unexplained
     """
     from ..label_job import LabelOptions
 
-    run_stage("label", run, label=LabelOptions(receipts, only, tuple(explainer or ())))
+    refuse_ranks()
+    opened = open_with(run, overrides, ("label", "judge"))
+    options = LabelOptions(receipts, only, tuple(explainer or ()))
+    report_stages(opened.execute(("label",), again=True, label=options))
 
 
 def evaluate(
@@ -179,6 +184,7 @@ def evaluate(
 
     Example: saeql evaluate runs/demo --dictionary path/to/dictionary --json
     """
+    from ..evaluation_page import EVALUATION_FILE, run_headline
     from ..metric_table import print_evaluation
     from ..run import Run
 
@@ -187,6 +193,8 @@ def evaluate(
         run_stage("evaluate", run)
         name, places = opened.spec.name, opened.spec.places
         rows = opened.evidence.read("metrics").to_pylist()
+        if not json:
+            print(f"{run_headline(opened.evidence).text}; more in {opened.path / EVALUATION_FILE}", file=sys.stderr)
     else:
         from ..find_dictionary import find_dictionary
 

@@ -11,6 +11,10 @@ from .tiers import TIERS
 #: name -> module of this package and class in it; every class is built with `.of(run)`.
 SCORERS: dict[str, tuple[str, str]] = {
     "predicates": ("predicate_scorer", "PredicateScorer"),
+    "detection": ("judge_scorers", "Detection"),
+    "fuzzing": ("judge_scorers", "Fuzzing"),
+    "simulation": ("judge_scorers", "Simulation"),
+    "surprisal": ("surprisal", "Surprisal"),
 }
 
 #: Scorers that ask a language model about every row: controls that score many labels ask fewer of them.

@@ -29,6 +29,12 @@ class Thresholds:
     """C4: same-token negatives that 'contextual' needs."""
     lexical_auroc: float = 0.95
     """C5: a feature that the token table predicts so well is lexical."""
+    random_gap: float = 0.05
+    """C6: what the median AUROC of labels has to be above that of a random dictionary's."""
+    shared_share: float = 0.25
+    """C9: share of features that a second seed finds too, up to `wide` latents; in wider dictionaries the next one."""
+    shared_share_wide: float = 0.15
+    wide: int = 8192
     top_only_drop: float = 0.15
     """C14: AUROC lost from the strongest tenth of the activations to the middle ones."""
     split_half: float = 0.8

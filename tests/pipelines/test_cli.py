@@ -68,7 +68,7 @@ def test_show_search_sql_and_steer(tiny_run: Path, capsys: pytest.CaptureFixture
     assert run(capsys, "sql", tiny_run, query, "--csv").splitlines()[0] == "feature,label"
     assert "feature" in run(capsys, "sql", tiny_run, query)
     shown = json.loads(run(capsys, "steer", tiny_run, "--feature", 5, "--prompt", "The river", "--json"))
-    assert shown["baseline"] and shown["strength"] == 0.4
+    assert shown["texts"][0]["baseline"] and shown["edits"][0]["strength"] == 0.4
     for mode in ("add", "ablate"):
         text = run(capsys, "steer", tiny_run, "--feature", 5, "--mode", mode, "--prompt", "The river", "--tokens", 5)
         assert "baseline" in text and f"feature 5, {mode}" in text
@@ -189,7 +189,7 @@ def test_unfinished_runs_say_what_is_missing(tiny_config: Path, tmp_path: Path, 
 
     Run.create(tmp_path / "new", load_config(tiny_config))
     assert "saeql" in fails(capsys, "show", tmp_path / "new", 1)
-    assert "cfg.json is missing" in fails(capsys, "steer", tmp_path / "new", "--feature", 1, "--prompt", "x")
+    assert "features.duckdb does not exist" in fails(capsys, "steer", tmp_path / "new", "--feature", 1, "--prompt", "x")
     assert "saeql harvest" in fails(capsys, "train", tmp_path / "new")
 
 

@@ -106,13 +106,13 @@ def test_a_truncated_harvest_is_the_same_and_later_stages_load_the_whole_model(t
 
 def test_a_truncated_model_refuses_what_needs_the_whole(tiny_model_folder: Path, tiny_run: Path):
     from saeql.pipelines.evaluate import Evaluator
-    from saeql.pipelines.steer import Steerer
+    from saeql.pipelines.steering.steerer import Steerer
 
     model, run = local(tiny_model_folder, truncate=True), Run.open(tiny_run)
     with pytest.raises(ModelError, match="evaluation needs the whole model"):
         Evaluator(model, run.activations, run.harvest_info, run.config.evaluate)
     with pytest.raises(ModelError, match="steering needs the whole model"):
-        Steerer(model, run.dictionary(), model.identity, writes={}, median_norms={}, max_activations={})
+        Steerer(model, run.dictionary(), model.identity, writes={}, median_norms={}, scales={})
     with pytest.raises(ModelError, match=r'"model.norm" is in no layer'):
         local(tiny_model_folder, hook_point="model.norm", truncate=True)
 
@@ -260,7 +260,7 @@ def test_missing_weights_of_a_layer_are_not_made_up(tiny_model_folder: Path, tmp
 def test_a_whole_run_on_an_encoder(tiny_config: Path, tiny_model_folder: Path, tmp_path: Path):
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-    from saeql.pipelines.steer import Edit, SteerError
+    from saeql.pipelines.steering.edits import Edit, SteerError
 
     folder, tokenizer = tmp_path / "bert", AutoTokenizer.from_pretrained(tiny_model_folder)
     tokenizer.save_pretrained(folder)

@@ -82,6 +82,22 @@ def test_a_sweep_adds_weights_and_moments_but_no_gradients(tiny_config: Path, se
     assert four - one == 3 * 3 * run_spec.parameter_bytes  # float32 encoder: no bfloat16 copies
 
 
+def test_what_is_frozen_has_no_moments(tiny_config: Path, seen: ModelOutline):
+    def terms(**dictionary: str) -> dict[str, float]:
+        config = load_config(tiny_config, {f"dictionary.{key}": value for key, value in dictionary.items()})
+        own = Sizes.of(Run(Path("nowhere"), config).spec, seen.widths)
+        rows = Rows({"train": 100, "calibration": 10, "test": 10}, 32)
+        made = StageTerms(config, seen, rows, [own], Footprint(0, 0, True), cuda=False)
+        return {term.name: term.num_bytes for term in (*made.train_ram([own]), *made.train_disk([own]))}
+
+    free, frozen, soft = (terms(freeze=freeze) for freeze in ("none", "decoder", "soft_decoder"))
+    assert free["Adam"] - frozen["Adam"] == 2 * 4 * 96 * 32
+    assert frozen["checkpoints"] < free["checkpoints"] < soft["checkpoints"]
+    assert soft["starts"] == 4 * 96 * 32
+    fixed = terms(freeze="all", architecture="jumprelu")
+    assert fixed["Adam"] == fixed["checkpoints"] == 0
+
+
 def test_plan_warns_and_names_the_setting(tiny_config: Path):
     config = load_config(tiny_config, {"corpus.max_tokens": str(10**13), "train.shuffle_buffer_bytes": str(10**14)})
     plan = make_plan(config)

@@ -258,7 +258,7 @@ def test_steering_changes_text_and_ablation_removes_the_feature(tiny_run: Path):
         latents = dictionary.encode(base)
         old = (latents.values * (latents.indices == feature)).sum(1)
     torch.testing.assert_close(acts([Edit(feature, "ablate")]), base - old[:, None] * row, rtol=1e-4, atol=1e-4)
-    target = 2 * steerer.max_activations[feature]
-    clamped = acts([Edit(feature, "clamp", 2.0)])
+    target = 2 * steerer.scales[feature].p99
+    clamped = acts([Edit(feature, "clamp", to=2.0)])
     torch.testing.assert_close(clamped, base + (target - old)[:, None] * row, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(acts([]), base)

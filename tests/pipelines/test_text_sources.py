@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def written(folder: Path, kind: str) -> Path:
         path.write_bytes(lines())
     elif kind == ".jsonl.gz":
         path.write_bytes(gzip.compress(lines(TEXTS[:2])) + gzip.compress(lines(TEXTS[2:])))
+    elif kind == ".jsonl.xz":
+        path.write_bytes(lzma.compress(lines(TEXTS[:2])) + lzma.compress(lines(TEXTS[2:])))
     elif kind == ".jsonl.zst":
         zstd(path, lines(TEXTS[:2]), lines(TEXTS[2:]))
     elif kind == ".parquet":
@@ -59,7 +62,7 @@ def written(folder: Path, kind: str) -> Path:
     return path
 
 
-KINDS = [".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".parquet", "saved", "saved dict", "folder"]
+KINDS = [".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet", "saved", "saved dict", "folder"]
 
 
 def read(**options: Any) -> tuple[list[Document], CorpusReader]:
@@ -259,6 +262,8 @@ def test_damaged_files_are_named(tmp_path: Path):
     cut.write_bytes(cut.read_bytes()[:-8])
     whole = gzip.compress(lines())
     (tmp_path / "bad.jsonl.gz").write_bytes(whole[:20] + bytes([whole[20] ^ 255]) + whole[21:])
+    (tmp_path / "cut.jsonl.xz").write_bytes(lzma.compress(lines())[:-8])
+    (tmp_path / "bad.jsonl.xz").write_bytes(lines())
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     pq.write_table(pa.table({"body": TEXTS}), tmp_path / "other.parquet")
     (tmp_path / "broken").mkdir()
@@ -267,6 +272,8 @@ def test_damaged_files_are_named(tmp_path: Path):
     for name, message in (
         ("cut.jsonl.zst", r"cut.jsonl.zst cannot be read: .*[Tt]runcated"),
         ("bad.jsonl.gz", r"bad.jsonl.gz cannot be read"),
+        ("cut.jsonl.xz", r"cut.jsonl.xz cannot be read"),
+        ("bad.jsonl.xz", r"bad.jsonl.xz cannot be read"),
         ("bad.parquet", r"bad.parquet cannot be read as Parquet"),
         ("other.parquet", r'other.parquet has no column "text", it has body'),
         ("broken", r"broken is not a whole dataset"),
@@ -302,3 +309,16 @@ def test_a_mixture_in_toml_survives_the_run_directory(tmp_path: Path):
     file.write_text('[[corpus.mixture]]\nsource = "a"\nwieght = 3\n')
     with pytest.raises(ConfigError, match=r'unknown key "corpus.mixture.wieght".*did you mean "weight"'):
         load_config(file)
+
+
+def test_text_beside_the_configured_corpus(tmp_path: Path):
+    from saeql.pipelines.config import RunConfig, with_text
+
+    first, second = written(tmp_path, ".jsonl"), tmp_path / "more.txt"
+    second.write_text("a further document")
+    config = RunConfig(corpus=CorpusConfig(source=str(first), text_column="text", max_tokens=0))
+    both = with_text(config, [second])
+    assert [s.source for s in both.corpus.sources] == [str(first), str(second)]
+    assert with_text(both, [first]).corpus.mixture[:2] == both.corpus.mixture
+    assert with_text(config, []) is config
+    assert {d.text for d in CorpusReader(both.corpus)} >= {"a further document", *KEPT}

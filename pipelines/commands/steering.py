@@ -1,0 +1,111 @@
+"""Commands that change what the model writes: steer."""
+
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from .common import RunPath
+
+
+def steer(
+    run: RunPath,
+    *,
+    prompt: Annotated[list[str], Parameter(help="Text to continue; several are continued in one batch.", negative="")],
+    feature: Annotated[
+        list[str] | None, Parameter(help="Feature id, or id:strength; as often as wanted.", negative="")
+    ] = None,
+    search: Annotated[str | None, Parameter(help="Features that these words find (--top of them).")] = None,
+    where: Annotated[
+        str | None, Parameter(help="Features that meet this SQL condition on the view features (--top of them).")
+    ] = None,
+    top: Annotated[int, Parameter(help="Features taken of --search and --where.")] = 1,
+    mode: Annotated[
+        str,
+        Parameter(
+            help="add; clamp, scale, ablate, ablate_mean (the feature's activation); replace, cap, ablate_direction "
+            "(the component along its direction)."
+        ),
+    ] = "add",
+    strength: Annotated[
+        float | None,
+        Parameter(help="add: multiples of --unit; other modes: share of the way, 1. 0 changes nothing."),
+    ] = None,
+    to: Annotated[
+        float | None,
+        Parameter(
+            help="Goal of clamp (multiples of the feature's p99; 1), scale (of its activation; 0), replace and cap "
+            "(of the median activation norm; 0)."
+        ),
+    ] = None,
+    unit: Annotated[
+        str, Parameter(help="Unit of add: norm (the median activation norm; 0.1 to 0.5) or p99 (the feature's own).")
+    ] = "norm",
+    positions: Annotated[
+        str,
+        Parameter(
+            help="all, prompt, generated, or indices of tokens such as 0,3,-1; -1 is the prompt's last.",
+            allow_leading_hyphen=True,
+        ),
+    ] = "all",
+    schedule: Annotated[str, Parameter(help="Over tokens: constant, fade:N, first:N or every:N.")] = "constant",
+    keep_error: Annotated[
+        bool,
+        Parameter(help="Leave what the dictionary does not reconstruct in place.", negative="--reconstruct"),
+    ] = True,
+    tokens: Annotated[int, Parameter(help="Tokens to write.")] = 40,
+    temperature: Annotated[float, Parameter(help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, Parameter(help="Of sampling, at a temperature above 0.")] = 0,
+    repetition_penalty: Annotated[float, Parameter(help="1: none.")] = 1.2,
+    stream: Annotated[bool, Parameter(help="Print the steered text while it is written.", negative="")] = False,
+    any_strength: Annotated[bool, Parameter(help="Allow strengths at which models only break.", negative="")] = False,
+    allow_mismatch: Annotated[
+        bool, Parameter(help="Steer a model that the dictionary was not trained on.", negative="")
+    ] = False,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+) -> None:
+    """Continue prompts with and without features changed, side by side.
+
+    Example: saeql steer runs/demo --feature 123 --feature 45:0.2 --prompt "I think that"
+    """
+    from ..output import print_steering
+    from ..run import Run
+    from ..steering.edits import Edit, SteerError
+    from ..steering.selection import chosen
+
+    if stream and (json or len(prompt) > 1):
+        raise SteerError("--stream prints one text as it is written: leave --json out, and give one --prompt")
+    opened = Run.open(run)
+    pattern = Edit(0, mode, strength, to, unit, _positions(positions), schedule, any_strength)
+    with opened.store() as store:
+        edits = chosen(store, pattern, features=feature or (), search=search, where=where, top=top)
+    for change in edits:
+        change.check()
+    steerer = opened.steerer(allow_mismatch=allow_mismatch)
+    options = {"max_new_tokens": tokens, "repetition_penalty": repetition_penalty}
+    if temperature > 0:
+        options |= {"do_sample": True, "temperature": temperature}
+
+    def write(changes: list[Edit], **more: object) -> list[str]:
+        import torch
+
+        torch.manual_seed(seed)
+        return steerer.generate_all(prompt, changes, keep_error=keep_error, **options, **more)
+
+    if stream:
+        from transformers import TextStreamer
+
+        print("; ".join(e.describe() for e in edits))
+        write(edits, streamer=TextStreamer(steerer.lm.tokenizer, skip_prompt=True))
+        return
+    print_steering(edits, prompt, write([]), write(edits), as_json=json)
+
+
+def _positions(text: str) -> Any:
+    from ..steering.edits import SteerError
+
+    if text in ("all", "prompt", "generated"):
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SteerError(f"--positions {text!r}: all, prompt, generated, or indices such as 0,3,-1") from None

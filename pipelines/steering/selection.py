@@ -1,0 +1,48 @@
+"""Which features an edit is about: by id, by words, by SQL."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from saeql.store.feature_store import FeatureStore
+
+from .edits import Edit, SteerError
+
+
+def chosen(
+    store: FeatureStore,
+    edit: Edit,
+    *,
+    features: Sequence[str] = (),
+    search: str | None = None,
+    where: str | None = None,
+    top: int = 1,
+    dictionary: str | None = None,
+) -> list[Edit]:
+    """One edit like `edit` for each feature named: "12", or "12:0.3" with a strength of its own.
+
+    `search` adds the `top` features that words find, `where` (or both) those that meet a condition over the view
+    `features`, best labels first.
+    Raises SteerError for what is no feature, and where nothing is found; SQLError for a condition that is none.
+    """
+    found = [_parsed(text, edit) for text in features]
+    if search is not None:
+        hits = store.search(search, limit=top, where=where, dictionary=dictionary)
+        found += [_of(edit, hit.feature) for hit in hits]
+    elif where is not None:
+        found += [_of(edit, feature) for feature in store.matching(where, limit=top, dictionary=dictionary)]
+    if not found:
+        asked = " and ".join(f"{k} {v!r}" for k, v in (("search", search), ("where", where)) if v is not None)
+        raise SteerError(f"no feature meets {asked}" if asked else "name a feature: --feature, --search or --where")
+    return found
+
+
+def _parsed(text: str, edit: Edit) -> Edit:
+    number, colon, strength = text.partition(":")
+    try:
+        return _of(edit, int(number), float(strength) if colon else edit.strength)
+    except ValueError:
+        raise SteerError(f"{text!r} is no feature: give its id, or id:strength") from None
+
+
+def _of(edit: Edit, feature: int, strength: float | None = None) -> Edit:
+    return replace(edit, feature=feature, strength=edit.strength if strength is None else strength)
