@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from saeql.pipelines.atomic import remove_folder
 from saeql.pipelines.leases import OWNERS, LeaseLost, SharedWork
 from saeql.sae.config import ConfigError
 
@@ -70,6 +72,7 @@ def test_an_owner_that_sleeps_loses_its_unit_and_is_told(tmp_path: Path):
 HOLDER = """
 import sys, time
 from pathlib import Path
+from saeql.pipelines.atomic import remove_folder
 from saeql.pipelines.leases import SharedWork
 with SharedWork(Path(sys.argv[1]), expire_seconds=600) as work:
     print(work.take(["0000"]).path, flush=True)
@@ -131,3 +134,26 @@ def test_processes_that_race_do_every_unit_once(tmp_path: Path):
         worker.join()
     assert sorted(done) == [f"{n:04d}" for n in range(count)]
     assert all(len((folder / f"{name}.done" / "log").read_text().split()) == 1 for name in done)
+
+
+def test_a_folder_is_removed_by_several_at_once(tmp_path: Path):
+    """As the processes of a harvest do that all find it finished."""
+    folder, failures = tmp_path / "parts", []
+
+    def remove(at: threading.Barrier) -> None:
+        at.wait()
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            failures.append(error)
+
+    for _ in range(60):
+        (folder / "inside").mkdir(parents=True)
+        (folder / "inside" / "file").write_text("x")
+        start = threading.Barrier(4)
+        threads = [threading.Thread(target=remove, args=(start,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures and not list(tmp_path.iterdir())
