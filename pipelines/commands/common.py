@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 RunPath = Annotated[Path, Parameter(help="Run directory.")]
+StorePath = Annotated[Path, Parameter(help="Run directory, a folder that was imported, or a store: a file or Parquet.")]
 Truncate = Annotated[
     bool,
     Parameter(help="Harvest without the layers after the deepest hook point in memory (model.truncate).", negative=""),
