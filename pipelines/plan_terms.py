@@ -119,14 +119,23 @@ def _largest(*phases: list[Term]) -> list[Term]:
 
 
 class StageTerms:
-    """Memory and disk of every stage of one configuration. `cuda`: model and training are on a GPU."""
+    """Memory and disk of every stage of one configuration. `cuda`: model and training are on a GPU. Training is that
+    of one rank, of which `data_ranks` see other rows.
+    """
 
     def __init__(
-        self, config: RunConfig, outline: ModelOutline, rows: Rows, sizes: list[Sizes], base: Footprint, *, cuda: bool
+        self,
+        config: RunConfig,
+        outline: ModelOutline,
+        rows: Rows,
+        sizes: list[Sizes],
+        base: Footprint,
+        *,
+        cuda: bool,
+        data_ranks: int = 1,
     ):
-        self.config, self.outline, self.rows, self.sizes, self.base, self.cuda = (
-            config, outline, rows, sizes, base, cuda
-        )  # fmt: skip
+        self.config, self.outline, self.rows, self.sizes, self.base = config, outline, rows, sizes, base
+        self.cuda, self.data_ranks = cuda, data_ranks
         self.value_bytes = 2 if outline.dtype == torch.bfloat16 else 4
 
     # --- pieces --------------------------------------------------------------------------------------------------
@@ -218,13 +227,16 @@ class StageTerms:
 
     def _buffer(self, sizes: Sequence[Sizes]) -> Term:
         """Host memory of two groups of rows: batches are taken out of one while the other is read."""
+        share = f"1/{self.data_ranks} of " if self.data_ranks > 1 else ""
         if is_live(self.config):
             windows = self.rows.text_windows or self.rows.windows["train"]
-            value = live_buffer_bytes(self.config, self._acts_bytes(sizes), windows, cuda=self.cuda)
-            return Term("shuffle buffer", value, "train.shuffle_buffer_bytes, or what is trained on")
+            value = live_buffer_bytes(
+                self.config, self._acts_bytes(sizes), windows, cuda=self.cuda, data_ranks=self.data_ranks
+            )
+            return Term("shuffle buffer", value, f"{share}train.shuffle_buffer_bytes, or what is trained on")
         whole = 2 * self.rows.of("train") * buffered_row_bytes(self._acts_bytes(sizes))
-        value = min(whole, self.config.train.shuffle_buffer_bytes)
-        return Term("shuffle buffer", value, "train.shuffle_buffer_bytes, or twice the split")
+        value = min(whole, self.config.train.shuffle_buffer_bytes) / self.data_ranks
+        return Term("shuffle buffer", value, f"{share}train.shuffle_buffer_bytes, or twice the split")
 
     def _training(self, sizes: Sequence[Sizes], *others: list[Term]) -> list[Term]:
         """Weights and moments, and the largest of what comes and goes; `others` do so too."""
