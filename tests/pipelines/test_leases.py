@@ -51,15 +51,20 @@ def test_making_twice_changes_nothing(tmp_path: Path):
 
 def test_an_owner_that_sleeps_loses_its_unit_and_is_told(tmp_path: Path):
     folder = made(tmp_path, 1)
-    with SharedWork(folder, expire_seconds=0.4) as sleeper, SharedWork(folder, expire_seconds=0.4) as other:
+    with SharedWork(folder, expire_seconds=30) as other, SharedWork(folder, expire_seconds=0.4) as sleeper:
         lease = sleeper.take(["0000"])
         assert lease is not None and other.take(["0000"]) is None
-        time.sleep(1.0)
+        life = sleeper._file(sleeper.owner)
+        os.utime(life, (0, 0))
+        deadline = time.monotonic() + 300
+        while life.stat().st_mtime == 0:
+            assert time.monotonic() < deadline, "no sign of life"
+            time.sleep(0.02)
         assert other.take(["0000"]) is None  # it does not work, but it lives
         sleeper._stopped.set()
-        deadline = time.monotonic() + 10
-        while (taken := other.take(["0000"])) is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        sleeper._thread.join()
+        os.utime(life, (time.time() - 31, time.time() - 31))
+        taken = other.take(["0000"])
         assert taken is not None and lease.is_lost
         for step in (lease.finish, lease.release):
             with pytest.raises(LeaseLost, match="was taken over by another process"):
@@ -129,7 +134,7 @@ def test_processes_that_race_do_every_unit_once(tmp_path: Path):
     workers = [context.Process(target=_take_all, args=(folder, 0, count, out)) for _ in range(4)]
     for worker in workers:
         worker.start()
-    done = [name for _ in workers for name in out.get(timeout=60)]
+    done = [name for _ in workers for name in out.get(timeout=600)]
     for worker in workers:
         worker.join()
     assert sorted(done) == [f"{n:04d}" for n in range(count)]

@@ -26,7 +26,7 @@ def run(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(WORKER), str(folder), str(shards), str(stop),
                "reshard" if reshard else "exact", *names]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 def outcome(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
