@@ -14,6 +14,7 @@ from saeql.sae.architectures import architecture
 
 from .config import RunConfig
 from .dictionaries import DictionarySpec
+from .evaluate import COMPARED_LOGITS
 from .footprint import Footprint
 from .index import LENS_LOGITS, NEIGHBOUR_COSINES, PENDING_ACTIVATIONS
 from .outline import ModelOutline
@@ -23,10 +24,12 @@ from .row_buffer import buffered_row_bytes
 DENSE = ("relu", "gated", "jumprelu")
 #: Dense float32 [N, d_sae] tensors alive at once in a training step of each dense architecture, as measured.
 DENSE_TENSORS = {"relu": 2.7, "gated": 6.0, "jumprelu": 2.8}
+#: Float32 copies of logits while two predictions are compared.
+COMPARED_COPIES = 5
 #: Rows of width d in float32 that a sparse training step has alive at once: input, reconstruction, residual.
 STEP_ROWS = 3
-#: Copies of the first rows while their geometric median is found.
-INIT_COPIES = 5
+#: Copies of the first rows while their scale is measured.
+INIT_COPIES = 3
 #: What the C library's allocator, thread pools and autograd keep beyond what is counted, as measured.
 SLACK_BYTES = 25_000_000
 #: The allocator keeps freed blocks below its mapping threshold; the same in a process that has loaded a model.
@@ -250,14 +253,15 @@ class StageTerms:
                 f"two {train.moments_dtype} moments a weight",
             ),
         ]
-        if train.matmul_dtype != "float32":
-            kept = sum(s.parameter_bytes / 4 for s in sizes if not s.is_dense)
-            terms.append(Term("bfloat16 encoders", kept, "train.matmul_dtype"))
         if train.ema_decay is not None:
             terms.append(Term("averaged weights", parameters, "train.ema_decay"))
         init = Term("first rows", INIT_COPIES * train.init_tokens * columns * 4, "train.init_tokens for the scaling")
         steps = ([self._step_term(s), self._batch_term(columns)] for s in sizes)
-        return terms + _largest([init], _largest(*steps), *others)
+        later = _largest(_largest(*steps), *others)
+        if train.matmul_dtype != "float32":  # made in the first step
+            kept = sum(s.parameter_bytes / 4 for s in sizes if not s.is_dense)
+            later = [Term("bfloat16 encoders", kept, "train.matmul_dtype"), *later]
+        return terms + _largest([init], later)
 
     def _batch_term(self, columns: int) -> Term:
         return Term("batch", self.config.train.batch_tokens * columns * (self.value_bytes + 8), "train.batch_tokens")
@@ -349,17 +353,18 @@ class StageTerms:
     def _logits_bytes(self) -> float:
         e, t = self.config.evaluate, self.config.harvest.context_tokens
         one = e.batch_windows * t * self.outline.vocabulary * self.value_bytes
-        return 2 * one + 5 * t * self.outline.vocabulary * 4 + self.outline.full.live_bytes
+        compared = min(COMPARED_LOGITS[self.cuda], t * self.outline.vocabulary)
+        return one + COMPARED_COPIES * compared * 4 + self.outline.full.live_bytes
 
     def evaluate_ram(self) -> list[Term]:
-        """Peak RAM of evaluate; on the CPU the allocator adds up to half of the logits from run to run."""
+        """Peak RAM of evaluate."""
         terms = [*self._process(with_model=True), *self._weights(), Term("allocator", MODEL_SLACK_BYTES, "measured")]
         if self.cuda:
             return terms
         return [
             *terms,
             Term("dictionary", self.sizes[0].parameter_bytes, "float32 weights"),
-            Term("logits", self._logits_bytes(), "evaluate.batch_windows: with and without the dictionary, and next"),
+            Term("logits", self._logits_bytes(), "evaluate.batch_windows: with and without the dictionary"),
         ]
 
     def evaluate_device(self) -> list[Term]:

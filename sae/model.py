@@ -25,7 +25,9 @@ from .comm import ALONE, Comm
 from .config import ConfigError, DictionaryConfig
 
 #: Random numbers in memory at once while a dictionary starts.
-_DRAWN_NUMBERS = 2**22
+_DRAWN_NUMBERS = 2**20
+#: Rows whose distance to the geometric median is computed at once.
+_MEDIAN_ROWS = 1024
 
 
 class Outcome(NamedTuple):
@@ -276,8 +278,9 @@ def geometric_median(rows: torch.Tensor, *, num_steps: int = 50, tolerance: floa
     """Point [d] with the least sum of distances to rows [N, d] (Weiszfeld's iteration)."""
     point = rows.mean(0)
     for _ in range(num_steps):
-        weights = 1 / (rows - point).norm(dim=1).clamp_min(1e-8)
-        new = (weights[:, None] * rows).sum(0) / weights.sum()
+        distances = [(block - point).norm(dim=1) for block in rows.split(_MEDIAN_ROWS)]  # no copy of all rows
+        weights = 1 / torch.cat(distances).clamp_min(1e-8)
+        new = (weights @ rows) / weights.sum()
         moved = float((new - point).norm())
         point = new
         if moved <= tolerance * math.sqrt(rows.shape[1]):

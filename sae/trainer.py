@@ -211,6 +211,7 @@ class Trainer:
         if not rows:
             raise TrainingError("there are no rows to learn from")
         first = torch.cat(rows)[: self.config.init_tokens]
+        del rows
         self.scaling = InputScaling.measure(first, self.source.widths)
         start = self.scaling.apply(first)
         centre = geometric_median(start) if self.config.b_dec_init == "geometric_median" else start.mean(0)
