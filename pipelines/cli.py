@@ -15,10 +15,12 @@ from .commands.comparison import compare
 from .commands.control import control
 from .commands.exchange import export, import_
 from .commands.jobs import config, demo, hooks, plan, run, submit
+from .commands.judging import judge
 from .commands.probing import probe
 from .commands.questions import search, show, sql
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
 from .commands.steering import steer
+from .commands.tokens import tokens
 from .stopping import EXIT_STOPPED, Stopped, asked, listen
 
 _DISK_ERRORS = (
@@ -39,7 +41,7 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, probe, compare, control, export, hooks, config),
+    *(search, show, sql, steer, compare, control, probe, tokens, judge, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")

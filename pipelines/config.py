@@ -17,11 +17,16 @@ from saeql.sae.config import DictionaryConfig, TrainConfig, load_toml, to_dict
 from .corpus import EMBEDDED_TEXT, CorpusConfig, SourceConfig
 from .embedder import EmbedderConfig
 from .evaluate import EvaluateConfig
+from .explainers.ngrams import NGramsConfig
+from .explainers.output import OutputConfig
 from .harvest import HarvestConfig
 from .index import IndexConfig
 from .label_config import LabelConfig
+from .language_models.config import JudgeConfig
 from .models import ModelConfig
+from .receipts.intervention import InterventionConfig
 from .sweep import SweepConfig
+from .token_identity import TokensConfig
 
 #: Tokens of the train split that are stored to gather evidence on where training reads the model itself.
 LIVE_TRAIN_TOKENS = 1_000_000
@@ -40,8 +45,13 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     label: LabelConfig = field(default_factory=LabelConfig)
+    ngrams: NGramsConfig = field(default_factory=NGramsConfig)
+    output_labels: OutputConfig = field(default_factory=OutputConfig)
+    intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    token_identity: TokensConfig = field(default_factory=TokensConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     @property

@@ -264,17 +264,24 @@ def lens_logits(
 
     The logits are overwritten by the next block. Raises ModelError for a model that was loaded without its last layers.
     """
+    features = features or range(dictionary.d_sae)
+    for start, logits in direction_logits(dictionary.W_dec[features.start : features.stop], lm):
+        yield features.start + start, logits
+
+
+@torch.no_grad()
+def direction_logits(directions: torch.Tensor, lm: LanguageModel) -> Iterator[tuple[int, torch.Tensor]]:
+    """The same of any directions [n, d]; of a wider one its last columns, as many as the residual stream has."""
     lm.require_whole("the logit lens")
     norm, unembed = final_norm(lm.model), lm.model.get_output_embeddings()
     # a crosscoder writes several places of one width side by side; the last of them is nearest to the logits
     (num_tokens, width), dtype = unembed.weight.shape, unembed.weight.dtype
-    features = features or range(dictionary.d_sae)
     block = max(1, LENS_LOGITS // num_tokens)
     # new tensors of this size would leave holes in the heap that small ones pin: it grew by 20 MB a block
-    room = torch.empty(min(block, len(features)), num_tokens, device=unembed.weight.device)
+    room = torch.empty(min(block, len(directions)), num_tokens, device=unembed.weight.device)
     narrow = torch.empty_like(room, dtype=dtype) if type(unembed) is torch.nn.Linear and unembed.bias is None else None
-    for start in range(features.start, features.stop, block):
-        rows = dictionary.W_dec[start : min(start + block, features.stop), -width:]
+    for start in range(0, len(directions), block):
+        rows = directions[start : start + block, -width:].to(unembed.weight.device)
         normed, logits = norm(rows.to(dtype)[None])[0], room[: len(rows)]
         if narrow is None:
             logits.copy_(unembed(normed[None])[0])

@@ -7,6 +7,7 @@
     a number                 TokenClass("number")                structural
     the token after " the"   Neighbour(-1, Token(" the"))        structural
     token "," after a number Both(Token(","), Neighbour(-1, TokenClass("number")))  structural
+    n-gram " United" " States"   NGrams(((" United", " States"),))   structural
 
 The *word* of a token is its text, stripped and case-folded; a token is often only a piece of what a reader calls a
 word.
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .ngram_trie import NgramTrie, Pattern, check_pattern
 from .token_classes import TOKEN_CLASSES, RowTable, Vocabulary
 
 
@@ -87,12 +89,13 @@ def _from_dict(data: object) -> Predicate:
     given = set(data) - {"type"}
     if wanted != given:
         raise ValueError(f"predicate {data['type']!r} takes {sorted(wanted)}, not {sorted(given)}")
-    values = {
-        key: _from_dict(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v
-        for key, v in data.items()
-        if key != "type"
-    }
+    values = {key: _from_dict(v) if isinstance(v, dict) else _tuples(v) for key, v in data.items() if key != "type"}
     return made(**values)
+
+
+def _tuples(value: object) -> object:
+    """JSON's lists as tuples, at any depth."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 class TokenPredicate(Predicate):
@@ -367,7 +370,44 @@ class Both(Predicate):
         return 0.75 * (self.first.complexity + self.second.complexity)
 
 
+#: Patterns that a label spells out; `predicate` has all of them.
+DESCRIBED_PATTERNS = 6
+
+
+@dataclass(frozen=True)
+class NGrams(Predicate):
+    """One of the patterns ends on the row; a pattern is a list of token texts, null where any token may stand."""
+
+    name: ClassVar[str] = "ngrams"
+    patterns: tuple[Pattern, ...]
+
+    def __post_init__(self):
+        if not (isinstance(self.patterns, tuple) and self.patterns):
+            raise ValueError(f"n-grams must be a non-empty list of patterns, not {self.patterns!r}")
+        for pattern in self.patterns:
+            check_pattern(pattern)
+        if len(set(self.patterns)) != len(self.patterns):
+            raise ValueError(f"n-grams name a pattern twice: {self.patterns!r}")
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]  # depends on the patterns
+        return "lexical" if all(len(p) == 1 for p in self.patterns) else "structural"
+
+    def rows(self, windows: RowTable) -> np.ndarray:
+        return NgramTrie(self.patterns).rows(windows)
+
+    def describe(self) -> str:
+        shown = [" ".join("*" if t is None else quoted(t) for t in p) for p in self.patterns[:DESCRIBED_PATTERNS]]
+        rest = len(self.patterns) - len(shown)
+        more = f" or {rest} more" if rest else ""
+        return f"n-gram{'s' if len(self.patterns) > 1 else ''} {' | '.join(shown)}{more}"
+
+    @property
+    def complexity(self) -> float:
+        return 2.0 + 0.1 * sum(len(p) for p in self.patterns)
+
+
 #: JSON type name -> class.
 PREDICATES: dict[str, type[Predicate]] = {
-    p.name: p for p in (Token, TokenSet, Word, Stems, Affix, TokenClass, Piece, Position, Neighbour, Both)
+    p.name: p for p in (Token, TokenSet, Word, Stems, Affix, TokenClass, Piece, Position, Neighbour, Both, NGrams)
 }

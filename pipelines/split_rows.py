@@ -184,3 +184,16 @@ def _split_rows(
     return SplitRows(
         split, windows, window_ids, eligible, documents, len(names), fires.where(strong), fires.where(~strong)
     )
+
+
+def read_token_ids(evidence: Evidence, split: SplitRows) -> np.ndarray:
+    """[W, T] int32: the token ids of the windows of `split`, in its order, -1 behind the end of a short one."""
+    table = evidence.read("windows", columns=["window_id", "split", "token_ids"], split=split.split)
+    place = dict(zip(table["window_id"].to_pylist(), range(table.num_rows), strict=True))
+    return pad_lists(table["token_ids"])[[place[w] for w in split.window_ids.tolist()]]
+
+
+def sample_windows(token_ids: np.ndarray, num: int, num_tokens: int) -> np.ndarray:
+    """Numbers of at most `num` of the windows [W, T] that have `num_tokens` tokens, evenly spread over all of them."""
+    long_enough = np.flatnonzero(token_ids[:, :num_tokens].min(axis=1) >= 0) if token_ids.size else np.zeros(0, int)
+    return long_enough[np.unique(np.linspace(0, len(long_enough) - 1, min(num, len(long_enough))).round().astype(int))]

@@ -118,6 +118,47 @@ def tiny_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
+def token_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An indexed run whose feature i fires on token id i + 3 alone and points to its logit. Not to be changed."""
+    import torch
+
+    from saeql.pipelines import Run, load_config, save_dictionary
+
+    keys = {"model.hook_point": "resid_pre.0", "train.num_steps": "5", "train.warmup_steps": "1"}
+    run = Run.create(tmp_path_factory.mktemp("runs") / "tokens", load_config(tiny_config, keys))
+    list(run.execute(("harvest", "train")))
+    dictionary, model = run.dictionary(), run.language_model.model
+    with torch.no_grad():
+        for parameter in dictionary.parameters():
+            parameter.zero_()
+        rows = model.get_input_embeddings().weight[3 : 3 + dictionary.d_sae]
+        unembedding = model.get_output_embeddings().weight[3 : 3 + dictionary.d_sae]
+        dictionary.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True) ** 2)
+        dictionary.b_enc.fill_(-0.8)  # other tokens have cosines below it
+        dictionary.W_dec.copy_(unembedding / unembedding.norm(dim=1, keepdim=True))
+    save_dictionary(dictionary, run.dictionary_path)
+    list(run.execute(("index",)))
+    return run.path
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of three layers with random weights and the tiny model's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    folder, tokenizer = tmp_path_factory.mktemp("encoder"), AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def start() -> Callable[..., BaseProcess]:
     """Starts a command of saeql in a process of its own, from one that has the libraries loaded."""
     from saeql.pipelines.cli import main

@@ -16,6 +16,7 @@ Text = Annotated[
         negative="",
     ),
 ]
+StorePath = Annotated[Path, Parameter(help="Run directory, a folder that was imported, or a store: a file or Parquet.")]
 Truncate = Annotated[
     bool,
     Parameter(help="Harvest without the layers after the deepest hook point in memory (model.truncate).", negative=""),
@@ -43,6 +44,24 @@ def run_stage(stage: str, path: Path, *, again: bool = True, **options: Any) -> 
 
     refuse_ranks()
     report_stages(Run.open(path).execute((stage,), again=again, **options))
+
+
+def open_with(path: Path, overrides: tuple[str, ...], sections: tuple[str, ...]) -> Any:
+    """The run in `path`, with other keys of `sections` for this command alone: nothing is written.
+
+    Raises ConfigError where an override is of another section.
+    """
+    from saeql.sae.config import ConfigError
+
+    from ..config import load_config
+    from ..run import Run
+
+    opened, changes = Run.open(path), parse_overrides(overrides)
+    foreign = [key for key in changes if key.split(".")[0] not in sections]
+    if foreign:
+        allowed = " and ".join(f"[{section}]" for section in sections)
+        raise ConfigError(f"--{foreign[0]} cannot be set here: only keys of {allowed} can")
+    return Run(path, load_config(path / "config.toml", changes)) if changes else opened
 
 
 def refuse_ranks() -> None:

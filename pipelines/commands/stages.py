@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from .common import RunPath, Truncate, report_stages, run_stage
+from .common import Overrides, RunPath, Truncate, open_with, refuse_ranks, report_stages, run_stage
 
 
 def harvest(
@@ -131,7 +131,7 @@ def index(
 
 def label(
     run: RunPath,
-    *,
+    *overrides: Overrides,
     receipts: Annotated[
         str | None,
         Parameter(help="Cost tier of the controls: fast, full, paper, or none; unset: label.receipts.", negative=""),
@@ -147,11 +147,16 @@ def label(
 ) -> None:
     """Label features: made on train, chosen on calibration, scored on test documents, checked by controls.
 
+    Keys of [label] and [judge] can be set as --judge.key value, for this time.
+
     Example: saeql label runs/demo --receipts full --only unexplained
     """
     from ..label_job import LabelOptions
 
-    run_stage("label", run, label=LabelOptions(receipts, only, tuple(explainer or ())))
+    refuse_ranks()
+    opened = open_with(run, overrides, ("label", "judge"))
+    options = LabelOptions(receipts, only, tuple(explainer or ()))
+    report_stages(opened.execute(("label",), again=True, label=options))
 
 
 def evaluate(
