@@ -60,10 +60,11 @@ def train(name: str, folder: Path, comm: Comm, *, stop_at: int | None = None, re
     """
     architecture, freeze, start = name.split("+") if "+" in name else (name, "none", "random")
     settings = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K, freeze=freeze, start=start)
-    dictionary = build(settings, D_IN, seed=0)
+    dictionary = build(settings, D_IN, seed=0, comm=comm)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[:9] = dead[40:43] = True
     with torch.no_grad():
-        dictionary.b_enc[:9] = -1e3  # dead for good, so that the auxiliary loss runs
-        dictionary.b_enc[40:43] = -1e3
+        dictionary.b_enc[dead[comm.shard(D_SAE)]] = -1e3  # dead for good, so that the auxiliary loss runs
     lines = []
 
     def stop(steps: int) -> None:
