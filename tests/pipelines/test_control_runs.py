@@ -302,3 +302,13 @@ def test_every_stage_runs_on_a_dictionary_that_was_not_trained(parent: Run, tmp_
     metrics = {m["metric"]: m["value"] for m in made.evidence.read("metrics").to_pylist()}
     assert metrics["l0"] == pytest.approx(4, abs=1)  # the trained one has 4 on train
     assert (made.path / "report.html").stat().st_size > 0
+
+
+def test_the_command_lists_and_compares_as_json(parent: Run, capsys: pytest.CaptureFixture[str]):
+    main(["control", str(parent.path), "--list", "--json"])
+    listed = {row["kind"]: row for row in json.loads(capsys.readouterr().out)}
+    assert listed["random"]["state"] == "finished" and listed["pca"]["state"] == "none"
+    assert listed["pca"]["where"] == f"saeql control {parent.path} --kind pca"
+    main(["control", str(parent.path), "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["dictionary"] for row in rows] == ["trained", *MADE]

@@ -53,9 +53,14 @@ def threads() -> list[str]:
     return [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
 
 
-def train(architecture: str, folder: Path, comm: Comm, *, stop_at: int | None = None, reshard: bool = False) -> None:
-    """Train, on from a checkpoint where `folder` has one; write the whole dictionary and the log lines."""
-    dictionary = build(DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K), D_IN, seed=0, comm=comm)
+def train(name: str, folder: Path, comm: Comm, *, stop_at: int | None = None, reshard: bool = False) -> None:
+    """Train, on from a checkpoint where `folder` has one; write the whole dictionary and the log lines.
+
+    `name` is an architecture, or `architecture+freeze+start`.
+    """
+    architecture, freeze, start = name.split("+") if "+" in name else (name, "none", "random")
+    settings = DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K, freeze=freeze, start=start)
+    dictionary = build(settings, D_IN, seed=0, comm=comm)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[:9] = dead[40:43] = True
     with torch.no_grad():

@@ -16,6 +16,8 @@ from saeql.sae.comm import ALONE, Comm, CommError, join
 from saeql.sae.config import DictionaryConfig
 from saeql.sae.files import load_dictionary, save_dictionary
 
+#: What does not learn, and where rows start.
+FROZEN = ("topk+decoder+random", "batchtopk+encoder+random", "topk+soft_decoder+random_covariance")
 WORKER = Path(__file__).parent / "rank_worker.py"
 
 
@@ -78,7 +80,7 @@ def test_ranks_start_and_load_their_latents_of_what_one_process_has(
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process on the whole batch."""
     folder = tmp_path_factory.mktemp("alone")
-    done = run(folder, ["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated"])
+    done = run(folder, ["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated", *FROZEN])
     assert done.returncode == 0, done.stderr[:3000]
     assert outcome(folder, "topk")[1]["lines"][-1]["auxk_loss"] > 0
     return folder
@@ -87,9 +89,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "shards", "names"),
     [
-        (2, 1, ["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated"]),
-        (2, 2, ["topk", "batchtopk"]),
-        (4, 2, ["topk", "batchtopk"]),
+        (2, 1, ["topk", "batchtopk", "matryoshka", "relu", "jumprelu", "gated", *FROZEN]),
+        (2, 2, ["topk", "batchtopk", *FROZEN]),
+        (4, 2, ["topk", "batchtopk", *FROZEN]),
         (4, 4, ["topk"]),
     ],
     ids=["2 data", "2 feature", "2 data x 2 feature", "4 feature"],
