@@ -104,8 +104,8 @@ NEIGHBOURS = pa.schema(
 #: One row a feature, `unexplained` included: made on train, chosen on calibration, every score here read on test.
 #: For labels a feature is *active* on a row where its activation exceeds `label.active_fraction` (a quarter) of its
 #: largest train activation; every other row after a window's first is inactive, rows of weak activation included.
-#: A label in words has no predicate to execute: its AUROC is its scorer's, on examples against negatives matched on token
-#: frequency, position and window length (rung N1 of docs/receipts.md), and the columns that need every row are null.
+#: A label in words has no predicate to execute: its AUROC is its scorer's, on examples against negatives matched on
+#: token frequency, position and window length (rung N1 of docs/receipts.md); columns that need every row are null.
 LABELS = pa.schema(
     [
         ("dictionary", pa.string()),
