@@ -15,6 +15,9 @@ from .progress import OnProgress
 from .receipts.statistics import wilson
 from .split_rows import SplitRows
 
+#: Labels times documents that are counted at once.
+COUNTS_AT_ONCE = 2_000_000
+
 
 @dataclass(frozen=True)
 class ExecutableChoice:
@@ -122,8 +125,9 @@ def score_executable(
     num_active = test.active.counts
     features = [f for f in sorted(labels) if 0 < num_active[f] < test.num_rows]
     scores: dict[int, dict[str, float | None]] = {}
-    for start in range(0, len(features), 256):
-        part = features[start : start + 256]
+    at_once = max(1, min(256, COUNTS_AT_ONCE // max(test.num_documents, 1)))
+    for start in range(0, len(features), at_once):
+        part = features[start : start + at_once]
         counts = count_by_document(test, [labels[f] for f in part], part)
         low, high = interval_of_counts(counts, config)
         total = counts.sum(axis=1)  # [n, 4]

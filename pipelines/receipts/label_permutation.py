@@ -1,11 +1,13 @@
 """C3: does a label fit its own feature better than the labels of like features do? Generic labels fit many."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 from scipy.spatial import KDTree
 
+from ..explainers.base import Candidate
 from ..split_rows import SplitRows
 from .control import Labelled
 from .receipt import FAILED, PASSED, REPORTED, Receipt, judged
@@ -23,9 +25,9 @@ _LABELS_AT_ONCE = 64
 class LabelPermutation:
     """p = (1 + #{other labels that score at least as well on this feature's examples}) / (1 + N).
 
-    The N others are labels of the features nearest in (log firing rate, token entropy), other ones than its own, of the
-    same sort (executable, or words). Scores are AUROC against matched negatives (N1). A feature counts as labelled
-    where Benjamini and Hochberg's procedure rejects over all features.
+    The N others are labels of the features nearest in (log firing rate, token entropy), other ones than its own: for an
+    executable label executable ones, for words the words of any. Scores are AUROC against matched negatives (N1). A
+    feature counts as labelled where Benjamini and Hochberg's procedure rejects over all features.
     """
 
     code: ClassVar[str] = "C3"
@@ -107,21 +109,25 @@ def likeness(split: SplitRows) -> np.ndarray:
 
 
 def _others(labelled: Labelled, features: Sequence[int]) -> dict[int, list[int]]:
-    """For every feature up to `permutations` features with another label of the same sort, the likest first."""
+    """For every feature up to `permutations` features with another label, the likest first.
+
+    Executable labels are compared with executable ones; words with the words of all, since all can be read.
+    """
     places, labels = likeness(labelled.rows.test), labelled.labels
     out: dict[int, list[int]] = {f: [] for f in features}
     for executable in (True, False):
-        group = np.array([f for f in features if (labels[f].predicate is not None) == executable], np.int64)
-        if len(group) < 2:
+        asking = [f for f in features if (labels[f].predicate is not None) == executable]
+        group = np.array(asking if executable else features, np.int64)
+        if len(group) < 2 or not asking:
             continue
         texts = [labels[f].label for f in group.tolist()]
         repeats = max(np.unique(texts, return_counts=True)[1])
         few = not executable and getattr(labelled.label_scorer, "is_costly", False)
         num = THRESHOLDS.costly_permutations if few else THRESHOLDS.permutations
         asked = min(len(group), num + int(repeats))
-        nearest = np.asarray(KDTree(places[group]).query(places[group], k=asked)[1])
-        for feature, own, near in zip(group.tolist(), texts, nearest.tolist(), strict=True):
-            kept = [int(group[i]) for i in near if texts[i] != own]
+        nearest = np.asarray(KDTree(places[group]).query(places[asking], k=asked)[1])
+        for feature, near in zip(asking, nearest.tolist(), strict=True):
+            kept = [int(group[i]) for i in near if texts[i] != labels[feature].label]
             out[feature] = kept[:num]
     return out
 
@@ -138,9 +144,8 @@ def _scores_of_others(labelled: Labelled, others: dict[int, list[int]]) -> dict[
     labels = sorted(asked)
     for start in range(0, len(labels), _LABELS_AT_ONCE):
         block = [(label, f, place) for label in labels[start : start + _LABELS_AT_ONCE] for f, place in asked[label]]
-        scores = labelled.label_scorer.score(
-            [labelled.labels[label] for label, _, _ in block], [rows[f] for _, f, _ in block], test
-        )
+        asked_as = [_as(labelled.labels[label], labelled.labels[f]) for label, f, _ in block]
+        scores = labelled.label_scorer.score(asked_as, [rows[f] for _, f, _ in block], test)
         shapes: dict[tuple[int, int], list[int]] = {}
         for index, (_, f, _) in enumerate(block):
             shapes.setdefault((len(examples[f].active), len(rows[f])), []).append(index)
@@ -150,3 +155,8 @@ def _scores_of_others(labelled: Labelled, others: dict[int, list[int]]) -> dict[
                 _, f, place = block[index]
                 found[f][place] = value
     return found
+
+
+def _as(label: Candidate, own: Candidate) -> Candidate:
+    """`label` as it is scored on a feature whose label is `own`: by its words alone where that is words."""
+    return label if own.predicate is not None else replace(label, predicate=None)

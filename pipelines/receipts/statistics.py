@@ -9,6 +9,8 @@ import numpy as np
 PERCENTILES = (2.5, 97.5)
 #: Values drawn at once in bootstraps over features, so that memory does not grow with draws * features.
 DRAWN_AT_ONCE = 4_000_000
+#: Documents that are drawn one by one.
+MOST_DRAWN = 8192
 
 
 def rankdata(values: np.ndarray) -> np.ndarray:
@@ -75,14 +77,16 @@ def _wins(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
 class DocumentDraws:
     """How often each of `num_documents` documents is in each of `draws` samples of them with replacement.
 
-    Every interval of one split may share the draws: 1 byte a draw and document.
+    Every interval of one split may share the draws: 1 byte a draw and document. Past `MOST_DRAWN` documents several are
+    drawn together, which bounds memory and changes intervals little.
     """
 
     def __init__(self, num_documents: int, *, draws: int, seed: int):
+        self.num_drawn = max(min(num_documents, MOST_DRAWN), 1)
         rng = np.random.default_rng(seed)
-        even = np.full(num_documents, 1 / max(num_documents, 1))
-        parts = [rng.multinomial(num_documents, even, size=1).astype(np.uint8) for _ in range(draws)]
-        self.times = np.concatenate(parts)  # [B, D]; a document is drawn over 255 times in no sample of many
+        picks = (rng.integers(0, self.num_drawn, self.num_drawn) for _ in range(draws))
+        # [B, D]; a document is drawn more than 255 times in no sample of so many
+        self.times = np.stack([np.bincount(pick, minlength=self.num_drawn).astype(np.uint8) for pick in picks])
 
     def interval(
         self,
@@ -101,8 +105,8 @@ class DocumentDraws:
         if len(np.unique(positive_documents)) < 2 or len(np.unique(negative_documents)) < 2:
             return float("nan"), float("nan")
         positive, negative = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
-        p = self.times[:, positive_documents].astype(np.float32)  # [B, P]
-        q = self.times[:, negative_documents].astype(np.float32)  # [B, Q]
+        p = self.times[:, positive_documents % self.num_drawn].astype(np.float32)  # [B, P]
+        q = self.times[:, negative_documents % self.num_drawn].astype(np.float32)  # [B, Q]
         wins = _wins(positive, negative)
         won = np.einsum("bq,bq->b", p @ (wins if pairs is None else wins * pairs), q)
         compared = p.sum(axis=1) * q.sum(axis=1)

@@ -458,3 +458,23 @@ def test_a_costly_scorer_of_words_is_asked_about_fewer_labels(labelled):
             patch.setattr(label_permutation, "THRESHOLDS", replace(THRESHOLDS, costly_permutations=5))
             receipts = LabelPermutation().check(with_changes(labelled, labels=words, scorer=scorer))
         assert {r.n for r in of_features(receipts, "C3 label permutation").values()} == {most}
+
+
+def test_words_are_compared_with_the_words_of_executable_labels_too(labelled):
+    asked: list[Candidate] = []
+
+    class Reader:
+        name: ClassVar[str] = "reader"
+
+        def score(self, labels, rows, split):
+            asked.extend(labels)
+            return [np.zeros(len(r)) for r in rows]
+
+    word = synthetic.feature("number")
+    labels = {**labelled.labels, word: Candidate("numbers", "semantic", "test")}
+    receipts = LabelPermutation().check(with_changes(labelled, labels=labels, scorer=LabelScorer(Reader)))
+    found = of_features(receipts, "C3 label permutation")
+    assert found[word].n == len({c.label for c in labels.values()}) - 1
+    assert found[synthetic.feature("token")].n == len(labels) - 2  # words cannot be executed
+    assert {c.label for c in asked} == {c.label for c in labels.values()}
+    assert all(c.predicate is None for c in asked)
