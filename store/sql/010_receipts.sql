@@ -18,3 +18,5 @@ COMMENT ON COLUMN receipts.high IS 'Upper end of the 95 % interval, null where t
 COMMENT ON COLUMN receipts.verdict IS '''passed'', ''failed'', or ''reported'' where nothing is asked.';
 COMMENT ON COLUMN receipts.detail IS 'JSON: what else a reader needs to check it.';
 COMMENT ON COLUMN features.kind IS '''lexical'', ''structural'', ''semantic'', ''output'' or ''none''.';
+COMMENT ON COLUMN labels.predicate IS 'JSON, what the label claims in executable form; null where the label is words only, and for kind ''none''.';
+COMMENT ON COLUMN labels.auroc IS 'Of the predicate over all test rows; of a label in words its scorer''s, on examples against matched negatives (N1).';
