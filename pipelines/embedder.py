@@ -52,7 +52,9 @@ class Embedder:
     """Turns texts into unit vectors. The model is loaded by the first text that the cache does not know."""
 
     def __init__(self, config: EmbedderConfig, cache: Path | None = None):
-        """Raises EmbedderError where the model's files are not there."""
+        """Raises EmbedderError where the model's files are not there, or the configuration wants none."""
+        if config.model == "none":
+            raise EmbedderError(f"embedder.model is none: this needs an encoder, such as {EMBEDDED_EMBEDDER}")
         self.config = config
         self.folder = _folder(config.model)
         weights = self.folder / _WEIGHTS

@@ -1,7 +1,8 @@
-"""Which candidate becomes a feature's label: the best on calibration, executable or shorter ones within a margin."""
+"""Which candidate becomes a feature's label: the best on calibration; executable or shorter ones within a margin."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -41,8 +42,9 @@ def choose(
 
     Executable candidates are sifted over all rows (`choose_executable`): at most one a feature is left. Where there are
     candidates in words, all are scored on the feature's calibration examples against negatives matched on frequency,
-    position and length (N1), and the best AUROC is taken: the executable one, or else the shortest, of those within
-    `executable_margin`. Words need `min_auroc`, and more where there are fewer examples: chance alone reaches further.
+    position and length (N1), and the best AUROC is taken: the executable one, or else the one of fewest words, of those
+    within `executable_margin`. Words need `min_auroc`, and more where there are fewer examples or more candidates in
+    words: the best of many reaches further by chance alone.
     """
     executable = choose_executable(rows.calibration, candidates, config, on_progress)
     chosen = {feature: Choice(c.candidate, c.calibration_f1) for feature, c in executable.items()}
@@ -54,7 +56,7 @@ def choose(
     examples = {f: e for f, e in examples.items() if min(len(e.active), len(e.negatives.get("N1", ()))) >= 2}
     asked = {f: [*([chosen[f].candidate] if f in chosen else []), *words[f]] for f in examples}
     for feature, scored in _aurocs(rows, asked, examples, scorer).items():
-        better = _best(scored, _bar(examples[feature], config), config)
+        better = _best(scored, _bar(examples[feature], len(words[feature]), config), config)
         if better is not None:
             candidate, value = better
             f1 = chosen[feature].f1 if candidate.predicate is not None else None
@@ -75,15 +77,21 @@ def _aurocs(
     return out
 
 
-def _bar(examples: Examples, config: LabelConfig) -> float:
-    """AUROC that words need: as many standard errors of chance above 1/2 as `min_auroc` is with `BAR_EXAMPLES`."""
+def _bar(examples: Examples, num_words: int, config: LabelConfig) -> float:
+    """AUROC that the best of `num_words` candidates needs.
 
-    def error(p: int, q: int) -> float:  # of a Mann-Whitney AUROC of two samples that do not differ
+    By chance it is reached as rarely as `min_auroc` is by one candidate with `BAR_EXAMPLES` (Bonferroni), and never
+    lower than that.
+    """
+
+    def error(p: int, q: int) -> float:  # standard error of AUROC where the two samples do not differ
         return ((p + q + 1) / (12 * p * q)) ** 0.5
 
-    full = error(BAR_EXAMPLES, BAR_EXAMPLES)
-    own = error(len(examples.active), len(examples.negatives["N1"]))
-    return 0.5 + (config.min_auroc - 0.5) * max(own / full, 1.0)
+    full, own = error(BAR_EXAMPLES, BAR_EXAMPLES), error(len(examples.active), len(examples.negatives["N1"]))
+    if config.min_auroc <= 0.5:
+        return config.min_auroc
+    by_chance = NormalDist().cdf((0.5 - config.min_auroc) / full) / max(num_words, 1)
+    return max(config.min_auroc, 0.5 - NormalDist().inv_cdf(max(by_chance, 1e-12)) * own)
 
 
 def _best(
@@ -95,4 +103,4 @@ def _best(
         return None
     bar = max(value for _, value in good) - config.executable_margin
     near = [(c, value) for c, value in good if value >= bar]
-    return min(near, key=lambda s: (s[0].predicate is None, len(s[0].label), -s[1], s[0].label))
+    return min(near, key=lambda s: (s[0].predicate is None, len(s[0].label.split()), -s[1], s[0].label))

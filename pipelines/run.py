@@ -163,6 +163,11 @@ class Run:
         """The whole model of this run, loaded on first use."""
         return load_model(replace(self.config.model, truncate=False))
 
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The sentence encoder of this run, loaded on first use. Raises EmbedderError where there is none."""
+        return Embedder(self.config.embedder)
+
     @property
     def harvest_info(self) -> HarvestInfo:
         """What the harvest found. Raises RunError before it has run."""

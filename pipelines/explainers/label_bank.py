@@ -79,7 +79,7 @@ class LabelBank:
     @classmethod
     def of(cls, run: "Run") -> "LabelBank":
         """With the run's embedder and `label.bank`. Raises EmbedderError or ConfigError where they cannot be had."""
-        return cls(Embedder(run.config.embedder), read_bank(run.config.label.bank), seed=run.config.label.seed)
+        return cls(run.embedder, read_bank(run.config.label.bank), seed=run.config.label.seed)
 
     def propose(
         self, rows: FeatureRows, features: Sequence[int], on_progress: OnProgress = lambda done, total: None

@@ -39,7 +39,7 @@ class EmbeddingScorer:
     @classmethod
     def of(cls, run: "Run") -> Self:
         """With the run's embedder. Raises EmbedderError where there is none."""
-        return cls(Embedder(run.config.embedder))
+        return cls(run.embedder)
 
     def score(self, labels: Sequence[Candidate], rows: Sequence[np.ndarray], split: SplitRows) -> list[np.ndarray]:
         """Cosines [n] of every label with its rows; each distinct text is embedded once and cached."""

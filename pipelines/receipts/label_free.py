@@ -39,7 +39,7 @@ class LabelFree:
     @classmethod
     def of(cls, run: "Run") -> Self:
         """With the run's embedder. Raises EmbedderError where there is none."""
-        return cls(Embedder(run.config.embedder), draws=run.config.label.num_bootstrap, seed=run.config.label.seed)
+        return cls(run.embedder, draws=run.config.label.num_bootstrap, seed=run.config.label.seed)
 
     def check(self, labelled: Labelled) -> Sequence[Receipt]:
         """Two receipts a sampled feature, against matched negatives (N1), and two over all of them."""

@@ -33,7 +33,7 @@ class NearestInMeaning:
     @classmethod
     def of(cls, run: "Run") -> Self:
         """With the run's embedder. Raises EmbedderError where there is none."""
-        return cls(Embedder(run.config.embedder))
+        return cls(run.embedder)
 
     def near(self, active: Mapping[int, np.ndarray], split: SplitRows) -> Mapping[int, np.ndarray]:
         """By feature at most `NEAREST` rows an active row, those of the nearest stretches first; no row twice."""

@@ -176,7 +176,7 @@ def _named(planted: Planted, outcomes: Sequence[Outcome]) -> Receipt:
         control="C16 planted concepts named",
         value=share,
         threshold=THRESHOLDS.planted_named,
-        verdict=judged(share, THRESHOLDS.planted_named),
+        verdict=judged(share, THRESHOLDS.planted_named) if len(outcomes) >= THRESHOLDS.planted_concepts else REPORTED,
         n=len(outcomes),
         low=float(low),
         high=float(high),

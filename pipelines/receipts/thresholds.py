@@ -47,6 +47,8 @@ class Thresholds:
     """C15: share of answers that may be missing."""
     planted_named: float = 12 / 14
     """C16: share of planted concepts that must be named."""
+    planted_concepts: int = 10
+    """C16: concepts that the text must hold often enough for a verdict."""
     planted_f1: float = 0.5
     """C16: test F1 with the concept itself that an executable name needs."""
     planted_same_token: float = 0.6

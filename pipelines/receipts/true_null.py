@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from ..run import Run
 
 
+#: Null features for each that is needed: with thresholds off only two of five get a label that holds anywhere.
+_SAMPLED = 3
+
+
 class TrueNull:
     """Permutes positions, labels the null features as the run labels its own, and again with every threshold off."""
 
@@ -116,7 +120,7 @@ def null_rows(rows: FeatureRows, config: LabelConfig) -> FeatureRows:
     enough = np.minimum(rows.train.active.counts, rows.calibration.active.counts) >= config.min_active_rows
     enough &= rows.test.active.counts > 0
     able = np.flatnonzero(enough)
-    chosen = able[np.argsort(luck(config.seed, "null features", able))[: max(2 * THRESHOLDS.null_features, 1)]]
+    chosen = able[np.argsort(luck(config.seed, "null features", able))[: _SAMPLED * THRESHOLDS.null_features]]
     chosen = np.sort(chosen)
     splits = {split: _permuted(rows.of(split), chosen, config.seed) for split in SPLITS}
     made = FeatureRows(rows.dictionary, rows.tau[chosen], **splits)

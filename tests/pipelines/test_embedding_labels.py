@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,7 +10,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from saeql.pipelines.embedder import Embedder, EmbedderConfig
+from saeql.pipelines import Run
+from saeql.pipelines.embedder import Embedder, EmbedderConfig, EmbedderError
 from saeql.pipelines.explainers.base import Candidate
 from saeql.pipelines.explainers.label_bank import LabelBank, read_bank
 from saeql.pipelines.receipts.control import Labelled
@@ -18,7 +20,10 @@ from saeql.pipelines.receipts.examples import Examples
 from saeql.pipelines.receipts.intruder import CHANCE, embedder_pick, find_intruders
 from saeql.pipelines.receipts.label_free import LabelFree
 from saeql.pipelines.receipts.near_rows import STRETCH, NearestInMeaning
-from saeql.pipelines.split_rows import ActiveRows, FeatureRows, SplitRows
+from saeql.pipelines.receipts.planted import PlantedSuite
+from saeql.pipelines.receipts.planted_concepts import CONCEPTS
+from saeql.pipelines.receipts.planting import plant
+from saeql.pipelines.split_rows import ActiveRows, FeatureRows, SplitRows, read_feature_rows
 from saeql.pipelines.token_classes import RowTable, Vocabulary
 from saeql.sae.config import ConfigError
 
@@ -209,3 +214,25 @@ def test_label_free_receipts_tell_meaning_from_nothing(rows, embedder):
     mean = by_name["L1 intruder near mean", None]
     assert mean.n == 3 and mean.value == pytest.approx(np.mean(accuracies))
     assert mean.low is not None and mean.high is not None and mean.low <= np.mean(accuracies) <= mean.high
+
+
+def test_everything_is_built_from_a_run_and_says_what_it_lacks(tiny_run, tmp_path):
+    run = Run.open(tiny_run)
+    own = tmp_path / "bank.txt"
+    own.write_text("river banks\n")
+    run = Run(tiny_run, replace(run.config, label=replace(run.config.label, bank=str(own))))
+    assert "river banks" in LabelBank.of(run).labels
+    classes = (LabelBank, EmbeddingScorer, NearScorer, NearestInMeaning, LabelFree, PlantedSuite)
+    assert all(isinstance(made.of(run), made) for made in classes)
+    without = Run(tiny_run, replace(run.config, embedder=replace(run.config.embedder, model="none")))
+    for made in classes:
+        with pytest.raises(EmbedderError, match=r"embedder\.model is none"):
+            made.of(without)
+
+
+def test_the_suite_says_so_where_a_text_holds_no_concept(tiny_run):
+    run = Run.open(tiny_run)
+    rows = read_feature_rows(run.evidence, run.spec.name, active_fraction=0.25)
+    receipts = PlantedSuite.of(run).check_planted(plant(rows, concepts=CONCEPTS[:1]))
+    assert [(r.verdict, r.value) for r in receipts] == [("failed", None)]
+    assert "often enough" in receipts[0].detail["reason"]

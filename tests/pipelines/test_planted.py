@@ -138,6 +138,14 @@ def test_the_suite_fails_where_labels_are_bought_with_noise(suite, planted):
 
 @needs_text
 @needs_encoder
+def test_few_concepts_are_reported_and_not_judged(suite, text):
+    named, random, contrasts = suite.check_planted(plant(text, concepts=CONCEPTS[9:11], num_random=2))
+    assert (named.n, named.verdict, random.n) == (2, "reported", 2)
+    assert (contrasts.value, contrasts.verdict) == (None, "reported")
+
+
+@needs_text
+@needs_encoder
 def test_examples_and_intruders_need_no_label(embedder, planted):
     music, random = [c.name for c in CONCEPTS].index("music"), planted.random[5]
     test = planted.rows.test
