@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from saeql.sae.config import suggestion
+from saeql.sae.config import ConfigError, suggestion
 
 #: name -> module of this package and class in it; every class is built with `.of(run)`.
 EXPLAINERS: dict[str, tuple[str, str]] = {
@@ -19,10 +19,10 @@ EXPLAINERS: dict[str, tuple[str, str]] = {
 
 
 def explainers(names: Sequence[str]) -> list[Any]:
-    """The classes of `names`, in their order. Raises ValueError at a name that no explainer has."""
+    """The classes of `names`, in their order. Raises ConfigError at a name that no explainer has."""
     for name in names:
         if name not in EXPLAINERS:
-            raise ValueError(
+            raise ConfigError(
                 f"no explainer {name!r}: there is {', '.join(EXPLAINERS)}{suggestion(name, tuple(EXPLAINERS))}"
             )
     return [getattr(import_module(f".{EXPLAINERS[n][0]}", __package__), EXPLAINERS[n][1]) for n in names]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from saeql.sae.config import suggestion
+from saeql.sae.config import ConfigError, suggestion
 
 from .tiers import TIERS
 
@@ -51,20 +51,20 @@ NEAR_ROWS: tuple[str, str] | None = ("near_rows", "NearestInMeaning")
 
 
 def scorers(names: Sequence[str]) -> list[Any]:
-    """The classes of `names`, in their order. Raises ValueError at a name that no scorer has."""
+    """The classes of `names`, in their order. Raises ConfigError at a name that no scorer has."""
     for name in names:
         if name not in SCORERS:
-            raise ValueError(f"no scorer {name!r}: there is {', '.join(SCORERS)}{suggestion(name, tuple(SCORERS))}")
+            raise ConfigError(f"no scorer {name!r}: there is {', '.join(SCORERS)}{suggestion(name, tuple(SCORERS))}")
     return [_load(*SCORERS[name]) for name in names]
 
 
 def controls(tier: str) -> list[Any]:
     """The classes of the controls that run at `tier`, those of the tiers before it included.
 
-    Raises ValueError where there is no such tier.
+    Raises ConfigError where there is no such tier.
     """
     if tier not in TIERS:
-        raise ValueError(f"no tier {tier!r}: there is {', '.join(TIERS)}{suggestion(tier, TIERS)}")
+        raise ConfigError(f"no tier {tier!r}: there is {', '.join(TIERS)}{suggestion(tier, TIERS)}")
     wanted = TIERS[: TIERS.index(tier) + 1]
     return [_load(module, name) for module, name, own in CONTROLS.values() if own in wanted]
 
