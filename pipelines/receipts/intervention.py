@@ -95,9 +95,9 @@ class OutputIntervention:
         texts = TokenTexts(place.lm)
         top, lens = self._lens(place, list(labels))
         own, related = self._token_sets(texts, labels, top)
-        known = [bool(o and r) for o, r in zip(own, related, strict=True)]
-        labels = {f: c for (f, c), k in zip(labels.items(), known, strict=True) if k}
-        own, related, lens = ([s for s, k in zip(column, known, strict=True) if k] for column in (own, related, lens))
+        kept = [i for i, (o, r) in enumerate(zip(own, related, strict=True)) if o and r]
+        labels = {f: c for i, (f, c) in enumerate(labels.items()) if i in kept}
+        own, related, lens = [own[i] for i in kept], [related[i] for i in kept], [lens[i] for i in kept]
         if not labels:
             why = {"reason": "no label has tokens of this model, and others that mean the same"}
             return [Receipt(control=control, value=None, verdict=REPORTED, detail=why)]
