@@ -61,16 +61,18 @@ class TokenTexts:
         return list(dict.fromkeys(self.texts[i] for i in known))[:num]
 
     @torch.no_grad()
-    def related(self, ids: list[int], read: list[int], num: int) -> list[int]:
-        """The `num` readable tokens nearest in the token embedding to `ids` whose words are none of `ids` and `read`.
+    def related(self, ids: list[int], read: list[int], num: int, among: np.ndarray) -> list[int]:
+        """The `num` readable ones of the token ids `among` nearest to `ids` whose words are none of `ids` and `read`.
 
-        What a label's tokens mean, without the tokens that the label was read from: cosine of centred embedding rows
+        What a label's tokens mean, without the tokens that the label was read from: by cosine of centred embedding rows
         with the mean of those of `ids`.
         """
         if self._rows is None:
             self._rows = centred_embedding(self.lm)
         rows = self._rows
-        nearest = (rows @ rows[ids].mean(0)).argsort(descending=True).tolist()
+        candidates = torch.from_numpy(among).long()
+        near = rows[candidates.to(rows.device)] @ rows[ids].mean(0)
+        nearest = candidates[near.argsort(descending=True).cpu()].tolist()
         taken = {self.words[i] for i in (*ids, *read) if i < len(self.words)}
         found: list[int] = []
         for token in nearest:

@@ -39,11 +39,11 @@ class NGramsConfig:
 
     max_features: int = 0
     """Features that are explained, in the order asked for; 0: all."""
-    examples: int = 10
+    examples: int = 24
     """Active train rows a feature, the strongest and others evenly over all strengths."""
-    max_context: int = 12
+    max_context: int = 8
     """Tokens of context tried at most, the row's own token included."""
-    replacements: int = 2
+    replacements: int = 1
     """Random tokens that a token is replaced by, one after the other; the mean activation counts."""
     keep: float = 0.5
     """Share of the activation that a shortened context must keep."""

@@ -18,7 +18,7 @@ import torch
 
 from saeql.sae.config import ConfigError
 
-from ..lens_statistics import chance, coherence, lens_statistics
+from ..lens_statistics import chance, coherence, frequent_tokens, lens_statistics
 from ..output_effects import WritePlace, direction_effects
 from ..output_labels import TokenTexts, raises_label
 from ..progress import OnProgress
@@ -37,6 +37,8 @@ class OutputConfig:
     """Tokens that a label names."""
     list_tokens: int = 10
     """Tokens of a list that is tested against chance."""
+    min_count: int = 3
+    """Times that the train text has a token which a list of the logit lens may name."""
     max_chance: float = 0.05
     """Share of random directions whose list is as coherent, above which a list makes no label."""
     random_directions: int = 256
@@ -116,14 +118,20 @@ class OutputExplainer:
         place, config, features = WritePlace.of(self.run), self.config, list(features)
         decoder = self.run.dictionary().W_dec.detach()[features]
         random = place.random_directions(config.random_directions, config.seed)
-        of_lens = lens_statistics(decoder, place.lm, config.list_tokens)
-        null = lens_statistics(random, place.lm, config.list_tokens).coherence
+        among = frequent_tokens(read_token_ids(self.run.evidence, rows.train), config.min_count)
+        of_lens = lens_statistics(decoder, place.lm, config.list_tokens, among)
+        null = lens_statistics(random, place.lm, config.list_tokens, among).coherence
         lens = self._lists("output-lens", of_lens.top, of_lens.coherence, null)
-        changed = self._changed(place, decoder[: config.change_features], rows, on_progress)
+        changed = self._changed(place, decoder[: config.change_features], rows, among, on_progress)
         return {f: [*changed[i : i + 1], lens[i]] for i, f in enumerate(features)}
 
     def _changed(
-        self, place: WritePlace, decoder: torch.Tensor, rows: FeatureRows, on_progress: OnProgress | None
+        self,
+        place: WritePlace,
+        decoder: torch.Tensor,
+        rows: FeatureRows,
+        among: np.ndarray,
+        on_progress: OnProgress | None,
     ) -> list[TokenList]:
         config = self.config
         if len(decoder) == 0:
@@ -140,7 +148,7 @@ class OutputExplainer:
             num_risen=config.list_tokens,
             on_progress=on_progress,
         )
-        similar = coherence(place.lm, effects.risen)
+        similar = coherence(place.lm, effects.risen, among)
         n = len(decoder)
         return self._lists("output-change", effects.risen[:n], similar[:n], similar[n:])
 

@@ -18,7 +18,7 @@ from saeql.sae.metrics import Bootstrap, DocumentGroups
 
 from ..explainers.base import Candidate
 from ..explainers.output import OutputExplainer
-from ..lens_statistics import chance, lens_statistics, random_token_coherence
+from ..lens_statistics import chance, frequent_tokens, lens_statistics, random_token_coherence
 from ..output_effects import Effects, WritePlace, direction_effects
 from ..output_labels import TokenTexts, raised_texts
 from ..split_rows import FeatureRows, read_token_ids, sample_windows
@@ -93,11 +93,13 @@ class OutputIntervention:
             why = {"reason": "no feature has a list of raised tokens that is more than chance"}
             return [Receipt(control=control, value=None, verdict=REPORTED, detail=why)]
         texts = TokenTexts(place.lm)
-        top, lens = self._lens(place, list(labels))
-        own, related = self._token_sets(texts, labels, top)
-        known = [bool(o and r) for o, r in zip(own, related, strict=True)]
-        labels = {f: c for (f, c), k in zip(labels.items(), known, strict=True) if k}
-        own, related, lens = ([s for s, k in zip(column, known, strict=True) if k] for column in (own, related, lens))
+        text = read_token_ids(self.run.evidence, labelled.rows.train)
+        among = frequent_tokens(text, self.run.config.output_labels.min_count)
+        top, lens = self._lens(place, list(labels), among)
+        own, related = self._token_sets(texts, labels, top, among)
+        kept = [i for i, (o, r) in enumerate(zip(own, related, strict=True)) if o and r]
+        labels = {f: c for i, (f, c) in enumerate(labels.items()) if i in kept}
+        own, related, lens = [own[i] for i in kept], [related[i] for i in kept], [lens[i] for i in kept]
         if not labels:
             why = {"reason": "no label has tokens of this model, and others that mean the same"}
             return [Receipt(control=control, value=None, verdict=REPORTED, detail=why)]
@@ -153,20 +155,23 @@ class OutputIntervention:
         return dict(list(found.items())[:most])
 
     def _token_sets(
-        self, texts: TokenTexts, labels: Mapping[int, Candidate], read: np.ndarray
+        self, texts: TokenTexts, labels: Mapping[int, Candidate], read: np.ndarray, among: np.ndarray
     ) -> list[list[list[int]]]:
         """Ids of every label's own tokens; of tokens of its meaning that neither it nor `read` [n, k] names."""
         own = [texts.ids(raised_texts(c.label)) for c in labels.values()]
-        related = [texts.related(o, r.tolist(), self.config.related_tokens) for o, r in zip(own, read, strict=True)]
+        num = self.config.related_tokens
+        related = [texts.related(o, r.tolist(), num, among) for o, r in zip(own, read, strict=True)]
         return [own, related]
 
-    def _lens(self, place: WritePlace, features: list[int]) -> tuple[np.ndarray, list[dict[str, float]]]:
+    def _lens(
+        self, place: WritePlace, features: list[int], among: np.ndarray
+    ) -> tuple[np.ndarray, list[dict[str, float]]]:
         """[n, k] tokens that the logit lens reads off the features, and its statistics beside those of chance."""
         config = self.run.config.output_labels
-        found = lens_statistics(self.run.dictionary().W_dec.detach()[features], place.lm, config.list_tokens)
+        found = lens_statistics(self.run.dictionary().W_dec.detach()[features], place.lm, config.list_tokens, among)
         random = place.random_directions(config.random_directions, self.config.seed)
-        null = lens_statistics(random, place.lm, config.list_tokens)
-        tokens = random_token_coherence(place.lm, config.list_tokens, config.random_directions, self.config.seed)
+        null = lens_statistics(random, place.lm, config.list_tokens, among)
+        tokens = random_token_coherence(place.lm, config.list_tokens, config.random_directions, self.config.seed, among)
         columns = {
             "entropy": found.entropy,
             "entropy_p": chance(-found.entropy, -null.entropy),

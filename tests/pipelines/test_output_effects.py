@@ -10,7 +10,7 @@ import torch
 from saeql.pipelines import Run, edit
 from saeql.pipelines.explainers.base import Candidate
 from saeql.pipelines.explainers.output import OutputConfig, OutputExplainer
-from saeql.pipelines.lens_statistics import chance, coherence, lens_statistics
+from saeql.pipelines.lens_statistics import chance, coherence, frequent_tokens, lens_statistics
 from saeql.pipelines.models import load_model
 from saeql.pipelines.output_effects import WritePlace, direction_effects
 from saeql.pipelines.output_labels import TokenTexts, raised_texts, raises_label
@@ -93,22 +93,27 @@ def test_windows_without_a_prediction_are_refused(tiny_run: Path):
 def test_lens_statistics_are_the_textbooks(tiny_run: Path):
     lm = Run.open(tiny_run).language_model
     directions = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    found = lens_statistics(directions, lm, 4)
+    among = np.setdiff1d(np.arange(200), [50, 51])
+    found = lens_statistics(directions, lm, 4, among)
     with torch.no_grad():
         logits = lm.model.lm_head(lm.model.model.norm(directions)).double().numpy()
         rows = lm.model.get_input_embeddings().weight.double().numpy()
     rows = rows - rows.mean(0)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    for i, row in enumerate(logits):
+    for i, row in enumerate(logits[:, among]):
         p = np.exp(row) / np.exp(row).sum()
         assert found.entropy[i] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
         assert found.kurtosis[i] == pytest.approx(((row - row.mean()) ** 4).mean() / row.var() ** 2, rel=1e-4)
-        top = np.argsort(-row)[:4]
+        top = among[np.argsort(-row)[:4]]
         assert found.top[i].tolist() == top.tolist()
         pairs = [rows[a] @ rows[b] for n, a in enumerate(top) for b in top[:n]]
-        near = [np.sort(rows @ rows[t])[::-1][1:11].mean() for t in top]
+        near = [np.sort(rows[among] @ rows[t])[::-1][1:11].mean() for t in top]
         assert found.coherence[i] == pytest.approx(np.mean(pairs) - np.mean(near), abs=1e-5)
-    assert coherence(lm, np.array([[7, 7], [7, 9]]))[0] > coherence(lm, np.array([[7, 9]]))[0]
+    same, other = coherence(lm, np.array([[7, 7], [7, 9]]), among)
+    assert same > other
+    with pytest.raises(ValueError, match="lists of 4 tokens cannot be drawn from the 3"):
+        lens_statistics(directions, lm, 4, among[:3])
+    assert frequent_tokens(np.array([[5, 7, 5], [9, -1, 7]]), 2).tolist() == [5, 7]
 
 
 # --- planted families of tokens --------------------------------------------------------------------------------------
@@ -157,9 +162,11 @@ def test_a_label_is_tested_on_words_that_it_was_not_read_from(planted):
     run, _, ids = planted
     texts = TokenTexts(run.language_model)
     own, read = ids["water"][:2], ids["water"][2:3]
-    found = texts.related(own, read, 2)
+    every = np.arange(len(texts.texts))
+    found = texts.related(own, read, 2, every)
     assert {texts.texts[i] for i in found} == {" stone", " green"}
-    assert texts.words[ids["water"][0]] not in {texts.words[i] for i in texts.related(own, read, 30)}
+    assert texts.words[ids["water"][0]] not in {texts.words[i] for i in texts.related(own, read, 30, every)}
+    assert texts.related(own, read, 2, np.array([ids["time"][0]])) == [ids["time"][0]]
 
 
 def test_only_what_moves_the_meaning_passes(planted):
@@ -177,7 +184,7 @@ def test_only_what_moves_the_meaning_passes(planted):
     assert right.verdict == "passed" and right.value is not None and right.value > 3 and right.n == 6 * 11
     assert right.low is not None and right.high is not None and right.low <= right.value <= right.high
     assert set(right.detail["tokens"]) <= {" water", " stone", " green"} and right.detail["shift"] > 0.2
-    assert right.detail["lens"]["coherence_p"] < 0.2
+    assert right.detail["lens"]["coherence_p"] < 0.5
     assert by_feature[wrong].verdict == "failed" and (by_feature[wrong].value or 0) < 3
     assert whole.feature is None and whole.value == 0.5 and whole.verdict == "reported"
 
