@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -25,8 +26,8 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> P
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder with all that is in it: one that is half removed has lost its name."""
-    if folder.exists():
+    """Remove a folder with all that is in it: one that is half removed has lost its name. Several may do so at once."""
+    with suppress(FileNotFoundError):
         folder.rename(folder.with_name(f"{folder.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}"))
     remove_half_removed(folder)
 

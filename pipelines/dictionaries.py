@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saeql.sae.architectures import build
+from saeql.sae.comm import ALONE, Comm
 from saeql.sae.config import ConfigError, DictionaryConfig, suggestion
 from saeql.sae.convert import from_weights
 from saeql.sae.exchange import read
@@ -81,18 +82,21 @@ def specify(config: DictionaryConfig, model: ModelConfig, seed: int, name: str |
     return DictionarySpec(name or dictionary_name(config), settled, seed, reads, writes)
 
 
-def start_dictionary(spec: DictionarySpec, d_in: int, d_out: int) -> SparseAutoencoder:
-    """The dictionary as its training starts: freshly initialised, or the one of `start_from`.
+def start_dictionary(spec: DictionarySpec, d_in: int, d_out: int, comm: Comm = ALONE) -> SparseAutoencoder:
+    """The dictionary as its training starts: freshly initialised, or the one of `start_from`; the latents that this
+    rank of `comm` holds.
 
-    Raises DictionaryError where that cannot be read, ConfigError where it is of another kind or size.
+    Raises DictionaryError where that cannot be read, ConfigError where it is of another kind or size, CommError where
+    its latents cannot be shared out.
     """
-    fresh = build(spec.config, d_in, d_out, seed=spec.seed)
+    fresh = build(spec.config, d_in, d_out, seed=spec.seed, comm=comm)
     source = spec.config.start_from
     if not source:
         return fresh
-    loaded = load_dictionary(source)
+    loaded = load_dictionary(source, comm)
+    whole = replace(loaded.config, d_sae=loaded.d_sae * comm.feature_size)
     for field in ("architecture", "form", "d_sae", "k"):
-        mine, theirs = getattr(spec.config, field), getattr(loaded.config, field)
+        mine, theirs = getattr(spec.config, field), getattr(whole, field)
         if mine != theirs:
             raise ConfigError(f"dictionary.start_from {source} has {field} {theirs!r}, this asks for {mine!r}")
     if (loaded.d_in, loaded.d_out) != (d_in, d_out):

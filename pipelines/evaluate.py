@@ -34,6 +34,8 @@ from .splice import Splicer
 ABLATIONS = ("mean", "zero")
 ALL_ROWS = "_all_rows"
 BASELINES_FOLDER = "baselines"
+#: Logits that are compared at once in float32, on a CPU and on a GPU.
+COMPARED_LOGITS = (2**20, 2**26)
 #: Name of a metric that is a bin of the density histogram: share of latents between two densities.
 HISTOGRAM_BIN = "density[{low:.1e},{high:.1e})"
 
@@ -155,16 +157,29 @@ class Evaluator:
             for start in range(0, len(windows), self.config.batch_windows):
                 at = slice(start, start + self.config.batch_windows)
                 ids = torch.from_numpy(windows[at]).long().to(self.lm.input_device)
-                base, acts = splicer.run(ids)
-                for name, new in self._replacements(dictionary, places, acts, means):
-                    logits = splicer.again(new) if new else base
-                    losses = _compare(logits[:, :-1], base[:, :-1], ids)
+                for name, losses in self._batch_losses(splicer, ids, dictionary, places, means):
                     total = sums.setdefault(name, np.zeros((2, len(groups))))
                     for row, values in zip(total, losses, strict=True):
                         row += np.bincount(owners[at].ravel(), values.ravel(), len(groups))
                 advance(ids.numel())
         count = np.bincount(owners.ravel(), minlength=len(groups))
         return {name: TokenLosses(ce, kl, count) for name, (ce, kl) in sums.items()}
+
+    def _batch_losses(
+        self,
+        splicer: Splicer,
+        ids: torch.Tensor,
+        dictionary: SparseAutoencoder,
+        places: Places,
+        means: dict[str, dict[str, torch.Tensor]] | None,
+    ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+        """Cross-entropy and divergence [B, T - 1] of ids [B, T] as they are ("model") and under every replacement.
+
+        Two batches of logits are in memory at once: no name holds those of a replacement while the next ones come.
+        """
+        base, acts = splicer.run(ids)
+        for name, new in self._replacements(dictionary, places, acts, means):
+            yield name, _compare(splicer.again(new) if new else base, base, ids)
 
     def _replacements(
         self,
@@ -265,17 +280,21 @@ def _parts(widths: dict[str, int], places: Places) -> dict[str, slice]:
 
 
 def _compare(logits: torch.Tensor, base: torch.Tensor, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Next-token cross-entropy of logits [B, T - 1, V] and their KL divergence from `base`, nats, [B, T - 1] each.
+    """Next-token cross-entropy of logits [B, T, V] and their KL divergence from `base`, nats, [B, T - 1] each.
 
-    One window's float32 logits at a time.
+    `COMPARED_LOGITS` in float32 at a time: blocks as large as a window's would stay with the C library's allocator.
     """
-    losses, divergences = [], []
+    size, vocabulary = (len(ids), ids.shape[1] - 1), logits.shape[-1]
+    losses, divergences = (torch.empty(size, device=logits.device) for _ in range(2))
+    block = max(1, COMPARED_LOGITS[logits.is_cuda] // vocabulary)
     for row in range(len(ids)):
-        log_p = logits[row].float().log_softmax(-1)
-        losses.append(-log_p.gather(1, ids[row, 1:, None])[:, 0])
-        reference = base[row].float().log_softmax(-1)
-        divergences.append((reference.exp() * (reference - log_p)).sum(-1))
-    return torch.stack(losses).cpu().numpy(), torch.stack(divergences).cpu().numpy()
+        for start in range(0, size[1], block):
+            at = slice(start, min(start + block, size[1]))
+            log_p = logits[row, at].float().log_softmax(-1)
+            losses[row, at] = -log_p.gather(1, ids[row, 1:][at, None])[:, 0]
+            reference = base[row, at].float().log_softmax(-1)
+            divergences[row, at] = (reference.exp() * (reference - log_p)).sum(-1)
+    return losses.cpu().numpy(), divergences.cpu().numpy()
 
 
 def metrics_table(name: str, rows: list[dict[str, Any]]) -> pa.Table:

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,7 @@ class SharedIndex:
                 if self.folder.exists():
                     raise
                 # another process put the units together in the meantime
-        with suppress(FileNotFoundError):  # others remove it too
-            remove_folder(self.folder)
+        remove_folder(self.folder)
 
     def _require_conditions(self) -> None:
         begun = json.loads((self.folder / _CONDITIONS).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Which candidate becomes a feature's label: the best on calibration, executable ones or fewer words within a margin."""
+"""Which candidate becomes a feature's label: the best on calibration; executable or shorter ones within a margin."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,9 +42,9 @@ def choose(
 
     Executable candidates are sifted over all rows (`choose_executable`): at most one a feature is left. Where there are
     candidates in words, all are scored on the feature's calibration examples against negatives matched on frequency,
-    position and length (N1), and the best AUROC is taken: the executable one, or else the one of fewest words, of those within
-    `executable_margin`. Words need `min_auroc`, and more where there are fewer examples or more candidates in words: the
-    best of many reaches further by chance alone.
+    position and length (N1), and the best AUROC is taken: the executable one, or else the one of fewest words, of those
+    within `executable_margin`. Words need `min_auroc`, and more where there are fewer examples or more candidates in
+    words: the best of many reaches further by chance alone.
     """
     executable = choose_executable(rows.calibration, candidates, config, on_progress)
     chosen = {feature: Choice(c.candidate, c.calibration_f1) for feature, c in executable.items()}

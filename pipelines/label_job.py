@@ -10,11 +10,14 @@ import pyarrow.parquet as pq
 
 from saeql.store.evidence import Evidence
 
+from .embedder import EmbedderError
 from .explainers.registry import explainers
 from .label import label_rows, labels_of
 from .label_config import LabelConfig
+from .output import note
 from .progress import progress
 from .receipts.control import Labelled
+from .receipts.examples import NearRows
 from .receipts.held_out import HeldOut
 from .receipts.label_scorer import LabelScorer
 from .receipts.receipt import Receipt, receipts_table
@@ -65,8 +68,7 @@ def label_run(run: "Run", options: LabelOptions | None = None) -> None:
     rows = read_feature_rows(evidence, name, active_fraction=config.active_fraction)
     before = _before(evidence, rows, options.only)
     features = None if options.only is None else _selected(options.only, before, rows)
-    finder = near_rows() if config.receipts in ("full", "paper") else None
-    held_out = HeldOut.of_evidence(rows, evidence, config, near=finder.of(run) if finder else None)
+    held_out = HeldOut.of_evidence(rows, evidence, config, near=_near(run))
     scorer = LabelScorer.of(run)
     with progress("label", None, "candidates") as advance:
         labels = label_rows(
@@ -90,6 +92,16 @@ def label_run(run: "Run", options: LabelOptions | None = None) -> None:
         evidence.write("receipts", table)
     else:
         file.unlink(missing_ok=True)  # of labels that were here before
+
+
+def _near(run: "Run") -> NearRows | None:
+    """What fills rung N3, at the tiers that pay for it and where there is an embedder."""
+    finder = near_rows() if run.config.label.receipts in ("full", "paper") else None
+    try:
+        return finder.of(run) if finder else None
+    except EmbedderError as error:
+        note(f"no negatives near in meaning (N3): {error}")
+        return None
 
 
 def _receipts(

@@ -13,7 +13,7 @@ from saeql.store.feature_store import FeatureStore
 from saeql.store.records import EMBEDDINGS
 from saeql.store.search import SearchHit
 
-from .embedder import Embedder, EmbedderError
+from .embedder import Embedder, EmbedderConfig, EmbedderError
 from .output import note
 
 if TYPE_CHECKING:
@@ -52,14 +52,16 @@ def embed_features(
 
 
 def search_meaning(
-    run: "Run", store: FeatureStore, text: str, *, limit: int = 10, where: str | None = None
+    run: "Run | None", store: FeatureStore, text: str, *, limit: int = 10, where: str | None = None
 ) -> list[SearchHit]:
-    """Features whose label or evidence is nearest in meaning to `text`, by cosine.
+    """Features whose label or evidence is nearest in meaning to `text`, by cosine; a store without a run is asked with
+    the default embedder.
 
     Without embeddings in the store, or without the model that made them, words are searched, and a line says so.
     """
+    config = run.config.embedder if run is not None else EmbedderConfig()
     try:
-        embedder = Embedder(run.config.embedder) if run.config.embedder.model != "none" else None
+        embedder = Embedder(config) if config.model != "none" else None
         reason = "embedder.model is none" if embedder is None else ""
     except EmbedderError as error:
         embedder, reason = None, str(error)
@@ -67,10 +69,10 @@ def search_meaning(
         made_by = store.embedding_model()
         if made_by == embedder.identity:
             return store.search_vector(np.asarray(embedder.embed([text])[0]), limit=limit, where=where)
-        reason = (
-            f"the store has no embeddings: `saeql store {run.path}` makes them"
-            if made_by is None
-            else f"the store's embeddings are of {made_by}, not of {embedder.identity}: `saeql store {run.path}`"
-        )
+        reason = "the store has no embeddings"
+        if made_by is not None:
+            reason = f"the store's embeddings are of {made_by}, not of {embedder.identity}"
+        if run is not None:
+            reason += f": `saeql store {run.path}` makes them"
     note(f"searched by words instead: {reason}")
     return store.search(text, limit=limit, where=where)

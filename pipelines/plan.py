@@ -135,7 +135,12 @@ def make_plan(
     base, machine = footprint(), this_machine(folder)
     own = Sizes.of(specify(config.dictionary, config.model, config.seed), seen.widths)
     sweep = [Sizes.of(spec, seen.widths) for spec in combinations(config)]
-    terms = StageTerms(config, seen, rows, [own], base, cuda=card is not None)
+    made: list[Layout] = []
+    step = _whole_step(config, sweep or [own])
+    if gpu_name and nodes * gpus_per_node > 1:
+        assert card
+        made = layouts(step, card, nodes, gpus_per_node, CUDA_CONTEXT_BYTES)
+    terms = StageTerms(config, seen, rows, [own], base, cuda=card is not None, data_ranks=made[0].data if made else 1)
     speed = _Speed(config, seen, rows, machine, card)
     stages = [_stage(name, terms, speed, own) for name in ("harvest", "train", "index", "label", "evaluate", "store")]
     if sweep:
@@ -148,13 +153,9 @@ def make_plan(
         stages.append(Stage("evaluate sweep", terms.evaluate_ram(), device, [], tested, 0.0, seconds))
     disk = sum(stage.disk_bytes for stage in stages) + terms.checkpoint_spare(sweep or [own])
     notes += _notes(base, card, gpu_name)
-    made: list[Layout] = []
     wanted: dict[str, int | None] = {}
-    if gpu_name and nodes * gpus_per_node > 1:
+    if made:
         assert card
-        step = _whole_step(config, sweep or [own])
-        other = CUDA_CONTEXT_BYTES
-        made = layouts(step, card, nodes, gpus_per_node, other)
         stages = [_on_cluster(stage, made[0], nodes * gpus_per_node, speed) for stage in stages]
         notes.append(f"harvest is shared by {nodes * gpus_per_node} GPUs, training takes the fastest mesh")
         wanted = {f"{m.data} x {m.feature}": batch_for_efficiency(step, card, m, gpus_per_node) for m in made}

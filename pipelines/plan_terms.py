@@ -14,6 +14,7 @@ from saeql.sae.architectures import architecture
 
 from .config import RunConfig
 from .dictionaries import DictionarySpec
+from .evaluate import COMPARED_LOGITS
 from .footprint import Footprint
 from .index import LENS_LOGITS, NEIGHBOUR_COSINES, PENDING_ACTIVATIONS
 from .outline import ModelOutline
@@ -23,10 +24,12 @@ from .row_buffer import buffered_row_bytes
 DENSE = ("relu", "gated", "jumprelu")
 #: Dense float32 [N, d_sae] tensors alive at once in a training step of each dense architecture, as measured.
 DENSE_TENSORS = {"relu": 2.7, "gated": 6.0, "jumprelu": 2.8}
+#: Float32 copies of logits while two predictions are compared.
+COMPARED_COPIES = 5
 #: Rows of width d in float32 that a sparse training step has alive at once: input, reconstruction, residual.
 STEP_ROWS = 3
-#: Copies of the first rows while their geometric median is found.
-INIT_COPIES = 5
+#: Copies of the first rows while their scale is measured.
+INIT_COPIES = 3
 #: What the C library's allocator, thread pools and autograd keep beyond what is counted, as measured.
 SLACK_BYTES = 25_000_000
 #: The allocator keeps freed blocks below its mapping threshold; the same in a process that has loaded a model.
@@ -137,14 +140,23 @@ def _largest(*phases: list[Term]) -> list[Term]:
 
 
 class StageTerms:
-    """Memory and disk of every stage of one configuration. `cuda`: model and training are on a GPU."""
+    """Memory and disk of every stage of one configuration. `cuda`: model and training are on a GPU. Training is that
+    of one rank, of which `data_ranks` see other rows.
+    """
 
     def __init__(
-        self, config: RunConfig, outline: ModelOutline, rows: Rows, sizes: list[Sizes], base: Footprint, *, cuda: bool
+        self,
+        config: RunConfig,
+        outline: ModelOutline,
+        rows: Rows,
+        sizes: list[Sizes],
+        base: Footprint,
+        *,
+        cuda: bool,
+        data_ranks: int = 1,
     ):
-        self.config, self.outline, self.rows, self.sizes, self.base, self.cuda = (
-            config, outline, rows, sizes, base, cuda
-        )  # fmt: skip
+        self.config, self.outline, self.rows, self.sizes, self.base = config, outline, rows, sizes, base
+        self.cuda, self.data_ranks = cuda, data_ranks
         self.value_bytes = 2 if outline.dtype == torch.bfloat16 else 4
 
     # --- pieces --------------------------------------------------------------------------------------------------
@@ -236,13 +248,16 @@ class StageTerms:
 
     def _buffer(self, sizes: Sequence[Sizes]) -> Term:
         """Host memory of two groups of rows: batches are taken out of one while the other is read."""
+        share = f"1/{self.data_ranks} of " if self.data_ranks > 1 else ""
         if is_live(self.config):
             windows = self.rows.text_windows or self.rows.windows["train"]
-            value = live_buffer_bytes(self.config, self._acts_bytes(sizes), windows, cuda=self.cuda)
-            return Term("shuffle buffer", value, "train.shuffle_buffer_bytes, or what is trained on")
+            value = live_buffer_bytes(
+                self.config, self._acts_bytes(sizes), windows, cuda=self.cuda, data_ranks=self.data_ranks
+            )
+            return Term("shuffle buffer", value, f"{share}train.shuffle_buffer_bytes, or what is trained on")
         whole = 2 * self.rows.of("train") * buffered_row_bytes(self._acts_bytes(sizes))
-        value = min(whole, self.config.train.shuffle_buffer_bytes)
-        return Term("shuffle buffer", value, "train.shuffle_buffer_bytes, or twice the split")
+        value = min(whole, self.config.train.shuffle_buffer_bytes) / self.data_ranks
+        return Term("shuffle buffer", value, f"{share}train.shuffle_buffer_bytes, or twice the split")
 
     def _training(self, sizes: Sequence[Sizes], *others: list[Term]) -> list[Term]:
         """Weights and moments, and the largest of what comes and goes; `others` do so too."""
@@ -258,14 +273,15 @@ class StageTerms:
         ]
         if any(s.start_bytes for s in sizes):
             terms.append(Term("starts", sum(s.start_bytes for s in sizes), 'dictionary.freeze = "soft_decoder"'))
-        if train.matmul_dtype != "float32":
-            kept = sum(s.parameter_bytes / 4 for s in sizes if not s.is_dense)
-            terms.append(Term("bfloat16 encoders", kept, "train.matmul_dtype"))
         if train.ema_decay is not None:
             terms.append(Term("averaged weights", sum(s.learnt_bytes for s in sizes), "train.ema_decay"))
         init = Term("first rows", INIT_COPIES * train.init_tokens * columns * 4, "train.init_tokens for the scaling")
         steps = ([self._step_term(s), self._batch_term(columns)] for s in sizes)
-        return terms + _largest([init], _largest(*steps), *others)
+        later = _largest(_largest(*steps), *others)
+        if train.matmul_dtype != "float32":  # made in the first step
+            kept = sum(s.parameter_bytes / 4 for s in sizes if not s.is_dense)
+            later = [Term("bfloat16 encoders", kept, "train.matmul_dtype"), *later]
+        return terms + _largest([init], later)
 
     def _batch_term(self, columns: int) -> Term:
         return Term("batch", self.config.train.batch_tokens * columns * (self.value_bytes + 8), "train.batch_tokens")
@@ -358,17 +374,18 @@ class StageTerms:
     def _logits_bytes(self) -> float:
         e, t = self.config.evaluate, self.config.harvest.context_tokens
         one = e.batch_windows * t * self.outline.vocabulary * self.value_bytes
-        return 2 * one + 5 * t * self.outline.vocabulary * 4 + self.outline.full.live_bytes
+        compared = min(COMPARED_LOGITS[self.cuda], t * self.outline.vocabulary)
+        return one + COMPARED_COPIES * compared * 4 + self.outline.full.live_bytes
 
     def evaluate_ram(self) -> list[Term]:
-        """Peak RAM of evaluate; on the CPU the allocator adds up to half of the logits from run to run."""
+        """Peak RAM of evaluate."""
         terms = [*self._process(with_model=True), *self._weights(), Term("allocator", MODEL_SLACK_BYTES, "measured")]
         if self.cuda:
             return terms
         return [
             *terms,
             Term("dictionary", self.sizes[0].parameter_bytes, "float32 weights"),
-            Term("logits", self._logits_bytes(), "evaluate.batch_windows: with and without the dictionary, and next"),
+            Term("logits", self._logits_bytes(), "evaluate.batch_windows: with and without the dictionary"),
         ]
 
     def evaluate_device(self) -> list[Term]:

@@ -59,7 +59,8 @@ class RowBuffer:
 class PlacedRows:
     """Rows in memory that stand where they are handed out: each was written to its place, and a batch is a view.
 
-    Rows from `count` on do not count. Memory with a view that somebody still holds must not be filled again.
+    Of the group `count` rows count; where several ranks read it each has its own of them here. Memory with a view that
+    somebody still holds must not be filled again.
     """
 
     acts: NDArray[np.uint8]  # [rows, bytes]

@@ -119,11 +119,12 @@ def search_direction(
 
 
 def find(
-    run: "Run", store: FeatureStore, asked: dict[str, Any], *, among: str | None, limit: int, where: str | None
+    run: "Run | None", store: FeatureStore, asked: dict[str, Any], *, among: str | None, limit: int, where: str | None
 ) -> tuple[list[SearchHit], PromptHits | None]:
     """What one command line asks for: hits, and for a prompt those of each token.
 
-    `asked` has words, meaning, token, effect, prompt and like, all None but one. Raises ConfigError otherwise.
+    `asked` has words, meaning, token, effect, prompt and like, all None but one. Raises ConfigError otherwise, and for
+    what a store without its `run` cannot answer.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     if len(given) != 1:
@@ -131,11 +132,16 @@ def find(
     way, what = next(iter(given.items()))
     if among is not None and way != "like":
         raise ConfigError("--among goes with --like")
+    if way == "meaning":
+        return search_meaning(run, store, what, limit=limit, where=where), None
+    if way not in ("prompt", "like"):
+        return store.search(what, by=way, limit=limit, where=where), None
+    if run is None:
+        raise ConfigError(
+            f"--{way} asks the model or the dictionary of a run, and {store.path} is a store alone: words, --meaning, "
+            "--token and --effect need nothing else"
+        )
     if way == "prompt":
         found = search_prompt(run, store, what, limit=limit, where=where)
         return found.hits, found
-    if way == "meaning":
-        return search_meaning(run, store, what, limit=limit, where=where), None
-    if way == "like":
-        return search_direction(run, store, what, among=among, limit=limit, where=where), None
-    return store.search(what, by=way, limit=limit, where=where), None
+    return search_direction(run, store, what, among=among, limit=limit, where=where), None

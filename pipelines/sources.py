@@ -1,8 +1,9 @@
 """Adapts what the store reads (shards) to what training and indexing consume (ActivationSource).
 
 Shuffled reading holds two groups of blocks in memory: batches are views of one while a thread copies the other from the
-mapped files, each row to its shuffled place. Both groups and what is needed to fill them stay within `buffer_bytes`; a
-group whose batches are held on to is not filled again, and other memory is taken.
+mapped files, each row to its shuffled place. Both groups and what is needed to fill them stay within `buffer_bytes`,
+those of all ranks together that read one stream; a group whose batches are held on to is not filled again, and other
+memory is taken.
 """
 
 import threading
@@ -40,8 +41,9 @@ class ShardSource:
     `shuffle_seed` None gives one pass in stored order; a seed gives an endless stream, shuffled by blocks and then by
     rows inside the blocks that are in memory at once: half of `buffer_bytes`, since the next ones are read meanwhile.
 
-    Of `num_ranks` processes with the same arguments each hands out its `rank`'s part of every shuffled batch: together
-    the rows, in the order, of one process alone. So a cursor is good for any number of ranks.
+    Of `num_ranks` processes with the same arguments each hands out its `rank`'s part of every shuffled batch, and holds
+    only those rows: together the rows, in the order, and in the memory of one process alone. So a cursor is good for
+    any number of ranks.
     """
 
     def __init__(
@@ -105,6 +107,9 @@ class ShardSource:
         assert self.seed is not None
         shuffle = BlockShuffle(self.num_rows, self.block_rows, self._group_rows(), self.seed)
         most = min(self.num_rows, shuffle.blocks_per_group * self.block_rows)
+        own = len(self._own_part())
+        if self.num_ranks > 1:
+            most = most // self.batch_tokens * own
         spare, self._spare = self._spare, []
         current, other = (self._room(most) if rows is None or rows.is_held else rows for rows in spare or (None, None))
         epoch, group, offset = cursor.epoch, cursor.group, cursor.offset
@@ -126,11 +131,10 @@ class ShardSource:
                         # the last, incomplete batch of a group is left out of this epoch; another shuffle picks others
                         while offset + self.batch_tokens <= current.count:
                             start, offset = offset, offset + self.batch_tokens
-                            after = Cursor(epoch, group, offset)
-                            own = range(start, offset)[self._own_part()]
+                            after, first = Cursor(epoch, group, offset), start // self.batch_tokens * own
                             # a loop still holds it when this memory is filled again
                             last = offset + self.batch_tokens > current.count
-                            yield current.batch(own.start, own.stop, after, self.device, copy=last)
+                            yield current.batch(first, first + own, after, self.device, copy=last)
                         num_empty = 0 if offset else num_empty + 1
                         if num_empty > shuffle.num_groups:
                             raise ValueError(
@@ -144,10 +148,16 @@ class ShardSource:
         finally:  # the thread has ended
             self._spare = [current, other]
 
-    def _own_part(self) -> slice:
+    def _own_part(self) -> range:
         """This rank's rows of a batch."""
-        cuts = [self.batch_tokens * rank // self.num_ranks for rank in (self.rank, self.rank + 1)]
-        return slice(*cuts)
+        return range(*(self.batch_tokens * rank // self.num_ranks for rank in (self.rank, self.rank + 1)))
+
+    def _own_places(self, places: NDArray[np.int64], num_batches: int) -> NDArray[np.int64]:
+        """Where rows at `places` of a group stand in this rank's memory; -1 for those of others, and of no batch."""
+        own = self._own_part()
+        batch, row = np.divmod(places, self.batch_tokens)
+        is_own = (row >= own.start) & (row < own.stop) & (batch < num_batches)
+        return np.where(is_own, batch * len(own) + row - own.start, -1)
 
     def _group_rows(self) -> int:
         row_bytes = buffered_row_bytes(self._row_bytes)
@@ -200,7 +210,10 @@ class ShardSource:
             if shuffled is not None and number % _BLOCKS_AHEAD == 0:
                 self._read_ahead(pieces[number + _BLOCKS_AHEAD : number + 2 * _BLOCKS_AHEAD])
             stop = start + piece.high - piece.low
-            self._copy(rows, piece, places[start:stop])
+            if shuffled is None or self.num_ranks == 1:
+                self._copy(rows, piece, places[start:stop])
+            else:
+                self._copy(rows, piece, self._own_places(places[start:stop], rows.count // self.batch_tokens))
             start = stop
 
     def _kept(self, piece: _Piece) -> NDArray[np.bool_]:
@@ -216,16 +229,22 @@ class ShardSource:
                 reader.will_need(piece.shard, piece.low, piece.high)
 
     def _copy(self, rows: PlacedRows, piece: _Piece, places: NDArray[np.int64]) -> None:
+        """Put the rows of a piece at `places`, but for those whose place is below 0."""
         shard, low, high = piece.shard, piece.low, piece.high
+        chosen: slice | NDArray[np.intp] = slice(None)  # all of them: views, nothing is gathered
+        if places.min(initial=0) < 0:
+            chosen = np.flatnonzero(places >= 0)
+            places = places[chosen]
         column = 0
         for reader in self.readers.values():
-            rows.write(places, column, reader.rows(shard, low, high))
+            rows.write(places, column, reader.rows(shard, low, high)[chosen])
             column += reader.d_in * self.dtype.itemsize
-        windows, positions = np.divmod(np.arange(low, high, dtype=np.int32), self.first.context_tokens)
+        numbers = np.arange(low, high, dtype=np.int32)[chosen]
+        windows, positions = np.divmod(numbers, self.first.context_tokens)
         rows.write_origins(
             places,
-            token_ids=self.first.token_ids(shard)[low:high],
-            document_ids=self.first.document_ids(shard)[low:high],
+            token_ids=self.first.token_ids(shard)[low:high][chosen],
+            document_ids=self.first.document_ids(shard)[low:high][chosen],
             window_ids=self.first.window_ids(shard)[windows],
             positions=positions,
         )

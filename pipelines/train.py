@@ -74,7 +74,10 @@ def train_dictionaries(
         )  # fmt: skip
         trainer = Trainer(
             train,
-            {spec.name: start_dictionary(spec, _width(info, spec.reads), _width(info, spec.writes)) for spec in specs},
+            {
+                spec.name: start_dictionary(spec, _width(info, spec.reads), _width(info, spec.writes), comm)
+                for spec in specs
+            },
             source,
             places={spec.name: spec.places for spec in specs},
             pretrained=[spec.name for spec in specs if spec.config.start_from],

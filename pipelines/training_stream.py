@@ -72,7 +72,7 @@ def training_stream(
         batch_tokens=train.batch_tokens // num_ranks,
         norm_limits={name: info.norm_limit(name) for name in widths},
         seed=data_seed(config),
-        buffer_bytes=train.shuffle_buffer_bytes,
+        buffer_bytes=train.shuffle_buffer_bytes // num_ranks,
         wanted_rows=train.num_steps * train.batch_tokens // num_ranks,
         device=device,
         part=rank,

@@ -7,7 +7,7 @@ everything else are in `hashes.json`.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ class HashRecord:
 
     files: dict[str, FileHash] = field(default_factory=dict)
     running: str | None = None
+    #: Files with a hash that were missing already when that stage began: it did not remove them.
+    lost: list[str] = field(default_factory=list)
 
     @classmethod
     def load(cls, run: Path) -> "HashRecord":
@@ -52,13 +54,15 @@ class HashRecord:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("sha256") != _sha256(data):
                 raise ValueError("it does not match its own hash")
-            return cls({name: FileHash(**value) for name, value in data["files"].items()}, data["running"])
+            files = {name: FileHash(**value) for name, value in data["files"].items()}
+            return cls(files, data["running"], data.get("lost", []))
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise IntegrityError(f"{path} is damaged ({error}); remove it to have hashes taken anew") from None
 
     def save(self, run: Path) -> None:
         """Write it, whole or not at all, with a hash of its own."""
-        data = {"running": self.running, "files": {name: asdict(value) for name, value in sorted(self.files.items())}}
+        files = {name: asdict(value) for name, value in sorted(self.files.items())}
+        data = {"running": self.running, "lost": self.lost, "files": files}
         write_whole(run / HASHES_FILE, json.dumps({**data, "sha256": _sha256(data)}, indent=1) + "\n")
 
 
@@ -70,7 +74,9 @@ def _sha256(data: dict[str, Any]) -> str:
 def recorded(run: Path, stage: str) -> Iterator[None]:
     """Take the hashes of what the block writes into the run. A block that fails leaves its stage named as running."""
     record, before = HashRecord.load(run), _versions(run)
-    record.running = stage
+    if record.running is not None:
+        _forget_interrupted(record, run, before)
+    record.running, record.lost = stage, sorted(record.files.keys() - before.keys())
     record.save(run)
     yield
     after = _versions(run)
@@ -79,8 +85,19 @@ def recorded(run: Path, stage: str) -> Iterator[None]:
     for name, version in after.items():
         if before.get(name) != version or name not in record.files:
             record.files[name] = hash_file(run / name)
-    record.running = None
+    record.running, record.lost = None, []
     record.save(run)
+
+
+def _forget_interrupted(record: HashRecord, run: Path, now: Mapping[str, tuple[int, int, int]]) -> None:
+    """Drop the hashes of what a stage that did not end has removed or written since it began, which is when the record
+    was saved: another one may find it done, and leave it as it is.
+    """
+    began = (run / HASHES_FILE).stat().st_mtime_ns
+    removed = record.files.keys() - now.keys() - set(record.lost)
+    written = {name for name, (_, _, when) in now.items() if when >= began}
+    for name in removed | (written & record.files.keys()):
+        del record.files[name]
 
 
 def _versions(run: Path) -> dict[str, tuple[int, int, int]]:

@@ -144,7 +144,7 @@ class TrainConfig:
     shuffle_block_rows: int = 1024
     """Rows read together from disk: whole blocks are shuffled, then rows inside a group of blocks."""
     shuffle_buffer_bytes: int = 1_000_000_000
-    """Memory for the rows that are mixed with each other."""
+    """Memory for the rows that are mixed with each other; of several data ranks each holds its share of it."""
     sparsity_warmup_steps: int = 200
     """Steps over which the penalty of relu, gated and jumprelu rises linearly from 0."""
     max_grad_norm: float | None = None

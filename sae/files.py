@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .architectures import architecture
+from .comm import ALONE, Comm, CommError
 from .config import ConfigError, DictionaryConfig, from_dict, to_dict
 from .exchange.files import write_config, write_safetensors
 from .model import SparseAutoencoder
+from .sharding import part_config
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -88,13 +90,16 @@ def save_dictionary(dictionary: SparseAutoencoder, folder: str | Path, *, densit
     return folder
 
 
-def load_dictionary(folder: str | Path) -> SparseAutoencoder:
-    """Read a dictionary folder. Raises DictionaryError naming the file and field that is wrong."""
+def load_dictionary(folder: str | Path, comm: Comm = ALONE) -> SparseAutoencoder:
+    """Read a dictionary folder; of one that several ranks hold together this rank's latents.
+
+    Raises DictionaryError naming the file and field that is wrong, CommError where latents cannot be shared out.
+    """
     folder = Path(folder)
     config = read_config(folder)
-    dictionary = _from_config(folder, config)
+    dictionary = _from_config(folder, config, comm)
     weights, file = _read_safetensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE
-    d_in, d_out, d_sae = dictionary.d_in, dictionary.d_out, dictionary.d_sae
+    d_in, d_out, d_sae = dictionary.d_in, dictionary.d_out, dictionary.d_sae * comm.feature_size
     extra = dict.fromkeys(dictionary.extra_tensors(), (d_sae,))
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), **extra}
     if "b_gate" not in extra:
@@ -107,6 +112,9 @@ def load_dictionary(folder: str | Path) -> SparseAutoencoder:
         if tuple(weights[name].shape) != shape:
             found = tuple(weights[name].shape)
             raise DictionaryError(f"{file}: {name} has shape {found}, {CONFIG_FILE} says {shape}")
+        if name not in ("b_dec", "W_skip"):  # a view: the file is mapped
+            own = comm.shard(d_sae)
+            weights[name] = weights[name][:, own] if name == "W_enc" else weights[name][own]
         if not torch.isfinite(weights[name]).all():
             raise DictionaryError(f"{file}: {name} holds values that are not finite")
     weights = {name: weights[name].float() for name in shapes}
@@ -133,7 +141,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def _from_config(folder: Path, config: dict[str, Any]) -> SparseAutoencoder:
+def _from_config(folder: Path, config: dict[str, Any], comm: Comm) -> SparseAutoencoder:
     path = folder / CONFIG_FILE
     for key in ("architecture", "d_in", "d_sae"):
         if key not in config:
@@ -145,8 +153,11 @@ def _from_config(folder: Path, config: dict[str, Any]) -> SparseAutoencoder:
     try:
         settings = _settings(config)
         made = architecture(settings.architecture)(
-            settings, int(config["d_in"]), int(config.get("d_out", config["d_in"]))
+            part_config(settings, comm), int(config["d_in"]), int(config.get("d_out", config["d_in"]))
         )
+        made.comm = comm
+    except CommError:
+        raise
     except (ConfigError, TypeError, ValueError) as error:
         raise DictionaryError(f"{path}: {error}") from None
     if bool(config.get("apply_b_dec_to_input", made.reads_what_it_writes)) != made.reads_what_it_writes:

@@ -24,6 +24,11 @@ from saeql.kernels.topk import PreActs
 from .comm import ALONE, Comm
 from .config import ConfigError, DictionaryConfig
 
+#: Random numbers in memory at once while a dictionary starts.
+_DRAWN_NUMBERS = 2**20
+#: Rows whose distance to the geometric median is computed at once.
+_MEDIAN_ROWS = 1024
+
 
 class Outcome(NamedTuple):
     """What one training batch gave."""
@@ -108,11 +113,17 @@ class SparseAutoencoder(nn.Module):
         """Random unit decoder rows, and an encoder that starts as their transpose (arXiv 2406.04093, appendix A.1), its
         rows `encoder_start` long.
 
-        A transcoder's encoder starts from random rows of its own.
+        A transcoder's encoder starts from random rows of its own. Ranks that hold the latents together start them as
+        one process would.
         """
         generator = torch.Generator().manual_seed(seed)
-        self.W_dec.copy_(_unit_rows(self.d_sae, self.d_out, generator))
-        self.W_enc.copy_(self.W_dec if self.reads_what_it_writes else _unit_rows(self.d_sae, self.d_in, generator))
+        total = self.d_sae * self.comm.feature_size
+        first = self.comm.shard(total).start
+        _draw_unit_rows(self.W_dec, first, total, generator)
+        if self.reads_what_it_writes:
+            self.W_enc.copy_(self.W_dec)
+        else:
+            _draw_unit_rows(self.W_enc, first, total, generator)
         self.W_enc.mul_(self.encoder_start)
         self.start_sparse()
 
@@ -229,9 +240,20 @@ class SparseAutoencoder(nn.Module):
         """Take over what `extra_tensors` gave."""
 
 
-def _unit_rows(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    drawn = torch.randn(rows, width, generator=generator)
-    return drawn / drawn.norm(dim=1, keepdim=True)
+def _draw_unit_rows(out: torch.Tensor, first: int, total: int, generator: torch.Generator) -> None:
+    """Fill `out` [n, d] with rows `first` to `first + n - 1` of `total` random unit rows; the others are drawn too, a
+    block at a time, and dropped.
+
+    The generator gives numbers in sixteens, so that blocks of 16 rows give those of one draw of all rows.
+    """
+    width = out.shape[1]
+    block_rows = max(16, _DRAWN_NUMBERS // width // 16 * 16)
+    for start in range(0, total, block_rows):
+        drawn = torch.randn(min(block_rows, total - start), width, generator=generator)
+        low, high = max(start, first), min(start + len(drawn), first + len(out))
+        if low < high:
+            own = drawn[low - start : high - start]
+            out[low - first : high - first] = own / own.norm(dim=1, keepdim=True)
 
 
 def once_threshold(expansion: float, *, least: float = 1.5) -> float:
@@ -257,8 +279,9 @@ def geometric_median(rows: torch.Tensor, *, num_steps: int = 50, tolerance: floa
     """Point [d] with the least sum of distances to rows [N, d] (Weiszfeld's iteration)."""
     point = rows.mean(0)
     for _ in range(num_steps):
-        weights = 1 / (rows - point).norm(dim=1).clamp_min(1e-8)
-        new = (weights[:, None] * rows).sum(0) / weights.sum()
+        distances = [(block - point).norm(dim=1) for block in rows.split(_MEDIAN_ROWS)]  # no copy of all rows
+        weights = 1 / torch.cat(distances).clamp_min(1e-8)
+        new = (weights @ rows) / weights.sum()
         moved = float((new - point).norm())
         point = new
         if moved <= tolerance * math.sqrt(rows.shape[1]):

@@ -5,28 +5,22 @@ from dataclasses import replace
 import torch
 
 from .comm import Comm, CommError
+from .config import DictionaryConfig
 from .model import SparseAutoencoder
 
 
-@torch.no_grad()
-def shard_dictionary(whole: SparseAutoencoder, comm: Comm) -> SparseAutoencoder:
-    """This rank's latents of a dictionary that every rank has made alike; the whole one where nothing is shared out.
+def part_config(config: DictionaryConfig, comm: Comm) -> DictionaryConfig:
+    """The configuration of this rank's latents of a dictionary; the same one where nothing is shared out.
 
     Raises CommError where the latents cannot be shared out evenly, or a rank would hold fewer than k.
     """
-    if comm.feature_size == 1:
-        return whole
-    own = comm.shard(whole.d_sae)
+    own = comm.shard(config.d_sae)
     d_sae = own.stop - own.start
-    if whole.config.k > d_sae:
+    if comm.feature_size > 1 and config.k > d_sae:
         raise CommError(
-            f"dictionary.k {whole.config.k} is more than the {d_sae} latents of a shard: use fewer train.feature_shards"
+            f"dictionary.k {config.k} is more than the {d_sae} latents of a shard: use fewer train.feature_shards"
         )
-    part = type(whole)(replace(whole.config, d_sae=d_sae), whole.d_in, whole.d_out)
-    for name, tensor in part.state_dict().items():
-        full = whole.state_dict()[name]
-        tensor.copy_(full[own] if name in whole.by_latent else full)
-    return part
+    return replace(config, d_sae=d_sae)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from .comm import ALONE, Comm, CommError
 from .config import TrainConfig, to_dict
 from .learner import Learner
 from .model import SparseAutoencoder, geometric_median
-from .sharding import gather_dictionary, shard_dictionary
+from .sharding import gather_dictionary
 from .start_rows import start_rows
 from .stream import ActivationBatch, ActivationSource, Cursor
 
@@ -85,7 +85,8 @@ class Trainer:
     training depends on besides its configuration, such as the model's revision: a resume compares it. `should_stop` is
     asked before every step; where one rank says so, all stop at the same step, with a checkpoint.
 
-    With several ranks, `source` gives each data rank its own rows: `batch_tokens` divided by their number in a batch.
+    With several ranks, `source` gives each data rank its own rows: `batch_tokens` divided by their number in a batch;
+    and `dictionaries` have this rank's latents, as `build` and `load_dictionary` make them for a `comm`.
     """
 
     def __init__(
@@ -130,7 +131,9 @@ class Trainer:
                 raise CommError(
                     f"{name}: train.feature_shards above 1 needs topk or batchtopk, not {dictionary.architecture}"
                 )
-            part = shard_dictionary(dictionary, comm).to(device or dictionary.W_enc.device)
+            if dictionary.comm.feature_size != comm.feature_size:
+                raise CommError(f"{name} was not made for {comm.feature_size} feature shards: pass comm to `build`")
+            part = dictionary.to(device or dictionary.W_enc.device)
             part.comm = comm
             at = (places or {}).get(name)
             reads, writes = (
@@ -211,6 +214,7 @@ class Trainer:
         if not rows:
             raise TrainingError("there are no rows to learn from")
         first = torch.cat(rows)[: self.config.init_tokens]
+        del rows
         self.scaling = InputScaling.measure(first, self.source.widths)
         start = self.scaling.apply(first)
         centre = geometric_median(start) if self.config.b_dec_init == "geometric_median" else start.mean(0)

@@ -58,20 +58,33 @@ def cofirings_table(chunk: Chunk, of_rows: RowFeatures) -> pa.Table:
     return pa.table({"segment_id": np.full(len(columns["feature"]), chunk.segment_id, np.uint16), **columns})
 
 
+def _seen_often(
+    feature: np.ndarray, partners: np.ndarray, lengths: np.ndarray, of_rows: RowFeatures
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(feature, partner, on how many of its rows) of all pairs that come more than once; `feature` [R] ascending, of
+    rows whose features are `partners`, `lengths` [R] of them a row.
+
+    As a product of sparse matrices, features x rows by rows x partners: it counts in a table of d_sae, which takes two
+    fifths of the time of sorting the pairs.
+    """
+    from scipy.sparse import csr_array  # slow to import, and not needed to ask a store
+
+    begin = run_starts(feature)
+    shape = len(feature), len(of_rows.num_activations)
+    # a row's entries are those of its feature and of its partners; both tables are given as they are, unchecked
+    ones, places = np.ones(shape[0], np.uint8), np.arange(shape[0], dtype=np.int32)
+    of_features = csr_array((ones, places, np.append(begin, shape[0]).astype(np.int32)), (len(begin), shape[0]))
+    ends = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    of_partners = csr_array((np.ones(len(partners), np.uint8), partners, ends), shape)
+    counted = of_features @ of_partners
+    often = np.flatnonzero(counted.data > 1)
+    owner = np.repeat(np.arange(len(begin)), np.diff(counted.indptr))[often]
+    return feature[begin[owner]], counted.indices[often].astype(np.int64), counted.data[often].astype(np.int64)
+
+
 def _partners(feature, rows, lengths, n, sampled, first_feature: int, of_rows: RowFeatures) -> dict[str, np.ndarray]:
     """Columns of the partners of a few features."""
-    d_sae = len(of_rows.num_activations)
-    base = int(feature[0]) if len(feature) else 0
-    span = (int(feature[-1]) - base + 1 if len(feature) else 0) * d_sae
-    kind = np.uint32 if span < 2**32 else np.uint64
-    partner = of_rows.features[ranges(of_rows.starts[rows], lengths)]
-    keys = np.repeat((feature - base).astype(kind) * kind(d_sae), lengths) + partner.astype(kind)
-    keys.sort()
-    starts = run_starts(keys)
-    seen = np.diff(np.append(starts, len(keys)))
-    often = seen > 1
-    found, seen = keys[starts[often]].astype(np.int64), seen[often]
-    own, partner = found // d_sae + base, found % d_sae
+    own, partner, seen = _seen_often(feature, of_rows.features[ranges(of_rows.starts[rows], lengths)], lengths, of_rows)
     expected = of_rows.num_activations[partner] / of_rows.num_rows
     pmi = np.log2(seen / sampled[own] / expected)
     kept = (pmi > 0) & (partner != own + first_feature)

@@ -331,10 +331,10 @@ class FeatureStore:
             raise FeatureNotFound(f"{self.path} has no document {document_id}: the view documents lists them")
         segment = next((g for g in self._segments[dictionary_id] if g["corpus_id"] == rows[0]["corpus_id"]), None)
         text = self._text(rows[0]["corpus_id"])
-        inside = np.flatnonzero(text.document_ids == document_id)
+        inside = text.windows_of(document_id)
         if segment is None or len(inside) == 0:  # none: all of it fell to an incomplete last window
             return []
-        windows = ", ".join(str(w) for w in np.unique(text.window_ids[inside]))
+        windows = ", ".join(map(str, inside.tolist()))
         found = own_columns(
             self._connection,
             self.path,
@@ -436,14 +436,19 @@ def _identity(path: Path) -> tuple[Path, int, int] | tuple[Path]:
 
 def _strongest(cards: Cards, features: np.ndarray, activations: np.ndarray, limit: int) -> list[dict[str, Any]]:
     """Features by their largest of `activations` as a share of their largest on train."""
-    known, place, count = np.unique(features, return_inverse=True, return_counts=True)
-    largest = np.zeros(len(known), np.float32)
-    np.maximum.at(largest, place, activations)
+    count = np.bincount(features)
+    known = np.flatnonzero(count)
+    largest = np.zeros(len(count), np.float32)
+    np.maximum.at(largest, features, activations)
+    count, largest = count[known], largest[known]
     rows = cards.rows(known)
     scale = np.where(rows >= 0, cards.max_activation[rows] if len(cards.max_activation) else 0, 0)
     share = np.divide(largest, scale, out=np.full(len(known), -1.0), where=scale > 0)
+    best = np.arange(len(known))
+    if len(known) > limit > 0:
+        best = np.flatnonzero(share >= np.partition(share, len(known) - limit)[len(known) - limit])
     found = []
-    for i in np.lexsort((known, -share))[:limit]:
+    for i in best[np.lexsort((known[best], -share[best]))][:limit]:
         card = cards.of(int(known[i])) or {"label": "unexplained", "kind": "none"}
         found.append(
             {

@@ -6,10 +6,11 @@ is then sorted and summarised by itself, two at a time while DuckDB stores the o
 `CHUNK_ROWS`, or by a single feature that has more.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import duckdb
 import numpy as np
@@ -29,6 +30,7 @@ _BATCH_ROWS = 1_000_000
 WORKERS = 2
 
 Insert = Callable[[str, pa.Table], None]
+T, R = TypeVar("T"), TypeVar("R")
 
 
 def load_by_document(
@@ -76,7 +78,7 @@ def derive_segment(
             "derived.cofirings": cofirings,
         }
 
-    for tables in _in_order(work, len(spooled.bounds) - 1):
+    for tables in _in_order(work, range(len(spooled.bounds) - 1)):
         for table, rows in tables.items():
             insert(connection, table, rows)
 
@@ -88,12 +90,12 @@ def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) ->
     connection.unregister("arrow_rows")
 
 
-def _in_order(work: Callable[[int], dict[str, pa.Table]], count: int) -> Iterator[dict[str, pa.Table]]:
-    """work(0), work(1), ... done by WORKERS threads, no further ahead than that."""
+def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """work(item) of every item in their order, done by WORKERS threads, no further ahead than that."""
     with ThreadPoolExecutor(WORKERS) as pool:
-        waiting: list[Future[dict[str, pa.Table]]] = []
-        for number in range(count):
-            waiting.append(pool.submit(work, number))
+        waiting: list[Future[R]] = []
+        for item in items:
+            waiting.append(pool.submit(work, item))
             if len(waiting) > WORKERS:
                 yield waiting.pop(0).result()
         for future in waiting:
@@ -132,34 +134,38 @@ def _spool(
         "SELECT window_id, position, feature, activation FROM evidence.activations_by_document "
         f"WHERE segment_id = {segment_id}"
     ).to_arrow_reader(_BATCH_ROWS)
+
+    def prepare(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(rows, features, records by chunk, end of every chunk) of activations."""
+        window, position, feature, activation = (batch.column(n).to_numpy() for n in range(4))
+        rows = text.rows(window, position)
+        assert (np.diff(rows) >= 0).all(), "activations are not in the order of the text"
+        if not np.isfinite(activation).all() or activation.min(initial=1) <= 0:
+            raise StoreError(f"activations of {name} are not all positive: index again")
+        records = np.empty(len(rows), RECORD)
+        records["row"] = rows
+        records["group"] = (feature - first_of[feature]) * NUM_SPLITS + text.splits[rows]
+        records["activation"] = activation
+        chunk = chunk_of[feature]
+        ends = np.cumsum(np.bincount(chunk, minlength=len(bounds) - 1))
+        return rows, np.ascontiguousarray(feature, np.int32), records[np.argsort(chunk, kind="stable")], ends
+
     with ExitStack() as stack:
         chunk_files = [
             stack.enter_context((folder / f"{number}.chunk").open("wb")) for number in range(len(bounds) - 1)
         ]
         by_row = stack.enter_context(features_file.open("wb"))
-        for batch in reader:
-            window, position, feature, activation = (batch.column(n).to_numpy() for n in range(4))
-            rows = text.rows(window, position)
+        for rows, feature, records, ends in _in_order(prepare, reader):
             if len(rows) == 0:
                 continue
-            assert rows[0] >= last_row and (np.diff(rows) >= 0).all(), "activations are not in the order of the text"
-            if not np.isfinite(activation).all() or activation.min() <= 0:
-                raise StoreError(f"activations of {name} are not all positive: index again")
+            assert rows[0] >= last_row, "activations are not in the order of the text"
             last_row = int(rows[-1])
             row_counts[rows[0] + 1 : last_row + 2] += np.bincount(rows - rows[0])
-            by_row.write(np.ascontiguousarray(feature, np.int32).tobytes())
-            records = np.empty(len(rows), RECORD)
-            records["row"] = rows
-            records["group"] = (feature - first_of[feature]) * NUM_SPLITS + text.splits[rows]
-            records["activation"] = activation
-            chunk = chunk_of[feature]
-            order = np.argsort(chunk, kind="stable")
-            ends = np.cumsum(np.bincount(chunk, minlength=len(chunk_files)))
-            records = records[order]
+            by_row.write(feature)
             for number, end in enumerate(ends):
                 start = ends[number - 1] if number else 0
                 if end > start:
-                    chunk_files[number].write(records[start:end].tobytes())
+                    chunk_files[number].write(records[start:end])
             at += len(rows)
     assert at == total, f"{at} of {total} activations of {name} were read"
     features = np.memmap(features_file, np.int32, "r") if total else np.zeros(0, np.int32)

@@ -46,6 +46,18 @@ class TextRows:
         return rows
 
     @cached_property
+    def _document_windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """(document, window) of every document in every window that it has rows in, by document."""
+        pairs = (self.document_ids.astype(np.int64) << 32) | self.window_ids
+        pairs = np.unique(pairs[run_starts(pairs)])
+        return pairs >> 32, (pairs & (2**32 - 1)).astype(np.int32)
+
+    def windows_of(self, document_id: int) -> np.ndarray:
+        """[n] ids of the windows that a document has rows in, ascending; none where it has none."""
+        documents, windows = self._document_windows
+        return windows[slice(*np.searchsorted(documents, [document_id, document_id + 1]))]
+
+    @cached_property
     def has_whole_documents(self) -> bool:
         """Whether the rows of every document of a split follow each other, other splits left out."""
         for split in range(len(SPLITS)):

@@ -17,7 +17,7 @@ STANDARD = set(__import__("sys").stdlib_module_names)
 THIRD_PARTY = {
     "kernels": {"torch", "triton", "numpy"},
     "sae": {"torch", "triton", "numpy", "safetensors"},
-    "store": {"duckdb", "pyarrow", "h5py", "numpy", "snowballstemmer"},
+    "store": {"duckdb", "pyarrow", "h5py", "numpy", "scipy", "snowballstemmer"},
 }
 SOURCES = [(folder, path) for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -16,6 +16,7 @@ Text = Annotated[
         negative="",
     ),
 ]
+StorePath = Annotated[Path, Parameter(help="Run directory, a folder that was imported, or a store: a file or Parquet.")]
 Truncate = Annotated[
     bool,
     Parameter(help="Harvest without the layers after the deepest hook point in memory (model.truncate).", negative=""),

@@ -1,18 +1,18 @@
-"""Commands that ask a finished run: search, show, sql."""
+"""Commands that ask a finished run, or a store: search, show, sql."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from .common import RunPath
+from .common import StorePath
 
 if TYPE_CHECKING:
     from saeql.store.console import Console
 
 
 def search(
-    run: RunPath,
+    run: StorePath,
     text: Annotated[
         str | None, Parameter(help="Words to look for in labels and in promoted and activating tokens.")
     ] = None,
@@ -36,17 +36,17 @@ def search(
     Example: saeql search runs/demo "music" --where "density < 0.01"
     """
     from ..output import print_hits
-    from ..run import Run
     from ..search import find
+    from ..stores import open_store
 
-    opened = Run.open(run)
-    with opened.store() as store:
+    store, opened = open_store(run)
+    with store:
         asked = {"words": text, "meaning": meaning, "token": token, "effect": effect, "prompt": prompt, "like": like}
         print_hits(*find(opened, store, asked, among=among, limit=limit, where=where), as_json=json)
 
 
 def show(
-    run: RunPath,
+    run: StorePath,
     feature: Annotated[int, Parameter(help="Feature id.")],
     *,
     examples: Annotated[int, Parameter(help="Number of top examples.")] = 5,
@@ -58,14 +58,14 @@ def show(
     Example: saeql show runs/demo 123
     """
     from ..output import print_feature
-    from ..run import Run
+    from ..stores import open_store
 
-    with Run.open(run).store() as opened:
+    with open_store(run)[0] as opened:
         print_feature(opened, feature, num_examples=examples, split=split, as_json=json)
 
 
 def sql(
-    run: RunPath,
+    run: StorePath,
     query: Annotated[
         str | None,
         Parameter(
@@ -96,6 +96,7 @@ def sql(
     from saeql.store.errors import StoreError
 
     from ..results import BINARY, chosen_format
+    from ..stores import store_path
     from .statements import Asker, prompt_of_terminal
 
     if (json, csv, format is not None).count(True) > 1:
@@ -105,7 +106,7 @@ def sql(
     style = chosen_format("json" if json else "csv" if csv else format, out)
     if max_rows is None and out is None and style not in BINARY:
         max_rows = 1000
-    with _console(_store_of(run), memory) as console:
+    with _console(store_path(run), memory) as console:
         asker = Asker(console, style, out, max_rows=max_rows, seconds=timeout)
         if query is not None:
             asker.ask(query)
@@ -115,24 +116,6 @@ def sql(
             asker.converse(prompt_of_terminal())
         else:
             asker.ask_all(sys.stdin.read())
-
-
-def _store_of(run: Path) -> Path:
-    """The run's store file, or a folder that is a store in Parquet.
-
-    A run without one is told what is missing by the run itself, which is slow to import.
-    """
-    store = run / "features.duckdb"
-    if store.is_file():
-        return store
-    from saeql.store.parquet_store import is_parquet_store
-
-    if is_parquet_store(run):
-        return run
-    from ..run import Run
-
-    Run.open(run)
-    return store
 
 
 def _console(store: Path, memory: str) -> "Console":

@@ -9,6 +9,9 @@ from saeql.sae.config import suggestion
 #: name -> module of this package and class in it; every class is built with `.of(run)`.
 EXPLAINERS: dict[str, tuple[str, str]] = {
     "predicates": ("predicates", "PredicateExplainer"),
+    "label_bank": ("label_bank", "LabelBank"),
+    "ngrams": ("ngrams", "NGramExplainer"),
+    "output": ("output", "OutputExplainer"),
     "word_list": ("language_model", "WordList"),
     "max_activation": ("language_model", "MaxActivation"),
     "contrastive": ("language_model", "Contrastive"),

@@ -137,18 +137,23 @@ def save_receipts(run: "Run", results: Sequence[TaskResult]) -> bool:
 
     To be called within `run.locked()`. Returns whether the store holds them.
     """
-    name, evidence = run.spec.name, run.evidence
     is_built = "store" in run.finished()
     with recorded(run.path, "probe"):
-        for result in results:
-            if not result.not_measured:
-                table = receipts_table(name, task_receipts(result))
-                evidence.write("receipts", table, part=PART + _slug(f"{result.hook_point}-{result.task}"))
-        if len(results) > 1 and (together := collection_receipts(results)):
-            evidence.write("receipts", receipts_table(name, together), part=PART + _slug(results[0].hook_point))
+        write_receipts(run, results)
         if is_built:
-            FeatureStore.sync(run.path / "features.duckdb", [evidence, *more_evidence(run.path)])
+            FeatureStore.sync(run.path / "features.duckdb", [run.evidence, *more_evidence(run.path)])
     return is_built
+
+
+def write_receipts(run: "Run", results: Sequence[TaskResult]) -> None:
+    """Write a part of the evidence table `receipts` for every task, and one for all of them together."""
+    name, evidence = run.spec.name, run.evidence
+    for result in results:
+        if not result.not_measured:
+            table = receipts_table(name, task_receipts(result))
+            evidence.write("receipts", table, part=PART + _slug(f"{result.hook_point}-{result.task}"))
+    if len(results) > 1 and (together := collection_receipts(results)):
+        evidence.write("receipts", receipts_table(name, together), part=PART + _slug(results[0].hook_point))
 
 
 def remove_receipts(run: "Run") -> None:

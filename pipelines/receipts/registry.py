@@ -11,6 +11,10 @@ from .tiers import TIERS
 #: name -> module of this package and class in it; every class is built with `.of(run)`.
 SCORERS: dict[str, tuple[str, str]] = {
     "predicates": ("predicate_scorer", "PredicateScorer"),
+    "embedding": ("embedding_scorers", "EmbeddingScorer"),
+    "embedding_word": ("embedding_scorers", "WordScorer"),
+    "embedding_near": ("embedding_scorers", "NearScorer"),
+    "embedding_window": ("embedding_scorers", "WindowScorer"),
     "detection": ("judge_scorers", "Detection"),
     "fuzzing": ("judge_scorers", "Fuzzing"),
     "simulation": ("judge_scorers", "Simulation"),
@@ -28,12 +32,22 @@ CONTROLS: dict[str, tuple[str, str, str]] = {
     "C3": ("label_permutation", "LabelPermutation", "fast"),
     "C4": ("negative_ladder", "NegativeLadder", "fast"),
     "C5": ("token_baseline", "TokenBaseline", "fast"),
+    "C6": ("random_dictionary", "RandomDictionary", "full"),
+    "C7": ("frozen_baselines", "FrozenBaselines", "paper"),
+    "C8": ("randomised_model", "RandomisedModel", "paper"),
+    "C9": ("seed_stability", "SeedStability", "paper"),
+    "C10": ("probes", "PlantedProbes", "full"),  # and C11, C12
+    "C13": ("token_identity_control", "TokenIdentityControl", "full"),
     "C14": ("activation_range", "ActivationRange", "fast"),
     "C15": ("scorer_health", "ScorerHealth", "fast"),
+    "C16": ("planted", "PlantedSuite", "full"),
+    "C17": ("absorption", "Absorption", "paper"),
+    "L1": ("label_free", "LabelFree", "full"),
+    "I1": ("intervention", "OutputIntervention", "full"),
 }
 
 #: Module and class that fill rung N3 (`examples.NearRows`), at the tiers that pay for it; None: the rung is missing.
-NEAR_ROWS: tuple[str, str] | None = None
+NEAR_ROWS: tuple[str, str] | None = ("near_rows", "NearestInMeaning")
 
 
 def scorers(names: Sequence[str]) -> list[Any]:

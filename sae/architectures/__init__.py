@@ -1,7 +1,9 @@
 """Every architecture by name. One small file each, behind the interface of `sae/model.py`; each takes every form."""
 
+from ..comm import ALONE, Comm
 from ..config import ConfigError, DictionaryConfig, suggestion
 from ..model import SparseAutoencoder
+from ..sharding import part_config
 from .batchtopk import BatchTopKAutoencoder
 from .gated import GatedAutoencoder
 from .jumprelu import JumpReluAutoencoder
@@ -31,8 +33,15 @@ def architecture(name: str) -> type[SparseAutoencoder]:
     return ARCHITECTURES[name]
 
 
-def build(config: DictionaryConfig, d_in: int, d_out: int | None = None, *, seed: int = 0) -> SparseAutoencoder:
-    """A freshly initialised dictionary that reads `d_in` and writes `d_out` (default: the same) coordinates."""
-    dictionary = architecture(config.architecture)(config, d_in, d_out)
+def build(
+    config: DictionaryConfig, d_in: int, d_out: int | None = None, *, seed: int = 0, comm: Comm = ALONE
+) -> SparseAutoencoder:
+    """A freshly initialised dictionary that reads `d_in` and writes `d_out` (default: the same) coordinates.
+
+    Where several ranks hold the latents together it has this rank's, with the values that one process gives them; the
+    others are never in memory. Raises CommError where they cannot be shared out.
+    """
+    dictionary = architecture(config.architecture)(part_config(config, comm), d_in, d_out)
+    dictionary.comm = comm
     dictionary.initialise(seed)
     return dictionary

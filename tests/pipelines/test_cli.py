@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,10 +49,8 @@ def test_help_does_not_import_the_heavy_libraries():
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'duckdb', 'pyarrow', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
     )
-    started = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stderr.strip() == "[]"
-    assert time.monotonic() - started < 10
 
 
 def test_show_search_sql_and_steer(tiny_run: Path, capsys: pytest.CaptureFixture[str]):

@@ -107,7 +107,7 @@ def kill_at(process: BaseProcess, is_time: Callable[[], bool], rng: random.Rando
     time.sleep(rng.uniform(0, 0.02))
     if process.is_alive():
         os.kill(process.pid or 0, signal.SIGKILL)
-    process.join(60)
+    process.join(600)
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
 
@@ -123,7 +123,7 @@ def kill_until(kills: int, seed: int, folder: Path, tiny_config: Path, start: An
             if interrupted:
                 assert [line for line in verify_run(run).damage if "was interrupted" not in line] == []
                 process = start("harvest", run, "--resume")
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0
         assert_whole(run, expected)
         shutil.rmtree(run)
@@ -152,12 +152,12 @@ def test_processes_share_the_parts_and_one_of_them_dies(
     workers = [start("harvest", run, "--config", config, "--join") for _ in range(3)]
     assert kill_at(workers[0], lambda: num_sets(run) >= 3, random.Random(0))
     for worker in workers[1:]:
-        worker.join(120)
+        worker.join(600)
         assert worker.exitcode == 0
     assert_whole(run, expected_in_parts)
     assert list(Run.open(run).finished()) == ["harvest"]
     late = start("harvest", run, "--join")
-    late.join(60)
+    late.join(600)
     assert late.exitcode == 0 and files(run) == expected_in_parts
 
 
@@ -172,11 +172,11 @@ def test_a_process_that_slept_while_its_part_was_finished_changes_nothing(
     os.kill(sleeper.pid, signal.SIGSTOP)
     held = next(run.glob("activations/parts/*.held.*")).name
     other = start("harvest", run, "--join", "--lease-seconds", "2")
-    other.join(120)
+    other.join(600)
     assert other.exitcode == 0
     assert_whole(run, expected_in_parts)
     os.kill(sleeper.pid, signal.SIGCONT)
-    sleeper.join(60)
+    sleeper.join(600)
     assert sleeper.exitcode == 0 and held.startswith("0000")
     assert_whole(run, expected_in_parts)
 
@@ -232,7 +232,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_harvest_goes_on(
         time.sleep(0.001)
         assert process.is_alive()
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
-    process.join(60)
+    process.join(600)
     assert process.exitcode == 2
     main(["harvest", str(run), "--resume"])
     assert_whole(run, expected)

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from saeql.pipelines.atomic import remove_folder
 from saeql.pipelines.leases import OWNERS, LeaseLost, SharedWork
 from saeql.sae.config import ConfigError
 
@@ -49,15 +51,20 @@ def test_making_twice_changes_nothing(tmp_path: Path):
 
 def test_an_owner_that_sleeps_loses_its_unit_and_is_told(tmp_path: Path):
     folder = made(tmp_path, 1)
-    with SharedWork(folder, expire_seconds=0.4) as sleeper, SharedWork(folder, expire_seconds=0.4) as other:
+    with SharedWork(folder, expire_seconds=30) as other, SharedWork(folder, expire_seconds=0.4) as sleeper:
         lease = sleeper.take(["0000"])
         assert lease is not None and other.take(["0000"]) is None
-        time.sleep(1.0)
+        life = sleeper._file(sleeper.owner)
+        os.utime(life, (0, 0))
+        deadline = time.monotonic() + 300
+        while life.stat().st_mtime == 0:
+            assert time.monotonic() < deadline, "no sign of life"
+            time.sleep(0.02)
         assert other.take(["0000"]) is None  # it does not work, but it lives
         sleeper._stopped.set()
-        deadline = time.monotonic() + 10
-        while (taken := other.take(["0000"])) is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        sleeper._thread.join()
+        os.utime(life, (time.time() - 31, time.time() - 31))
+        taken = other.take(["0000"])
         assert taken is not None and lease.is_lost
         for step in (lease.finish, lease.release):
             with pytest.raises(LeaseLost, match="was taken over by another process"):
@@ -70,6 +77,7 @@ def test_an_owner_that_sleeps_loses_its_unit_and_is_told(tmp_path: Path):
 HOLDER = """
 import sys, time
 from pathlib import Path
+from saeql.pipelines.atomic import remove_folder
 from saeql.pipelines.leases import SharedWork
 with SharedWork(Path(sys.argv[1]), expire_seconds=600) as work:
     print(work.take(["0000"]).path, flush=True)
@@ -126,8 +134,31 @@ def test_processes_that_race_do_every_unit_once(tmp_path: Path):
     workers = [context.Process(target=_take_all, args=(folder, 0, count, out)) for _ in range(4)]
     for worker in workers:
         worker.start()
-    done = [name for _ in workers for name in out.get(timeout=60)]
+    done = [name for _ in workers for name in out.get(timeout=600)]
     for worker in workers:
         worker.join()
     assert sorted(done) == [f"{n:04d}" for n in range(count)]
     assert all(len((folder / f"{name}.done" / "log").read_text().split()) == 1 for name in done)
+
+
+def test_a_folder_is_removed_by_several_at_once(tmp_path: Path):
+    """As the processes of a harvest do that all find it finished."""
+    folder, failures = tmp_path / "parts", []
+
+    def remove(at: threading.Barrier) -> None:
+        at.wait()
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            failures.append(error)
+
+    for _ in range(60):
+        (folder / "inside").mkdir(parents=True)
+        (folder / "inside" / "file").write_text("x")
+        start = threading.Barrier(4)
+        threads = [threading.Thread(target=remove, args=(start,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures and not list(tmp_path.iterdir())

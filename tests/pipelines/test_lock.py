@@ -46,7 +46,7 @@ def held_elsewhere(path: Path, seconds_ago: float, job: str | None = None) -> No
 def test_a_holder_on_another_host_counts_while_it_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "lock"
     held_elsewhere(path, 20)
-    with pytest.raises(LockedError, match=r"pid 17 on elsewhere\); its last sign of life was 20 s ago"), hold(path):
+    with pytest.raises(LockedError, match=r"pid 17 on elsewhere\); its last sign of life was 2\d s ago"), hold(path):
         pass
     assert json.loads(path.read_text())["pid"] == 17
     held_elsewhere(path, TAKEN_FOR_DEAD_SECONDS + 1)
@@ -89,5 +89,7 @@ def test_the_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("saeql.pipelines.lock.SIGN_OF_LIFE_SECONDS", 0.05)
     with hold(tmp_path / "lock"):
         os.utime(tmp_path / "lock", (0, 0))
-        time.sleep(0.5)
-        assert (tmp_path / "lock").stat().st_mtime > time.time() - 5
+        deadline = time.monotonic() + 300
+        while (tmp_path / "lock").stat().st_mtime == 0:
+            assert time.monotonic() < deadline, "no sign of life"
+            time.sleep(0.02)

@@ -15,6 +15,8 @@ from saeql.pipelines.ngram_trie import NgramTrie, TokenIndex, trimmed
 from saeql.pipelines.predicates import NGrams, Predicate
 from saeql.pipelines.split_rows import FeatureRows, read_feature_rows, read_token_ids
 from saeql.pipelines.token_classes import RowTable
+from saeql.sae.architectures import build
+from saeql.sae.config import DictionaryConfig
 
 WINDOWS = [
     ["<s>", " in", " the", " United", " States", ",", " the", " old", " States"],
@@ -156,6 +158,18 @@ def test_values_are_those_of_one_sequence_at_a_time(tiny_run: Path):
     np.testing.assert_allclose(last, [e[-1, f] for e, f in zip(expected, features, strict=True)], rtol=1e-4)
     np.testing.assert_allclose(first, [e[1, f] for e, f in zip(expected, features, strict=True)], rtol=1e-4, atol=1e-6)
     assert (last > 0).all()
+
+
+def test_a_crosscoder_reads_its_places_side_by_side(tiny_run: Path):
+    lm, reads = Run.open(tiny_run).language_model, ["mlp_out.1", "resid_post.0"]
+    dictionary = build(DictionaryConfig(architecture="topk", form="crosscoder", d_sae=64, k=6), 64, 64, seed=1)
+    ids = np.array([1, 7, 9, 12], np.int32)
+    with torch.no_grad(), capture(lm.model, reads) as reader:
+        acts = reader.run(torch.from_numpy(ids).long()[None])
+        latents = dictionary.encode(torch.cat([acts[name][0, -1:] for name in reads], dim=-1).float())
+    with FeatureValues(lm, dictionary, reads, 64) as values:
+        found = values.read([ids] * 6, latents.indices[0].numpy())
+    np.testing.assert_allclose(found, latents.values[0].detach(), rtol=1e-4)
 
 
 def feature_rows(run: Run) -> FeatureRows:

@@ -24,6 +24,10 @@ from saeql.store.records import SPLITS
 WORDS = ["river", "bank", "music", "walking", "seven", "and", "blue", "house", "stone", "water"]
 
 
+#: Receipts of probes among all.
+OURS = "feature IS NULL AND regexp_matches(control, '^C1[012] ')"
+
+
 def documents(num: int, seed: int = 0) -> list[tuple[list[str], str]]:
     """Word lists; those of class "wet" have water in them."""
     rng = random.Random(seed)
@@ -139,7 +143,7 @@ def test_probe_from_end_to_end(tiny_run: Path, tmp_path: Path, capsys: pytest.Ca
     assert "years" in printed and "not measured: task days: 0 positive tokens" in printed
     assert "median AUROC of 1 latent on" in printed and "~~" in printed
     with Run.open(folder).store() as store:
-        rows = store.sql("SELECT control, value, verdict, n, detail FROM receipts WHERE feature IS NULL").to_pylist()
+        rows = store.sql(f"SELECT control, value, verdict, n, detail FROM receipts WHERE {OURS}").to_pylist()
     details = {r["control"]: json.loads(r["detail"]) for r in rows}
     assert {"C10 selectivity", "C11 permuted twin", "C12 latents against dense", "C12 one latent on planted tasks"} <= (
         set(details)
@@ -149,7 +153,7 @@ def test_probe_from_end_to_end(tiny_run: Path, tmp_path: Path, capsys: pytest.Ca
     years = len([r for r in rows if json.loads(r["detail"]).get("task") == "years"])
     assert said("--task", "years", "--max-cases", "200")
     with Run.open(folder).store() as store:  # taken again, not twice
-        again = store.sql("SELECT detail FROM receipts").to_pylist()
+        again = store.sql(f"SELECT detail FROM receipts WHERE {OURS}").to_pylist()
     assert len([r for r in again if json.loads(r["detail"]).get("task") == "years"]) == years
 
     path = write(tmp_path / "wet.jsonl", [{"text": " ".join(w), "label": c} for w, c in documents(200)])
@@ -165,7 +169,7 @@ def test_probe_from_end_to_end(tiny_run: Path, tmp_path: Path, capsys: pytest.Ca
     printed = said("--task", words, "--level", "token", "--hook-point", "resid_post.0", "--no-save")
     assert "w at resid_post.0" in printed and "latent" not in printed.split("PCA")[1].split("token")[0]
     with Run.open(folder).store() as store:
-        assert len(store.sql("SELECT detail FROM receipts").to_pylist()) == len(again)
+        assert len(store.sql(f"SELECT detail FROM receipts WHERE {OURS}").to_pylist()) == len(again)
     assert (folder / "dictionaries").stat().st_mtime == before
     main(["verify", str(folder)])
 

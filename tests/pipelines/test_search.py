@@ -13,6 +13,7 @@ from saeql.pipelines.cli import main
 from saeql.pipelines.search import search_direction, search_prompt
 from saeql.sae.config import ConfigError
 from saeql.store.errors import StoreError
+from saeql.store.parquet_store import write_parquet
 
 TEXT = " the river bank and the blue house"
 
@@ -92,6 +93,43 @@ def test_command_line_refuses(
     with pytest.raises(SystemExit) as caught:
         main(["search", str(tiny_run), *arguments])
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_store_without_a_run_is_asked_alike(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: object) -> str:
+        main([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    write_parquet(tiny_run / "features.duckdb", tmp_path / "parquet")
+    main(["export", str(tiny_run), str(tmp_path / "shared"), "--format", "parquet"])
+    main(["import", str(tmp_path / "shared"), str(tmp_path / "imported"), "--format", "parquet"])
+    capsys.readouterr()
+    questions = [
+        ("search", ["river", "--json"]), ("search", ["--token", "river", "--json"]), ("show", ["7", "--json"]),
+        ("search", ["--meaning", "a river", "--json"]), ("sql", ["SELECT feature, label FROM features", "--csv"]),
+    ]  # fmt: skip
+    stores = (tmp_path / "parquet", tmp_path / "imported", tmp_path / "imported" / "features.duckdb")
+    for command, asked in questions:
+        wanted = said(command, tiny_run, *asked)
+        for store in stores:
+            assert said(command, store, *asked) == wanted, (command, asked, store)
+    for store in stores:
+        for option in (["--prompt", TEXT], ["--like", "3"]):
+            with pytest.raises(SystemExit) as caught:
+                main(["search", str(store), *option])
+            told = capsys.readouterr().err
+            assert caught.value.code == 2 and "is a store alone" in told and told.count("\n") == 1
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    (tmp_path / "text.duckdb").write_text("no store" * 1000)
+    for command, rest in (("search", ["river"]), ("show", ["1"]), ("sql", ["SELECT 1"])):
+        for path, message in ((nothing, "no run and no store in"), (tmp_path / "text.duckdb", "cannot open")):
+            with pytest.raises(SystemExit) as caught:
+                main([command, str(path), *rest])
+            told = capsys.readouterr().err
+            assert caught.value.code == 2 and message in told and told.count("\n") == 1, told
 
 
 def test_a_store_is_added_to_and_rebuilt(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

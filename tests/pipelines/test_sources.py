@@ -98,6 +98,24 @@ def test_a_stream_goes_on_from_any_cursor(folder: Path):
             assert batch.acts.equal(expected.acts) and batch.cursor == expected.cursor
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_hold_their_share_of_the_rows_and_give_those_of_one_process(
+    num_ranks: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    taken, room = [], ShardSource._room
+    monkeypatch.setattr(ShardSource, "_room", lambda self, rows: taken.append(rows) or room(self, rows))
+    options = {"batch_tokens": 66, "first_positions": True}
+    alone = source(folder, **options).batches()
+    ranks = [source(folder, rank=rank, num_ranks=num_ranks, **options).batches() for rank in range(num_ranks)]
+    for _ in range(18 * 6):  # six groups
+        whole, parts = next(alone), [next(rank) for rank in ranks]
+        assert torch.cat([part.acts for part in parts]).equal(whole.acts)
+        for name in ("token_ids", "document_ids", "window_ids", "positions"):
+            assert torch.cat([getattr(part, name) for part in parts]).equal(getattr(whole, name)), name
+        assert {part.cursor for part in parts} == {whole.cursor}
+    assert taken[:2] == [1280, 1280] and set(taken[2:]) == {1280 // 66 * (66 // num_ranks)}
+
+
 def test_batches_stay_what_they_were(folder: Path):
     stream = source(folder).batches()
     kept = [next(stream) for _ in range(80)]

@@ -20,11 +20,20 @@ from saeql.pipelines.receipts.token_identity_control import (
     MASKED,
     TokenIdentityControl,
     attributes_to_token,
+    identity_receipt,
     masked_receipts,
 )
 from saeql.pipelines.split_rows import read_feature_rows, read_token_ids
-from saeql.pipelines.token_identity import PENALTIES, TokensConfig, hook_points_of, token_identity
+from saeql.pipelines.token_identity import (
+    PENALTIES,
+    PlaceIdentity,
+    TokenIdentity,
+    TokensConfig,
+    hook_points_of,
+    token_identity,
+)
 from saeql.pipelines.token_identity_report import layer_numbers
+from saeql.sae.metrics import Estimate
 
 SMALL = TokensConfig(train_tokens=3000, calibration_tokens=300, test_tokens=600, features=12, rows=3, num_bootstrap=50)
 
@@ -115,6 +124,18 @@ def test_a_token_is_named_where_the_layer_or_the_feature_allows():
     assert [attributes_to_token(rows, f) for f in (3, 4, 5)] == [True, False, False]
     assert attributes_to_token([{**rows[0], "verdict": "passed"}], 5) is True
     assert attributes_to_token([], 3) is None
+
+
+def test_of_a_crosscoders_places_the_best_counts():
+    places = [
+        PlaceIdentity(name, 0, {t: Estimate(share, 40, share - 0.1, share) for t in ("own", "previous", "next")})
+        for name, share in (("mlp_out.0", 0.3), ("resid_post.0", 0.95), ("resid_post.1", 0.99))
+    ]
+    found = identity_receipt(TokenIdentity("m", 90, 40, 12, 0.1, places), ("mlp_out.0", "resid_post.0"), SMALL)
+    assert (found.value, found.verdict, found.n, found.low) == (0.95, "passed", 40, 0.95 - 0.1)
+    assert set(found.detail["hook_points"]) == {"mlp_out.0", "resid_post.0"}
+    only = identity_receipt(TokenIdentity("m", 90, 40, 12, 0.1, places), ("mlp_out.0",), SMALL)
+    assert only.verdict == "failed" and only.detail["card"] == CARD
 
 
 def test_the_control_writes_its_receipts(token_run: Path):

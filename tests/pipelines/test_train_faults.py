@@ -42,17 +42,27 @@ def assert_equal(run: Path, whole: Path) -> None:
     assert checkpoints(run / "checkpoints")[-1].name == checkpoints(whole / "checkpoints")[-1].name
 
 
+def unfinished(run: Path) -> bool:
+    return any((run / "checkpoints").glob("step-*.tmp.*"))
+
+
 def kill_somewhere(process: subprocess.Popen[str], run: Path, chance: random.Random, inside_checkpoint: bool) -> bool:
     """kill -9 after the next checkpoint, at a random moment or while a checkpoint is written; False where it ended."""
     known = {path.name for path in checkpoints(run / "checkpoints")}
     while process.poll() is None and {path.name for path in checkpoints(run / "checkpoints")} <= known:
         time.sleep(0.005)
-    if inside_checkpoint:
-        while process.poll() is None and not list((run / "checkpoints").glob("step-*.tmp.*")):
+    if not inside_checkpoint:
+        time.sleep(chance.uniform(0, 0.3))
+    while inside_checkpoint and process.poll() is None:
+        while process.poll() is None and not unfinished(run):
             pass
         time.sleep(chance.uniform(0, 0.01))
-    else:
-        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(signal.SIGSTOP)
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("T", "Z"):
+            pass
+        if unfinished(run):  # it stands still inside
+            break
+        process.send_signal(signal.SIGCONT)
     killed = process.poll() is None
     process.kill()
     process.communicate()
@@ -64,19 +74,19 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_weights(
     kills: int, whole: Path, tiny_run: Path, tmp_path: Path
 ):
     run = settle_copy(tiny_run, tmp_path / "run", **STEPS)
-    chance, process, unfinished, finished = random.Random(kills), start(run), 0, 0
+    chance, process, inside, finished = random.Random(kills), start(run), 0, 0
     for number in range(kills):
         if not kill_somewhere(process, run, chance, inside_checkpoint=number % 2 == 1):
             finished += 1
             assert_equal(run, whole)
             shutil.rmtree(run / "checkpoints")
-        unfinished += bool(list((run / "checkpoints").glob("step-*.tmp.*")))
+        inside += unfinished(run)
         process = start(run, "--resume")
     assert ends(process) == (0, [])
     assert_equal(run, whole)
-    assert unfinished >= kills // 6, f"{unfinished} of {kills} kills met a checkpoint"
+    assert inside >= kills // 2 - finished, f"{inside} of {kills} kills met a checkpoint"
     assert not list(run.rglob("*.tmp.*")) and not Run.open(run).verify().damage
-    print(f"{kills} kills, {unfinished} of them inside of a checkpoint, {finished} came after the end")
+    print(f"{kills} kills, {inside} of them inside of a checkpoint, {finished} came after the end")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -85,7 +95,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(name: str, whole: Path,
     process = start(run)
     wait_for_step(run, 8)
     process.send_signal(getattr(signal, name))
-    code, lines = ends(process, within=20)
+    code, lines = ends(process)
     assert code == 75 and lines[0] == f"saeql: {name}: stopping after this step"
     stopped = json.loads((run / "stopped.json").read_text())
     assert lines[1] == (
@@ -101,7 +111,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(name: str, whole: Path,
 def test_a_whole_run_stops_in_any_stage_and_the_same_command_goes_on(tiny_config: Path, tmp_path: Path):
     run = tmp_path / "run"
     command = [sys.executable, *SAEQL, "run", str(tiny_config), "--out", str(run)]
-    command += ["--train.num_steps", "300", "--harvest.context_tokens", "16"]
+    command += ["--train.num_steps", "600", "--harvest.context_tokens", "16"]
     reached = []
     for sign in (run / "activations", run / "checkpoints"):
         process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -109,25 +119,22 @@ def test_a_whole_run_stops_in_any_stage_and_the_same_command_goes_on(tiny_config
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.002)
         process.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        code, lines = ends(process, within=20)
-        assert time.monotonic() - started < 5
+        code, lines = ends(process)
         assert code == 75 and "it goes on from here when it is started again" in lines[-1], lines
         reached.append(list(Run.open(run).finished()))
     assert reached == [[], ["harvest"]]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "harvest    reused" in done.stderr and len(curve(run)) == 30
+    assert "harvest    reused" in done.stderr and len(curve(run)) == 60
     assert not Run.open(run).verify().damage
 
 
 def test_the_second_writer_is_refused_at_once(tiny_run: Path, tmp_path: Path):
-    run = settle_copy(tiny_run, tmp_path / "run", **STEPS, log_every_steps=20)
+    run = settle_copy(tiny_run, tmp_path / "run", **{**STEPS, "num_steps": 1_000_000}, log_every_steps=20)
     process = start(run)
     wait_for_step(run, 4)
-    started = time.monotonic()
     code, (line,) = ends(start(run))
     assert code == 2 and f"in use by another saeql process (pid {process.pid} on " in line
-    assert time.monotonic() - started < 20 and process.poll() is None
+    assert process.poll() is None
     process.kill()
     process.communicate()

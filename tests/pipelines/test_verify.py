@@ -83,6 +83,23 @@ def test_an_interrupted_stage_is_named_and_another_run_of_it_mends(run: Path, tm
     assert verify_run(copy).damage == []
 
 
+def test_what_an_interrupted_stage_removed_or_finished_is_forgotten_and_what_was_lost_before_is_not(
+    run: Path, tmp_path: Path
+):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "evidence" / "documents.parquet").unlink()  # no stage did that
+    for _ in range(2):  # interrupted twice
+        with pytest.raises(KeyError), recorded(copy, "label"):
+            (copy / "evidence" / "neighbours.parquet").unlink(missing_ok=True)
+            (copy / "evidence" / "labels.parquet").write_bytes(b"done, and left as it is by the next start")
+            raise KeyError
+    with recorded(copy, "label"):
+        pass
+    (line,) = verify_run(copy).damage
+    assert "documents.parquet is missing" in line
+    assert verify_run(copy).unrecorded == []
+
+
 def test_a_store_that_is_rebuilt_outside_of_a_stage_stays_whole(run: Path, tmp_path: Path):
     copy = shutil.copytree(run, tmp_path / "copy")
     Run.open(copy).build_store(rebuild=True)

@@ -34,7 +34,7 @@ def settle_copy(run: Path, to: Path, **train: object) -> Path:
 
 def torchrun(run: Path, ranks: int, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run([*command, *SAEQL, "train", str(run), *flags], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, *SAEQL, "train", str(run), *flags], capture_output=True, text=True, timeout=900)
 
 
 def start_ranks(run: Path, size: int, *flags: str, **environment: str) -> list[subprocess.Popen[str]]:
@@ -53,13 +53,13 @@ def start_ranks(run: Path, size: int, *flags: str, **environment: str) -> list[s
     ]  # fmt: skip
 
 
-def ends(process: subprocess.Popen[str], within: float = 120) -> tuple[int, list[str]]:
+def ends(process: subprocess.Popen[str], within: float = 600) -> tuple[int, list[str]]:
     """Exit code of a process, and what saeql said on stderr."""
     errors = process.communicate(timeout=within)[1]
     return process.returncode, [line for line in errors.splitlines() if line.startswith("saeql: ")]
 
 
-def wait_for_step(run: Path, step: int, within: float = 60) -> None:
+def wait_for_step(run: Path, step: int, within: float = 300) -> None:
     deadline = time.monotonic() + within
     while not any(int(p.name[5:]) >= step for p in checkpoints(run / "checkpoints")):
         assert time.monotonic() < deadline, "no checkpoint"

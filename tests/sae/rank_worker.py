@@ -55,10 +55,11 @@ def threads() -> list[str]:
 
 def train(architecture: str, folder: Path, comm: Comm, *, stop_at: int | None = None, reshard: bool = False) -> None:
     """Train, on from a checkpoint where `folder` has one; write the whole dictionary and the log lines."""
-    dictionary = build(DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K), D_IN, seed=0)
+    dictionary = build(DictionaryConfig(architecture=architecture, d_sae=D_SAE, k=K), D_IN, seed=0, comm=comm)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[:9] = dead[40:43] = True
     with torch.no_grad():
-        dictionary.b_enc[:9] = -1e3  # dead for good, so that the auxiliary loss runs
-        dictionary.b_enc[40:43] = -1e3
+        dictionary.b_enc[dead[comm.shard(D_SAE)]] = -1e3  # dead for good, so that the auxiliary loss runs
     lines = []
 
     def stop(steps: int) -> None:

@@ -9,8 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from saeql.sae import model
+from saeql.sae.architectures import build
 from saeql.sae.checkpoint import checkpoints
-from saeql.sae.comm import ALONE, CommError, join
+from saeql.sae.comm import ALONE, Comm, CommError, join
+from saeql.sae.config import DictionaryConfig
+from saeql.sae.files import load_dictionary, save_dictionary
 
 WORKER = Path(__file__).parent / "rank_worker.py"
 
@@ -22,7 +26,7 @@ def run(
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(WORKER), str(folder), str(shards), str(stop),
                "reshard" if reshard else "exact", *names]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 def outcome(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
@@ -40,6 +44,34 @@ def assert_same(one: Path, other: Path, name: str, *, tolerance: float = 1e-5) -
     for line, expected_line in zip(log["lines"], expected_log["lines"], strict=True):
         for key in ("fvu", "l0", "dead_share", "auxk_loss", "lr", "step"):
             assert line[key] == pytest.approx(expected_line[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("form", ["autoencoder", "transcoder"])
+def test_ranks_start_and_load_their_latents_of_what_one_process_has(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config, d_in, d_out = DictionaryConfig(d_sae=200, k=4, form=form), 24, 24 if form == "autoencoder" else 17
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.randn(200, d_out, generator=generator)  # at once
+    monkeypatch.setattr(model, "_DRAWN_NUMBERS", 32 * d_in)  # in seven blocks, none of which ends with a rank's latents
+    whole = build(config, d_in, d_out, seed=5)
+    assert whole.W_dec.equal(drawn / drawn.norm(dim=1, keepdim=True))
+    if form == "transcoder":
+        drawn = torch.randn(200, d_in, generator=generator)
+        assert whole.W_enc.equal(0.3 * (drawn / drawn.norm(dim=1, keepdim=True)))
+    save_dictionary(whole, tmp_path)
+    for size in (4, 2):
+        for rank in range(size):
+            comm, own = Comm(feature_rank=rank, feature_size=size), slice(rank * 200 // size, (rank + 1) * 200 // size)
+            for part in (build(config, d_in, d_out, seed=5, comm=comm), load_dictionary(tmp_path, comm)):
+                assert part.d_sae == 200 // size and part.comm is comm
+                for name, tensor in whole.state_dict().items():
+                    assert part.state_dict()[name].equal(tensor[own] if name in whole.by_latent else tensor), name
+    for source in (lambda comm: build(config, d_in, d_out, comm=comm), lambda comm: load_dictionary(tmp_path, comm)):
+        with pytest.raises(CommError, match="d_sae 200 is not a multiple of the 3 feature shards"):
+            source(Comm(feature_size=3))
+        with pytest.raises(CommError, match=r"dictionary.k 4 is more than the 2 latents of a shard"):
+            source(Comm(feature_size=100))
 
 
 @pytest.fixture(scope="module")

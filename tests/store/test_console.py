@@ -25,7 +25,7 @@ from saeql.store.parquet_store import STORE_FILE, write_parquet
 
 HOSTILE = tomllib.loads(Path(__file__).with_name("hostile.toml").read_text())["statement"]
 LIMIT_SECONDS = 0.5
-SPARE_SECONDS = 1.0
+SPARE_SECONDS = 30.0  # a busy machine; by themselves they end within 0.1 s, and unstopped not within minutes
 NOT_ESCAPED = "/tmp/saeql-escape"
 
 
@@ -327,7 +327,7 @@ def test_threads_take_turns_and_closing_ends_a_statement(store_path: Path) -> No
     waiting.start()
     time.sleep(0.3)
     console.close()
-    waiting.join(timeout=5)
+    waiting.join(timeout=300)
     assert not waiting.is_alive() and "has been closed" in str(found[-1])
     with pytest.raises(StoreError, match="has been closed"):
         console.sql("SELECT 1")
@@ -397,7 +397,7 @@ def test_the_process_has_no_environment_and_ends_with_its_program(store_path: Pa
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    for _ in range(40):
+    for _ in range(3000):
         if not child.exists():
             return
         time.sleep(0.1)
