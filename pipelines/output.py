@@ -118,10 +118,16 @@ def cell(value: Any) -> str:
     return visible(str(value))
 
 
-def highlighted(example: "Example") -> Text:
-    """An example's tokens in one line, those on which the feature is active in bold, the peak in colour."""
+def highlighted(example: "Example", *, by_token: bool = True) -> Text:
+    """An example's tokens in one line, those on which the feature is active in bold, the peak in colour.
+
+    Without `by_token` none stands out: the activation is not about the token that it stands at.
+    """
     text = Text()
     for n, (token, activation) in enumerate(zip(example.tokens, example.activations, strict=True), 1):
+        if not by_token:
+            text.append(visible(token))
+            continue
         style = "bold black on yellow" if n == example.focus else "bold yellow" if activation > 0 else ""
         text.append(visible(token), style)
     return text
@@ -160,6 +166,8 @@ def print_feature(
     store: "FeatureStore", feature: int, *, num_examples: int = 5, split: str = "train", as_json: bool = False
 ) -> None:
     """Print one feature with examples, logit effects and neighbours. Raises FeatureNotFound."""
+    from .receipts.token_identity_control import attributes_to_token
+
     card = store.feature(feature)
     receipts = store.receipts(feature)
     examples = store.examples(feature, split=split, limit=num_examples)
@@ -193,9 +201,11 @@ def print_feature(
     for row in near:
         label = visible(str(row["neighbour_label"]))
         out.print(Text(f"neighbour    {row['neighbour']:>6}  cosine {row['cosine']:.3f}  {label}"))
-    out.print(Text(f"\ntop examples ({split})", "bold"))
+    by_token = attributes_to_token([*receipts, *store.receipts(None)], feature) is not False
+    why = "" if by_token else ": position, not token, so none stands out"
+    out.print(Text(f"\ntop examples ({split}){why}", "bold"))
     for example in examples:
-        out.print(Text(f"{example.activation:8.2f}  ").append_text(highlighted(example)))
+        out.print(Text(f"{example.activation:8.2f}  ").append_text(highlighted(example, by_token=by_token)))
 
 
 def _parsed(receipt: dict[str, Any]) -> dict[str, Any]:

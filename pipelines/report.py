@@ -86,6 +86,8 @@ class FeatureDetail:
     examples: Sequence[Example]
     card: Sequence[CardLine] = ()
     """What its receipts say."""
+    by_token: bool = True
+    """Whether a single token may be highlighted: not where its activation does not hang on the token."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from saeql.store.feature_store import FeatureStore
 from .metric_table import paired
 from .receipts.card import card_lines
 from .receipts.headline import headline
+from .receipts.token_identity_control import attributes_to_token
 from .report import (
     Example,
     FeatureDetail,
@@ -97,8 +98,11 @@ def _detail(store: FeatureStore, row: dict[str, Any]) -> FeatureDetail:
         Example(e.title or f"document {e.document_id}", e.tokens, e.activations)
         for e in store.examples(row["feature"], limit=NUM_EXAMPLES)
     ]
-    card = card_lines(store.receipts(row["feature"]))
-    return FeatureDetail(row["feature"], row["label"], row["promotes"], row["suppresses"], examples, card)
+    receipts = store.receipts(row["feature"])
+    by_token = attributes_to_token([*receipts, *store.receipts(None)], row["feature"]) is not False
+    return FeatureDetail(
+        row["feature"], row["label"], row["promotes"], row["suppresses"], examples, card_lines(receipts), by_token
+    )
 
 
 def _rows_left_out(run: "Run", showcase: Showcase) -> list[tuple[str, int]]:

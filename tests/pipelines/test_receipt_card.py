@@ -11,6 +11,7 @@ import pytest
 
 from saeql.pipelines import Run
 from saeql.pipelines.evaluation_page import EVALUATION_FILE, write_evaluation
+from saeql.pipelines.output import print_feature
 from saeql.pipelines.receipts.card import card_lines
 from saeql.pipelines.receipts.headline import headline
 from saeql.pipelines.receipts.receipt import FAILED, PASSED, REPORTED, Receipt, judged, receipts_table
@@ -85,7 +86,7 @@ def run(tiny_run: Path, tmp_path: Path) -> Run:
     return Run.open(tmp_path / "run")
 
 
-def test_the_store_has_cards(run: Run):
+def test_the_store_has_cards(run: Run, capsys: pytest.CaptureFixture[str]):
     made = [*OF_FEATURE, whole("C0 split hygiene", 0, PASSED)]
     run.evidence.write("receipts", receipts_table(run.spec.name, made))
     assert run.build_store() == ["receipts"]
@@ -98,6 +99,9 @@ def test_the_store_has_cards(run: Run):
         found = {r["control"]: json.loads(r["detail"] or "{}") for r in store.receipts(3)}
         assert len(found) == len(OF_FEATURE)
         assert found["C13 token identifiability masked token"] == {"card": "position, not token"}
+        print_feature(store, 3)
+    shown = capsys.readouterr().out
+    assert "position, not token, so none stands out" in shown and "AUROC, matched negatives" in shown
 
 
 def test_the_page_of_a_run(run: Run):
