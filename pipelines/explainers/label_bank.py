@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: Active rows of a feature that are read in each view: words are short, and repeat.
 TEXTS_PER_FEATURE = {"word": 24, "near": 12, "window": 12}
 #: Labels of largest d among which the most even one is looked for.
-NEAR_THE_TOP = 20
+NEAR_THE_TOP = 5
 #: Fewer texts than this have nothing in common that could be told from chance: the view is left out.
 FEWEST_TEXTS = 3
 #: Rows of all features together: words repeat and are short, contexts do neither.
