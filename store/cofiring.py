@@ -9,6 +9,7 @@ for N rows of the corpus on which b fires n_b times. Partners are ranked by c x 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,7 +77,7 @@ def _seen_often(
     of_features = csr_array((ones, places, np.append(begin, shape[0]).astype(np.int32)), (len(begin), shape[0]))
     ends = np.append(0, np.cumsum(lengths)).astype(np.int32)
     of_partners = csr_array((np.ones(len(partners), np.uint8), partners, ends), shape)
-    counted = of_features @ of_partners
+    counted: Any = of_features @ of_partners
     often = np.flatnonzero(counted.data > 1)
     owner = np.repeat(np.arange(len(begin)), np.diff(counted.indptr))[often]
     return feature[begin[owner]], counted.indices[often].astype(np.int64), counted.data[often].astype(np.int64)

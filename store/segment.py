@@ -30,7 +30,8 @@ _BATCH_ROWS = 1_000_000
 WORKERS = 2
 
 Insert = Callable[[str, pa.Table], None]
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def load_by_document(
@@ -161,11 +162,11 @@ def _spool(
             assert rows[0] >= last_row, "activations are not in the order of the text"
             last_row = int(rows[-1])
             row_counts[rows[0] + 1 : last_row + 2] += np.bincount(rows - rows[0])
-            by_row.write(feature)
+            by_row.write(feature.data)
             for number, end in enumerate(ends):
                 start = ends[number - 1] if number else 0
                 if end > start:
-                    chunk_files[number].write(records[start:end])
+                    chunk_files[number].write(records[start:end].data)
             at += len(rows)
     assert at == total, f"{at} of {total} activations of {name} were read"
     features = np.memmap(features_file, np.int32, "r") if total else np.zeros(0, np.int32)
