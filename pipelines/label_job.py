@@ -16,7 +16,7 @@ from .label import label_rows, labels_of
 from .label_config import LabelConfig
 from .output import note
 from .progress import progress
-from .receipts.control import Labelled
+from .receipts.control import Control, Labelled
 from .receipts.examples import NearRows
 from .receipts.held_out import HeldOut
 from .receipts.label_scorer import LabelScorer
@@ -63,7 +63,7 @@ def label_run(run: "Run", options: LabelOptions | None = None) -> None:
     run = type(run)(run.path, replace(run.config, label=config))
     evidence, name = run.evidence, run.spec.name
     made = [explainer.of(run) for explainer in explainers(config.explainers)]
-    checks = [] if config.receipts == "none" else [control.of(run) for control in controls(config.receipts)]
+    checks = [] if config.receipts == "none" else _checks(run)
     check_documents(evidence)
     rows = read_feature_rows(evidence, name, active_fraction=config.active_fraction)
     before = _before(evidence, rows, options.only)
@@ -92,6 +92,17 @@ def label_run(run: "Run", options: LabelOptions | None = None) -> None:
         evidence.write("receipts", table)
     else:
         file.unlink(missing_ok=True)  # of labels that were here before
+
+
+def _checks(run: "Run") -> list[Control]:
+    """The controls of the tier; those that need an embedder where there is none are left out, and a line says so."""
+    checks = []
+    for control in controls(run.config.label.receipts):
+        try:
+            checks.append(control.of(run))
+        except EmbedderError as error:
+            note(f"without {control.code} {control.name}: {error}")
+    return checks
 
 
 def _near(run: "Run") -> NearRows | None:
