@@ -8,19 +8,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saeql.sae.files import DictionaryError
 from saeql.store.evidence import Evidence
 
 from .embedder import EmbedderError
 from .explainers.registry import explainers
 from .label import label_rows, labels_of
 from .label_config import LabelConfig
+from .model_config import ModelError
 from .output import note
 from .progress import progress
 from .receipts.control import Control, Labelled
 from .receipts.examples import NearRows
 from .receipts.held_out import HeldOut
 from .receipts.label_scorer import LabelScorer
-from .receipts.receipt import Receipt, receipts_table
+from .receipts.receipt import REPORTED, Receipt, receipts_table
 from .receipts.registry import controls, near_rows
 from .receipts.split_hygiene import check_documents
 from .receipts.thresholds import THRESHOLDS
@@ -118,7 +120,9 @@ def _near(run: "Run") -> NearRows | None:
 def _receipts(
     run: "Run", rows: FeatureRows, labels: pa.Table, held_out: HeldOut, scorer: LabelScorer, checks: Sequence
 ) -> list[Receipt]:
-    """What every control says, the thresholds first."""
+    """What every control says, the thresholds first; one that cannot be asked says why."""
+    from .run import RunError
+
     tier = run.config.label.receipts
     alive = [f for f, n in enumerate(rows.test.active.counts.tolist()) if n]
     examples = held_out.sample("test", alive)
@@ -126,7 +130,12 @@ def _receipts(
     receipts = [THRESHOLDS.receipt(tier)]
     with progress("receipts", len(checks), "controls") as advance:
         for control in checks:
-            receipts += control.check(labelled)
+            try:
+                receipts += control.check(labelled)
+            except (RunError, ModelError, DictionaryError) as error:  # no activations, model or dictionary to ask
+                why = {"missing": str(error)}
+                named = f"{control.code} {control.name}"
+                receipts.append(Receipt(control=named, value=None, verdict=REPORTED, detail=why))
             advance(1)
     return receipts
 
