@@ -19,7 +19,7 @@ from .commands.judging import judge
 from .commands.probing import probe
 from .commands.questions import search, show, sql
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
-from .commands.steering import steer
+from .commands.steering import steer, vector
 from .commands.tokens import tokens
 from .stopping import EXIT_STOPPED, Stopped, asked, listen
 
@@ -41,7 +41,7 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, compare, control, probe, tokens, judge, export, hooks, config),
+    *(search, show, sql, steer, vector, compare, control, probe, tokens, judge, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")

@@ -1,5 +1,7 @@
-"""Commands that change what the model writes: steer."""
+"""Commands that change what the model writes: steer, vector."""
 
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -19,6 +21,10 @@ def steer(
         str | None, Parameter(help="Features that meet this SQL condition on the view features (--top of them).")
     ] = None,
     top: Annotated[int, Parameter(help="Features taken of --search and --where.")] = 1,
+    vector: Annotated[
+        list[Path] | None,
+        Parameter(help="Steering vector, of `saeql vector` (.safetensors) or llama.cpp (.gguf).", negative=""),
+    ] = None,
     mode: Annotated[
         str,
         Parameter(
@@ -38,7 +44,11 @@ def steer(
         ),
     ] = None,
     unit: Annotated[
-        str, Parameter(help="Unit of add: norm (the median activation norm; 0.1 to 0.5) or p99 (the feature's own).")
+        str,
+        Parameter(
+            help="Unit of add: norm (the median activation norm; 0.1 to 0.5), p99 (the feature's own) or raw (the "
+            "direction as it is)."
+        ),
     ] = "norm",
     positions: Annotated[
         str,
@@ -71,13 +81,22 @@ def steer(
     from ..run import Run
     from ..steering.edits import Edit, SteerError
     from ..steering.selection import chosen
+    from ..steering.vector_files import load_vector
 
     if stream and (json or len(prompt) > 1):
         raise SteerError("--stream prints one text as it is written: leave --json out, and give one --prompt")
     opened = Run.open(run)
     pattern = Edit(0, mode, strength, to, unit, _positions(positions), schedule, any_strength)
     with opened.store() as store:
-        edits = chosen(store, pattern, features=feature or (), search=search, where=where, top=top)
+        edits = chosen(
+            store,
+            pattern,
+            features=feature or (),
+            search=search,
+            where=where,
+            top=top,
+            vectors=[load_vector(file) for file in vector or ()],
+        )
     for change in edits:
         change.check()
     steerer = opened.steerer(allow_mismatch=allow_mismatch)
@@ -98,6 +117,52 @@ def steer(
         write(edits, streamer=TextStreamer(steerer.lm.tokenizer, skip_prompt=True))
         return
     print_steering(edits, prompt, write([]), write(edits), as_json=json)
+
+
+def vector(
+    run: RunPath,
+    *,
+    out: Annotated[Path | None, Parameter(help="File to write: .safetensors, or .gguf for llama.cpp.")] = None,
+    method: Annotated[str, Parameter(help="diff_mean, caa, pca, logistic (of texts) or unembedding (of tokens).")] = (
+        "diff_mean"
+    ),
+    positive: Annotated[
+        Path | None,
+        Parameter(help="Texts, one a line; or .jsonl lines with positive and negative, then without --negative."),
+    ] = None,
+    negative: Annotated[Path | None, Parameter(help="Texts, one a line.")] = None,
+    token: Annotated[
+        list[str] | None, Parameter(help='For unembedding: a token such as " law"; as often as wanted.', negative="")
+    ] = None,
+    hook_point: Annotated[
+        str, Parameter(help="Where texts are read and the vector is added; unset: where the dictionary writes.")
+    ] = "",
+    rows: Annotated[str, Parameter(help="Rows of a text: its last token, their mean, or all.")] = "last",
+    name: Annotated[str, Parameter(help="Name of the vector; unset: that of the file.")] = "",
+    of: Annotated[
+        Path | None,
+        Parameter(help="Instead of making one: a vector that is there, to show or to write in another form."),
+    ] = None,
+    features: Annotated[int, Parameter(help="Most features that the vector is taken apart into; 0: not at all.")] = 8,
+    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+) -> None:
+    """Make a steering vector from texts or tokens, and say which features are in it.
+
+    Example: saeql vector runs/demo --positive happy.txt --negative sad.txt --out happy.safetensors
+    """
+    from ..run import Run
+    from ..steering.vector_files import load_vector, save_vector
+    from ..steering.vector_job import make_vector, print_parts, taken_apart
+
+    opened = Run.open(run)
+    made = load_vector(of) if of is not None else make_vector(
+        opened, method, positive=positive, negative=negative, tokens=tuple(token or ()), hook_point=hook_point,
+        rows=rows, name=name or (out.stem if out else method),
+    )  # fmt: skip
+    if out is not None:
+        save_vector(made, out, opened.language_model)
+        print(f"saeql: wrote {out}", file=sys.stderr)
+    print_parts(opened, made, taken_apart(opened, made, features), as_json=json)
 
 
 def _positions(text: str) -> Any:

@@ -95,7 +95,7 @@ class Change:
 def _addition(placed: PlacedEdit) -> torch.Tensor:
     if placed.edit.unit == "norm":
         return placed.median_norm * placed.row / placed.row.norm()
-    return placed.scale.p99 * placed.row
+    return (placed.scale.p99 if placed.edit.unit == "p99" else 1.0) * placed.row
 
 
 def _goal(placed: PlacedEdit, old: torch.Tensor) -> torch.Tensor | float:

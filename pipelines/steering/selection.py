@@ -6,6 +6,7 @@ from dataclasses import replace
 from saeql.store.feature_store import FeatureStore
 
 from .edits import Edit, SteerError
+from .vectors import SteeringVector
 
 
 def chosen(
@@ -16,15 +17,16 @@ def chosen(
     search: str | None = None,
     where: str | None = None,
     top: int = 1,
+    vectors: Sequence[SteeringVector] = (),
     dictionary: str | None = None,
 ) -> list[Edit]:
     """One edit like `edit` for each feature named: "12", or "12:0.3" with a strength of its own.
 
     `search` adds the `top` features that words find, `where` (or both) those that meet a condition over the view
-    `features`, best labels first.
+    `features`, best labels first; `vectors` join them.
     Raises SteerError for what is no feature, and where nothing is found; SQLError for a condition that is none.
     """
-    found = [_parsed(text, edit) for text in features]
+    found = [_parsed(text, edit) for text in features] + [replace(edit, feature=vector) for vector in vectors]
     if search is not None:
         hits = store.search(search, limit=top, where=where, dictionary=dictionary)
         found += [_of(edit, hit.feature) for hit in hits]
@@ -32,7 +34,9 @@ def chosen(
         found += [_of(edit, feature) for feature in store.matching(where, limit=top, dictionary=dictionary)]
     if not found:
         asked = " and ".join(f"{k} {v!r}" for k, v in (("search", search), ("where", where)) if v is not None)
-        raise SteerError(f"no feature meets {asked}" if asked else "name a feature: --feature, --search or --where")
+        raise SteerError(
+            f"no feature meets {asked}" if asked else "name a feature (--feature, --search, --where) or a --vector"
+        )
     return found
 
 

@@ -14,9 +14,12 @@ from ..models import LanguageModel, ModelIdentity
 from .change import Change, PlacedEdit
 from .edits import LATENT_MODES, Edit, FeatureScale, SteerError
 from .positions import Place, followed
+from .vectors import SteeringVector
 
 #: What `generate` does unless told otherwise: the likeliest token, with repetition held down as small models need it.
-WRITING = {"max_new_tokens": 40, "do_sample": False, "repetition_penalty": 1.2}
+WRITING: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "repetition_penalty": 1.2}
+
+_SILENT = FeatureScale(0.0, 0.0)
 
 
 class Steerer:
@@ -65,24 +68,35 @@ class Steerer:
             yield
 
     def _changes(self, edits: list[Edit], place: Place, *, keep_error: bool) -> Iterator[tuple[str, Change]]:
+        """The change at every hook point that an edit writes."""
         reads = self.dictionary if not keep_error or any(e.mode in LATENT_MODES for e in edits) else None
-        start = 0
+        placed: dict[str, list[PlacedEdit]] = {}
+        for change in edits:
+            for hook_point, one in self._placed(change):
+                placed.setdefault(hook_point, []).append(one)
+        for hook_point, own in placed.items():
+            is_written = hook_point in self.writes
+            yield hook_point, Change(own, reads if is_written else None, place, keep_error=keep_error or not is_written)
+
+    def _placed(self, change: Edit) -> Iterator[tuple[str, PlacedEdit]]:
+        """An edit with its direction at each hook point that it writes."""
+        if not isinstance(change.feature, int):
+            for hook_point, row in change.feature.rows.items():
+                norm = change.feature.median_norms.get(hook_point, self.median_norms.get(hook_point, 0.0))
+                yield hook_point, PlacedEdit(change, row.to(self.lm.device).float(), _SILENT, norm)
+            return
+        start, scale = 0, self.scales.get(change.feature, _SILENT)
         for hook_point, width in self.writes.items():
-            placed = [
-                PlacedEdit(
-                    change,
-                    self.dictionary.W_dec[change.feature, start : start + width].detach().float(),
-                    self.scales.get(change.feature, FeatureScale(0.0, 0.0)),
-                    self.median_norms[hook_point],
-                )
-                for change in edits
-            ]
-            yield hook_point, Change(placed, reads, place, keep_error=keep_error)
+            row = self.dictionary.W_dec[change.feature, start : start + width].detach().float()
+            yield hook_point, PlacedEdit(change, row, scale, self.median_norms[hook_point])
             start += width
 
     def _check(self, change: Edit) -> None:
         change.check()
         form, d_sae = self.dictionary.config.form, self.dictionary.d_sae
+        if not isinstance(change.feature, int):
+            self._check_vector(change, change.feature)
+            return
         if not 0 <= change.feature < d_sae:
             raise SteerError(f"no feature {change.feature}: this dictionary has features 0 to {d_sae - 1}")
         if change.mode in LATENT_MODES and form != "autoencoder":
@@ -90,11 +104,25 @@ class Steerer:
                 f"a {form} does not read where it writes: mode {change.mode} needs an autoencoder, use add"
             )
         needs_scale = change.mode == "clamp" or (change.mode == "add" and change.unit == "p99")
-        if needs_scale and self.scales.get(change.feature, FeatureScale(0.0, 0.0)).p99 <= 0:
+        if needs_scale and self.scales.get(change.feature, _SILENT).p99 <= 0:
             raise SteerError(
                 f"feature {change.feature} never fired on training documents: it has no p99 to go by; "
                 "use add with unit norm"
             )
+
+    def _check_vector(self, change: Edit, vector: SteeringVector) -> None:
+        mine = self.lm.identity
+        if vector.model_sha256 and vector.model_sha256 != mine.model_sha256:
+            raise SteerError(f"{change.target} was made with {vector.model_name}, which is not {mine.model_name}")
+        for hook_point, row in vector.rows.items():
+            width = self.writes.get(hook_point) or self.lm.model.config.get_text_config().hidden_size
+            if len(row) != width:
+                raise SteerError(f"{change.target} is {len(row)} wide at {hook_point}, the model {width}")
+            known = hook_point in vector.median_norms or hook_point in self.median_norms
+            if not known and (change.mode in ("replace", "cap") or (change.mode == "add" and change.unit == "norm")):
+                raise SteerError(
+                    f"{change.target} does not say how large activations are at {hook_point}: use unit raw"
+                )
 
     def generate(self, prompt: str, edits: Sequence[Edit] = (), *, keep_error: bool = True, **options: Any) -> str:
         """Continuation of one prompt (without the prompt itself) under `edits`; [] gives the baseline."""

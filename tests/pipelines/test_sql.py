@@ -132,7 +132,7 @@ def test_requests_that_contradict_themselves(
     ]:
         assert message in fails(capsys, tiny_run, *argv)
     assert [p.name for p in tmp_path.iterdir()] == ["two.sql"]
-    assert "no run in" in fails(capsys, tmp_path, "SELECT 1")
+    assert "no run and no store in" in fails(capsys, tmp_path, "SELECT 1")
 
 
 def test_statements_from_a_file_and_from_stdin(
