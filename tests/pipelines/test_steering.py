@@ -44,6 +44,7 @@ def rows_after(steerer: Steerer, edits: list[Edit], ids: torch.Tensor = IDS, **o
 
 def by_hand(steerer: Steerer, h: torch.Tensor, edit: Edit) -> torch.Tensor:
     """What one edit makes of rows h [..., d], written out mode by mode."""
+    assert isinstance(edit.feature, int)
     d, scale, c = (
         steerer.dictionary.W_dec[edit.feature].detach(),
         steerer.scales[edit.feature],
