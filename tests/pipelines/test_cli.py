@@ -168,7 +168,7 @@ def test_bad_requests_to_a_finished_run(tiny_run: Path, tiny_config: Path, capsy
         capsys, "run", tiny_config, "--out", tiny_run, "--seed", 4
     )
     assert "unexpected argument" in fails(capsys, "run", tiny_config, "stray", "--out", tiny_run)
-    assert "no run in" in fails(capsys, "show", tiny_run.parent, 1)
+    assert "no run and no store in" in fails(capsys, "show", tiny_run.parent, 1)
     assert "did you mean" in fails(capsys, "serch", tiny_run, "x").lower()
     assert "requires an argument" in fails(capsys, "steer", tiny_run)
 
