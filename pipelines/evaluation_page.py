@@ -1,6 +1,7 @@
 """evaluation.html: on one page what a dictionary is worth, and how far its controls let a reader trust its labels."""
 
 import base64
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,7 @@ def write_evaluation(run: "Run") -> Path:
     evidence = run.evidence
     receipts = _receipts(evidence)
     labels = evidence.read("labels").to_pylist() if evidence.has("labels") else []
-    kinds: dict[str, int] = {}
-    for row in labels:
-        kinds[row["kind"]] = kinds.get(row["kind"], 0) + 1
+    kinds = Counter(row["kind"] for row in labels)
     path = run.path / EVALUATION_FILE
     page = render(
         "evaluation.html",
@@ -43,7 +42,7 @@ def write_evaluation(run: "Run") -> Path:
         model=run.harvest_info.identity.model_name,
         headline=headline(receipts),
         metrics=paired(evidence.read("metrics").to_pylist()),
-        kinds=sorted(kinds.items(), key=lambda item: -item[1]),
+        kinds=kinds.most_common(),
         num_features=len(labels),
         controls=[
             {"control": r["control"], "text": text_of(r), "verdict": r["verdict"]}

@@ -50,7 +50,7 @@ def write_run_report(run: "Run", showcase: Showcase) -> None:
             .astype(np.float64),
             label_counts=showcase.label_counts,
             labels=_labels(store),
-            features=[_detail(store, row) for row in showcase.features],
+            features=[_detail(store, row, whole) for row in showcase.features],
             rows_left_out=_rows_left_out(run, showcase),
             sql=SqlExample(**showcase.sql),
             steering=[_steering(showcase.steering)] if showcase.steering else [],
@@ -93,13 +93,13 @@ def _labels(store: FeatureStore) -> list[LabelledFeature]:
     return [LabelledFeature(*row.values()) for row in store.trusted_sql(query, {"num": MAX_LABEL_ROWS}).to_pylist()]
 
 
-def _detail(store: FeatureStore, row: dict[str, Any]) -> FeatureDetail:
+def _detail(store: FeatureStore, row: dict[str, Any], whole: list[dict[str, Any]]) -> FeatureDetail:
     examples = [
         Example(e.title or f"document {e.document_id}", e.tokens, e.activations)
         for e in store.examples(row["feature"], limit=NUM_EXAMPLES)
     ]
     receipts = store.receipts(row["feature"])
-    by_token = attributes_to_token([*receipts, *store.receipts(None)], row["feature"]) is not False
+    by_token = attributes_to_token([*receipts, *whole], row["feature"]) is not False
     return FeatureDetail(
         row["feature"], row["label"], row["promotes"], row["suppresses"], examples, card_lines(receipts), by_token
     )

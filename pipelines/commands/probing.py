@@ -52,7 +52,6 @@ def probe(
     from ..probing.plans import ProbeSettings
     from ..probing.probe_receipts import save_receipts
     from ..probing.sources import Asked, prepare
-    from ..probing.suite import probe_task
     from ..probing.table import print_overview, print_task, result_dict
     from ..progress import progress
     from ..run import Run
@@ -70,12 +69,8 @@ def probe(
     )
     with opened.locked() if save else nullcontext():
         prepared = prepare(opened, asked, settings)
-        results = []
         with progress("probe", len(prepared.plans), "tasks") as advance:
-            for plan in prepared.plans:
-                results.append(probe_task(plan, prepared.shown, prepared.hook_point, settings))
-                advance(1)
-        results += prepared.not_measured
+            results = prepared.probed(settings, advance)
         if save and not save_receipts(opened, results):
             note(f"receipts saved; the store takes them in with `saeql store {run}`")
     for line in prepared.notes:

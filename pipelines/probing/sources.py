@@ -1,6 +1,6 @@
 """What one command line asks for, put together: the text, its tasks, and everything that a case can be shown as."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from .representations import (
     latent_rows,
     token_rows,
 )
-from .suite import TaskResult
+from .suite import TaskResult, probe_task
 from .task_files import FILES, read_labelled
 from .tasks import LEVELS, Task, TaskError
 from .text import ProbedText, run_text
@@ -74,6 +74,14 @@ class Prepared:
     shown: Representations
     hook_point: str
     notes: list[str]  # what is left out, and why
+
+    def probed(self, settings: ProbeSettings, on_task: Callable[[int], None] = lambda n: None) -> list[TaskResult]:
+        """Every task's probes; `on_task(1)` is called after each. Those that could not be measured come last."""
+        results = []
+        for plan in self.plans:
+            results.append(probe_task(plan, self.shown, self.hook_point, settings))
+            on_task(1)
+        return results + self.not_measured
 
 
 def prepare(run: "Run", asked: Asked, settings: ProbeSettings) -> Prepared:

@@ -27,10 +27,8 @@ class PlantedProbes:
         from ..probing.plans import ProbeSettings
         from ..probing.probe_receipts import write_receipts
         from ..probing.sources import Asked, prepare
-        from ..probing.suite import probe_task
 
         settings = ProbeSettings()
         prepared = prepare(labelled.run, Asked(), settings)
-        results = [probe_task(plan, prepared.shown, prepared.hook_point, settings) for plan in prepared.plans]
-        write_receipts(labelled.run, [*results, *prepared.not_measured])
+        write_receipts(labelled.run, prepared.probed(settings))
         return ()

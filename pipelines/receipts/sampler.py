@@ -172,10 +172,7 @@ class Sampler:
         keys = self._keys(owner, rows)
         ok = self.pooled[rows] & ~_contains(self._fires if silent else self._active, keys)
         owner, rows, order, keys = owner[ok], rows[ok], order[ok], keys[ok]
-        by = np.lexsort((order, keys))
-        first = np.ones(len(by), bool)
-        first[1:] = keys[by][1:] != keys[by][:-1]
-        kept = by[first]
+        kept = _first_of_each(keys, order)
         owner, rows, order = owner[kept], rows[kept], order[kept]
         place = rank_within(owner, order, rows)
         chosen = np.flatnonzero(place < limit[owner])
@@ -203,10 +200,7 @@ class Sampler:
         keys = self._keys(owners, drawn)
         ok = ~_contains(self._active, keys)
         index, tries, keys, drawn = index[ok], tries[ok], keys[ok], drawn[ok]
-        by = np.lexsort((tries, keys))
-        first = np.ones(len(by), bool)
-        first[1:] = keys[by][1:] != keys[by][:-1]
-        kept = by[first]
+        kept = _first_of_each(keys, tries)
         index, tries, drawn = index[kept], tries[kept], drawn[kept]
         kept = np.flatnonzero(rank_within(index, tries) == 0)
         kept = kept[np.argsort(index[kept])]
@@ -258,6 +252,14 @@ class Sampler:
         chance = luck(self.config.seed, "N4", features[index], step) % counts[near].astype(np.uint64)
         drawn = active.rows[starts[near] + chance.astype(np.int64)]
         return self._take(features[index], drawn, step, limits, silent=True)
+
+
+def _first_of_each(keys: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Where every distinct key stands first in `order`, keys ascending."""
+    by = np.lexsort((order, keys))
+    first = np.ones(len(by), bool)
+    first[1:] = keys[by][1:] != keys[by][:-1]
+    return by[first]
 
 
 class _Groups:

@@ -4,11 +4,15 @@ N counts layers as hook points do: `direction.N` is `resid_post.N`. llama.cpp ha
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..atomic import write_whole
 from .vectors import SteeringVector, VectorError
 
 ARCHITECTURE = "controlvector"
@@ -32,19 +36,22 @@ def save_gguf(vector: SteeringVector, path: Path, *, model_type: str, num_layers
                 f"not at {place}"
             )
         layers[int(found[1])] = row
-    temporary = path.with_name(f"{path.name}.tmp")
-    writer = gguf.GGUFWriter(str(temporary), ARCHITECTURE)
+    with TemporaryDirectory() as folder:
+        made = Path(folder) / "vector.gguf"
+        _write(gguf.GGUFWriter(str(made), ARCHITECTURE), vector.name, layers, model_type, strength)
+        return write_whole(path, made.read_bytes())
+
+
+def _write(writer: Any, name: str, layers: Mapping[int, torch.Tensor], model_type: str, strength: float) -> None:
     writer.add_string(f"{ARCHITECTURE}.model_hint", model_type)
     writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(layers))
-    writer.add_name(vector.name)
+    writer.add_name(name)
     for layer, row in sorted(layers.items()):
         writer.add_tensor(f"direction.{layer}", (strength * row).float().numpy().astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    temporary.replace(path)
-    return path
 
 
 def load_gguf(path: Path) -> SteeringVector:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..atomic import write_whole
+
 FORMAT = "saeql-steering-vector-1"
 
 
@@ -35,7 +37,7 @@ class SteeringVector:
 
     def save(self, path: Path) -> Path:
         """Write a .safetensors file. Raises VectorError for a direction that is not finite or zero."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         for place, row in self.rows.items():
             if not bool(torch.isfinite(row).all()) or float(row.norm()) == 0:
@@ -50,10 +52,8 @@ class SteeringVector:
             "details": json.dumps(dict(self.details)),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        save_file({place: row.float().contiguous() for place, row in self.rows.items()}, temporary, metadata=about)
-        temporary.replace(path)
-        return path
+        rows = {place: row.float().contiguous() for place, row in self.rows.items()}
+        return write_whole(path, save(rows, metadata=about))
 
     @classmethod
     def load(cls, path: Path) -> "SteeringVector":
