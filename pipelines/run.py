@@ -19,7 +19,7 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -39,6 +39,9 @@ from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
 from .atomic import remove_folder, remove_leftovers, write_whole
+from .attribution.attributor import Attributor
+from .attribution.causes import Why
+from .attribution.of_run import attributor_of
 from .config import RunConfig, to_toml
 from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
 from .embedder import EMBEDDED_EMBEDDER, Embedder, EmbedderError
@@ -202,6 +205,18 @@ class Run:
             scales=self._feature_scales(),
             allow_mismatch=allow_mismatch,
         )
+
+    @cached_property
+    def attributor(self) -> Attributor:
+        """What explains predictions by this run's features, its model in float32; loaded on first use.
+
+        Raises WhyError for a crosscoder, ModelMismatch where the model is another by now.
+        """
+        return attributor_of(self)
+
+    def why(self, prompt: str | Sequence[int], token: str | None = None, **options: Any) -> Why:
+        """Which features caused the next token of a prompt; the options of `Attributor.why`. Raises WhyError."""
+        return self.attributor.why(prompt, token, **options)
 
     def _feature_scales(self) -> dict[int, FeatureScale]:
         query = (

@@ -4,6 +4,7 @@ Layers that no replacement reaches give the same output every time, so that only
 the model for a hook point in its middle. Whether that holds for a model is checked on its first batch.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,12 +19,24 @@ from saeql.sae.hooks import capture, edit
 class Splicer:
     """Inside the block: `run` gives logits and activations of a batch, `again` its logits with some replaced.
 
-    Activations are gathered on `device` (None: where the model has them).
+    Activations are gathered on `device` (None: where the model has them). `last_only`: logits of the last position
+    alone, [B, 1, V]. Gradients are taken where the caller lets them, and reach `new`.
     Raises HookPointError for a hook point that the model does not have.
     """
 
-    def __init__(self, model: Any, reads: Sequence[str], writes: Sequence[str], device: torch.device | None = None):
+    def __init__(
+        self,
+        model: Any,
+        reads: Sequence[str],
+        writes: Sequence[str],
+        device: torch.device | None = None,
+        *,
+        last_only: bool = False,
+    ):
         self.model, self.reads, self.writes, self.device = model, list(reads), list(writes), device
+        self.last_only = last_only
+        can_keep = last_only and "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options = {"use_cache": False} | ({"logits_to_keep": 1} if can_keep else {})
         self._new: Mapping[str, torch.Tensor] = {}
         self._ids: torch.Tensor | None = None
         self._stack = ExitStack()
@@ -61,7 +74,8 @@ class Splicer:
             self._new = {}
 
     def _forward(self) -> torch.Tensor:
-        return self.model(input_ids=self._ids, use_cache=False).logits
+        logits = self.model(input_ids=self._ids, **self._options).logits
+        return logits[:, -1:] if self.last_only else logits
 
 
 class _Prefix:
