@@ -192,12 +192,20 @@ class Run:
             path = self.path / "features.parquet"
         return FeatureStore.open(path)
 
-    def steerer(self, *, allow_mismatch: bool = False) -> Steerer:
-        """A steerer over this run's model and dictionary. Raises ModelMismatch where they do not belong together."""
+    @cached_property
+    def exact_language_model(self) -> LanguageModel:
+        """The whole model in float32, for what small differences of predictions tell; loaded on first use."""
+        return load_model(replace(self.config.model, truncate=False, dtype="float32"))
+
+    def steerer(self, *, allow_mismatch: bool = False, exact: bool = False) -> Steerer:
+        """A steerer over this run's model (`exact`: in float32) and dictionary.
+
+        Raises ModelMismatch where they do not belong together.
+        """
         dictionary = self.dictionary()
         metadata = dictionary.metadata["saeql"]
         return Steerer(
-            self.language_model,
+            self.exact_language_model if exact else self.language_model,
             dictionary,
             ModelIdentity(**metadata["identity"]),
             writes=metadata["writes"],

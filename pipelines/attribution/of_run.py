@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ from saeql.store.errors import StoreError
 
 from ..dictionaries import load_any
 from ..find_dictionary import HOOK_KEYS, dictionary_path
-from ..models import load_model
 from .attributor import Attributor
 from .feeds import LaterDictionary
 from .target import WhyError
@@ -21,13 +19,14 @@ if TYPE_CHECKING:
 
 
 def attributor_of(run: "Run") -> Attributor:
-    """The attributor of a run's dictionary. The model is loaded in float32: effects of features are small differences.
+    """The attributor of a run's dictionary. The model is in float32: effects of features are small differences.
 
     Raises WhyError for a crosscoder, ModelMismatch where the model is another by now.
     """
     spec, dictionary = run.spec, run.dictionary()
-    lm = load_model(replace(run.config.model, truncate=False, dtype="float32"))
-    return Attributor(lm, dictionary, spec.reads, spec.writes, dictionary.metadata.get("saeql", {}))
+    return Attributor(
+        run.exact_language_model, dictionary, spec.reads, spec.writes, dictionary.metadata.get("saeql", {})
+    )
 
 
 def later_dictionary(run: "Run", of: Attributor, source: str, at: str = "") -> tuple[LaterDictionary, "Run | None"]:
