@@ -42,6 +42,8 @@ def writer_of(model: Any, hook_point: str, change: AffineChange) -> Writer:
         return Writer(found)
     if kind not in ("resid_post", "resid_pre"):
         raise EditError(_why_not(model, hook_point, point.module_path, point.side))
+    if hook_point == "resid_pre.0":
+        raise EditError("resid_pre.0 is not the sum of the embeddings in this model (they are scaled or normed)")
     if not change.is_shift:
         raise EditError(
             f"{hook_point} is a sum of what the embedding and all layers before it write: taking a direction out of it "
@@ -49,8 +51,6 @@ def writer_of(model: Any, hook_point: str, change: AffineChange) -> Writer:
             "model does not do; --everywhere takes it out of every writer (weight orthogonalisation), and at "
             "mlp_out.N or attn_out.N it is exact"
         )
-    if hook_point == "resid_pre.0":
-        raise EditError("resid_pre.0 is not the sum of the embeddings in this model (they are scaled or normed)")
     layer = (before or hook_point).partition(".")[2]
     own = _Probe(model, [f"mlp_out.{layer}"]).writes(f"mlp_out.{layer}")
     if not own:
@@ -108,22 +108,23 @@ class _Probe:
         """Paths of the modules whose outputs are, or add up to, the activations at a hook point; none: ()."""
         acts = self.acts[name]
         for path, output in self.outputs.items():
+            if isinstance(self.model.get_submodule(path), nn.Embedding):
+                continue
             if output.numel() == acts.numel() and torch.equal(output.reshape(acts.shape), acts):
                 return (path,)
-        width = acts.shape[-1]
-        embeddings = {
-            path: output
-            for path, output in self.outputs.items()
-            if isinstance(self.model.get_submodule(path), nn.Embedding) and output.shape[-1] == width
-        }
-        if embeddings:
-            total = sum(o.reshape(-1, *acts.shape[1:]) for o in embeddings.values())
-            if isinstance(total, torch.Tensor) and total.shape[1:] == acts.shape[1:]:
-                close = (total - acts).norm() <= _TOLERANCE * acts.norm()
-                tokens = self.model.get_input_embeddings()
-                first = sorted(embeddings, key=lambda path: self.model.get_submodule(path) is not tokens)
-                return tuple(first) if bool(close) else ()
-        return ()
+        return self._embeddings(acts)
+
+    def _embeddings(self, acts: torch.Tensor) -> tuple[str, ...]:
+        """Paths of all embeddings, that of tokens first, where the activations are the sum of their rows."""
+        tokens = self.model.get_input_embeddings()
+        found = {p: o for p, o in self.outputs.items() if isinstance(self.model.get_submodule(p), nn.Embedding)}
+        first = sorted(found, key=lambda path: self.model.get_submodule(path) is not tokens)
+        if not found or any(output.shape[-2:] != acts.shape[-2:] for output in found.values()):
+            return ()
+        if not torch.equal(found[first[0]], tokens.weight[_ids(self.model)].float()):  # Gemma scales them
+            return ()
+        total = torch.stack([output.expand_as(acts) for output in found.values()]).sum(0)
+        return tuple(first) if bool((total - acts).norm() <= _TOLERANCE * acts.norm()) else ()
 
 
 def _moves(model: Any, path: str, hook_point: str, width: int) -> bool:

@@ -152,11 +152,12 @@ def dictionary_of(architecture: str, form: str = "autoencoder", seed: int = 0) -
     with torch.no_grad():
         if architecture == "gated":
             for name in ("r_mag", "b_mag"):
-                getattr(made, name).copy_(0.1 * torch.rand(64))
+                getattr(made, name).copy_(0.01 * torch.rand(64))
         if architecture in ("relu", "gated"):
-            made.b_enc.fill_(-0.05)
+            made.b_enc.fill_(-0.005)
         if architecture == "jumprelu":
-            made.load_extra({"threshold": torch.full((64,), 0.05)})
+            made.load_extra({"threshold": torch.full((64,), 0.005)})
+        made.b_dec.normal_(std=0.02)  # about as large as activations
         if made.W_skip is not None:
             made.W_skip.normal_(std=0.1)
     return made.requires_grad_(False)
@@ -190,7 +191,7 @@ def test_transcoders_are_read_at_one_place_and_explained_at_another(run: Run, fo
 def test_feeding_next_door_is_decoder_times_encoder(run: Run, architecture: str):
     """resid_pre.2 is resid_post.1: the derivative is known, and small changes are exactly it."""
     lm, first, second = run.attributor.lm, dictionary_of("relu"), dictionary_of(architecture, seed=1)
-    first.W_dec.mul_(1e-3)  # so small that no later feature switches
+    first.W_dec.mul_(1e-3)  # so small that hardly any later feature switches
     attributor = Attributor(lm, first, [HOOK], [HOOK], {})
     later = LaterDictionary(second, ["resid_pre.2"], {}, attributor)
     feature = attributor.why(PROMPT, ablate=0).features[0].feature
@@ -205,13 +206,16 @@ def test_feeding_next_door_is_decoder_times_encoder(run: Run, architecture: str)
         return torch.zeros(len(x), 64).scatter_add(1, latents.indices.long(), latents.values)
 
     z = dense(first, h)[:, feature]
-    expected = (dense(second, h) - dense(second, h - z[:, None] * first.W_dec[feature])).sum(0)
+    before, after = dense(second, h), dense(second, h - z[:, None] * first.W_dec[feature])
+    expected, steady = (before - after).sum(0), ((before > 0) == (after > 0)).all(0)
     listed = {f.feature: f for f in found.fed}
     for f in expected.nonzero()[:, 0].tolist():
         assert listed[f].exact == pytest.approx(float(expected[f]), rel=1e-3, abs=1e-6)
-        assert listed[f].linear == pytest.approx(float(expected[f]), rel=2e-2, abs=1e-5)
-    assert found.num_appearing == found.num_vanishing == 0 and found.agreement.spearman is not None
-    assert found.agreement.spearman > 0.99
+        if steady[f]:
+            assert listed[f].linear == pytest.approx(float(expected[f]), rel=2e-2, abs=1e-5)
+    assert found.num_appearing == int(((before <= 0) & (after > 0)).sum())
+    assert found.num_vanishing == int(((before > 0) & (after <= 0)).sum())
+    assert int(steady.sum()) > 55 and found.agreement.spearman is not None and found.agreement.spearman > 0.9
 
 
 def test_feeding_through_a_layer_agrees_with_ablation(run: Run):

@@ -1,4 +1,4 @@
-"""Edited checkpoints of many families against the hooked model, the way back to the byte, and why the rest is refused."""
+"""Edited checkpoints of many families against the hooked model, the way back to the byte, and what is refused."""
 
 import json
 from pathlib import Path
@@ -53,6 +53,7 @@ FAMILIES: dict[str, Any] = {
 HOOKS = ("mlp_out.1", "attn_out.1", "resid_post.1", "resid_pre.1", "resid_pre.0")
 NO_SWITCH = "has no bias, and the configuration of this"
 A_SUM = "is a sum of what the embedding and all layers"
+SCALED = "resid_pre.0 is not the sum of the embeddings in this model"
 NORM = "is the output of a norm"
 #: What is refused, by family, mode and hook point; all else must be held exactly.
 REFUSED: dict[tuple[str, str, str], str] = {
@@ -62,15 +63,15 @@ REFUSED: dict[tuple[str, str, str], str] = {
     **{("qwen3", "add", hook): NO_SWITCH for hook in ("mlp_out.1", "resid_post.1", "resid_pre.1")},
     **{("gemma2", "add", hook): NORM for hook in HOOKS[:4]},
     **{("gemma2", "ablate_direction", hook): NORM for hook in ("mlp_out.1", "attn_out.1")},
-    **{("gemma2", mode, "resid_pre.0"): "" for mode in ("add", "ablate_direction")},
+    **{("gemma2", mode, "resid_pre.0"): SCALED for mode in ("add", "ablate_direction")},
     **{("opt-350m", "add", hook): "norms or scales the sum" for hook in ("resid_post.1", "resid_pre.1")},
-    **{("opt-350m", mode, "resid_pre.0"): "" for mode in ("add", "ablate_direction")},
+    **{("opt-350m", mode, "resid_pre.0"): SCALED for mode in ("add", "ablate_direction")},
     **{
         ("mixtral", "add", hook): "a weighted sum over experts" for hook in ("mlp_out.1", "resid_post.1", "resid_pre.1")
     },
     ("mixtral", "ablate_direction", "mlp_out.1"): "a weighted sum over experts",
     ("mixtral", "add", "attn_out.1"): NO_SWITCH,
-    **{("bloom", mode, "resid_pre.0"): "" for mode in ("add", "ablate_direction")},
+    **{("bloom", mode, "resid_pre.0"): SCALED for mode in ("add", "ablate_direction")},
 }
 
 
