@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import torch
-from scipy.stats import pearsonr, spearmanr
 
 from saeql.pipelines import Run
+from saeql.pipelines.attribution.agreement import agreement
 from saeql.pipelines.attribution.causes import Why
 from saeql.pipelines.editing.what_moved import heldout_windows
 
@@ -50,9 +50,10 @@ def tell(name: str, found: list[Why], seconds: list[float]) -> None:
         pairs = [pairs_of(why, sample) for why in found]
         each = [a for why in found for a in why.agreements if a.sample == sample]
         x, y = ([p for pair in pairs for p in pair[i]] for i in (0, 1))
+        pooled = agreement(sample, x, y)
         print(
-            f"  {sample:<10} n = {len(x):>5}  pooled Pearson {pearsonr(x, y).statistic:.3f}  Spearman "
-            f"{spearmanr(x, y).statistic:.3f};  by context, median (least): Pearson {told([a.pearson for a in each])}  "
+            f"  {sample:<10} n = {pooled.n:>5}  pooled Pearson {pooled.pearson:.3f}  Spearman {pooled.spearman:.3f};  "
+            f"by context, median (least): Pearson {told([a.pearson for a in each])}  "
             f"Spearman {told([a.spearman for a in each])}"
         )
     gaps = [abs(w.attribution - w.exact) / abs(w.exact) for why in found for w in why.wholes if w.part == "everything"]

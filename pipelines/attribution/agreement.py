@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import rankdata
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,5 @@ def agreement(sample: str, estimates: Sequence[float], exact: Sequence[float]) -
     x, y = np.asarray(estimates, np.float64), np.asarray(exact, np.float64)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Agreement(sample, len(x), None, None)
-    found = [float(f(x, y).statistic) for f in (pearsonr, spearmanr)]
-    pearson, spearman = (value if math.isfinite(value) else None for value in found)
-    return Agreement(sample, len(x), pearson, spearman)
+    pearson, spearman = (float(np.corrcoef(pair)[0, 1]) for pair in ((x, y), (rankdata(x), rankdata(y))))
+    return Agreement(sample, len(x), pearson if math.isfinite(pearson) else None, spearman)

@@ -162,9 +162,12 @@ class _Effects:
 
     def pairs(self) -> list[Pair]:
         drawn = set(self.drawn)
-        columns = (self.features.tolist(), self.positions.tolist(), self.parts.values.tolist(), self.estimates.tolist())
-        rows = list(zip(*columns, strict=True))
-        return [Pair(*rows[entry], self.exact_pair.get(entry), entry in drawn) for entry in self.order.tolist()]
+        features, positions = self.features.tolist(), self.positions.tolist()
+        values, estimates = self.parts.values.tolist(), self.estimates.tolist()
+        return [
+            Pair(features[e], positions[e], values[e], estimates[e], self.exact_pair.get(e), e in drawn)
+            for e in self.order.tolist()
+        ]
 
     def wholes(self) -> list[Whole]:
         return [
