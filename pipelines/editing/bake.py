@@ -182,6 +182,11 @@ def print_baked(baked: Baked, *, as_json: bool) -> None:
         f"{verdict}: largest difference of a logit {moved.largest_difference:.2g} (at most {moved.tolerance:g} asked, "
         f"logits up to {moved.largest_logit:.3g}), {moved.num_windows} held-out windows, float32"
     )
+    if moved.largest_in_float64 is not None:
+        print(
+            f"in float64, on the window with the largest: {moved.largest_in_float64:.2g}; what is beyond that is float32's "
+            "rounding"
+        )
     for name, found in (
         ("cross-entropy before", moved.ce_before),
         ("after", moved.ce_after),

@@ -45,6 +45,8 @@ class WhatMoved:
     """Between the logits of the edited model and of the hooked one, over all windows and tokens."""
     largest_logit: float
     tolerance: float
+    largest_in_float64: float | None
+    """The same in float64, over the window with the largest; None where float32 is within the tolerance."""
 
     @property
     def is_equal(self) -> bool:
@@ -85,7 +87,7 @@ def what_moved(
     owners = groups.of(owners[:, 1:])
     sums = np.zeros((4, len(groups)))  # cross-entropy before and after, divergence, changed predictions
     moved: torch.Tensor | None = None
-    largest, scale = 0.0, 0.0
+    largest, scale, worst = 0.0, 0.0, 0
     with progress("edit", windows.size, "tok") as advance:
         for start in range(0, len(windows), batch_windows):
             at = slice(start, start + batch_windows)
@@ -94,9 +96,11 @@ def what_moved(
             new = edited(input_ids=ids, use_cache=False).logits
             with hooked():
                 wanted = lm.model(input_ids=ids, use_cache=False).logits
-            largest = max(largest, float((new - wanted).abs().max()))
+            apart = (new - wanted).abs().amax((1, 2))
+            if float(apart.max()) > largest:
+                largest, worst = float(apart.max()), start + int(apart.argmax())
             scale = max(scale, float(wanted.abs().max()))
-            del wanted
+            del wanted, apart
             before, _ = compare_logits(base, base, ids)
             after, divergence = compare_logits(new, base, ids)
             changed = (new[:, :-1].argmax(-1) != base[:, :-1].argmax(-1)).float().cpu().numpy()
@@ -107,6 +111,7 @@ def what_moved(
                 moved = shift if moved is None else moved + shift
             advance(ids.numel())
     assert moved is not None
+    exact = None if largest <= tolerance else _in_float64(lm, edited, hooked, windows[worst : worst + 1])
     count = np.bincount(owners.ravel(), minlength=len(groups)).astype(np.float64)
     num_tokens, draws = int(count.sum()), Bootstrap(len(groups))
 
@@ -132,4 +137,20 @@ def what_moved(
         largest,
         scale,
         tolerance,
+        exact,
     )
+
+
+def _in_float64(
+    lm: LanguageModel, edited: Any, hooked: Callable[[], AbstractContextManager[None]], windows: np.ndarray
+) -> float:
+    """Largest difference of a logit of the two in float64: what of it is not rounding of float32."""
+    ids = torch.from_numpy(windows).long().to(lm.input_device)
+    lm.model.double()
+    try:
+        with hooked():
+            wanted = lm.model(input_ids=ids, use_cache=False).logits
+        return float((edited.double()(input_ids=ids, use_cache=False).logits - wanted).abs().max())
+    finally:
+        for model in (lm.model, edited):  # weights were float32: not a bit is lost
+            model.float()

@@ -264,7 +264,10 @@ def test_the_command_writes_measures_and_undoes(
     assert "the edited model is the hooked one" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="1"):
         main([*arguments, "--out", str(tmp_path / "c"), "--tolerance", "0"])
-    assert "FAILED: the edited model is not the hooked one" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "FAILED: the edited model is not the hooked one" in text and "in float64" in text
+    failed = json.loads((tmp_path / "c" / EDIT_FILE).read_text())["measured"]
+    assert not failed["is_equal"] and failed["largest_in_float64"] < failed["largest_difference"]
     for argv, message in (
         (["edit", str(tiny_run), "--feature", "3", "--mode", "clamp", "--out", str(tmp_path / "d")], "clamp depends"),
         (["edit", str(tiny_run), "--feature", "3", "--out", str(out)], "is there already"),
