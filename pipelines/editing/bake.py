@@ -184,8 +184,7 @@ def print_baked(baked: Baked, *, as_json: bool) -> None:
     )
     if moved.largest_in_float64 is not None:
         print(
-            f"in float64, on the window with the largest: {moved.largest_in_float64:.2g}; what is beyond that is float32's "
-            "rounding"
+            f"in float64, on the window with the largest: {moved.largest_in_float64:.2g}; the rest is float32's rounding"
         )
     for name, found in (
         ("cross-entropy before", moved.ce_before),
