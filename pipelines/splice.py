@@ -64,6 +64,12 @@ class Splicer:
         self._prefix.check(self._forward, logits)
         return logits, acts
 
+    def widen(self, size: int) -> None:
+        """From now on `again` takes `size` rows of the one row of ids of the last `run`, which is not computed anew."""
+        assert self._ids is not None
+        self._ids = self._ids[:1].expand(size, -1)
+        self._prefix.widen(size)
+
     def again(self, new: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Logits of the same ids with `new` [B, T, d] in place at hook points that are written."""
         self._new = new
@@ -84,6 +90,7 @@ class _Prefix:
     def __init__(self, layers: Sequence[nn.Module]):
         self.layers = layers
         self.output: Any = None
+        self._given: Any = None  # what replayed layers give
         self.is_checked = not self.layers
         self._recording = False
 
@@ -99,7 +106,20 @@ class _Prefix:
     def record(self, _module: nn.Module, _args: tuple, output: Any) -> None:
         """Hook of the last layer."""
         if self._recording:
-            self.output = output
+            self.output = self._given = output
+
+    def widen(self, size: int) -> None:
+        """Give back the recorded output of one row as that of `size` equal ones."""
+
+        def wide(part: Any) -> Any:
+            return (
+                part.expand(size, *part.shape[1:]).contiguous()
+                if isinstance(part, torch.Tensor) and len(part) == 1
+                else part
+            )
+
+        whole = self.output
+        self._given = type(whole)(map(wide, whole)) if type(whole) in (tuple, list) else wide(whole)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -107,7 +127,7 @@ class _Prefix:
         before = [layer.__dict__.get("forward") for layer in self.layers]
         try:
             for layer in self.layers:
-                layer.forward = lambda *_args, **_kwargs: self.output
+                layer.forward = lambda *_args, **_kwargs: self._given
             yield
         finally:
             for layer, forward in zip(self.layers, before, strict=True):

@@ -23,10 +23,6 @@ class Scene:
         self.logits = logits[0, -1].float()  # [V]
         self.acts = {name: rows[0].float() for name, rows in acts.items()}  # [T, d]
 
-    def _start(self, size: int) -> None:
-        with torch.no_grad():
-            self.splicer.run(self.ids.expand(size, -1))
-
     def _batch(self, tokens: int, wanted: int) -> int:
         return max(1, min(wanted, tokens // self.ids.shape[1]))
 
@@ -38,7 +34,7 @@ class Scene:
             places = [(n + 0.5) / steps for n in range(steps)]
         size = self._batch(GRADIENT_TOKENS, steps)
         total = torch.zeros_like(parts.acts)
-        self._start(size)
+        self.splicer.widen(size)
         for start in range(0, steps, size):
             some = places[start : start + size]
             rows = [parts.acts + (place - 1) * parts.whole for place in some]
@@ -52,7 +48,7 @@ class Scene:
     def values(self, name: str, target: Target, new: Iterable[torch.Tensor], count: int) -> torch.Tensor:
         """[count] target values with each of the `count` tensors of `new` [T, d] in place."""
         size, found, following = self._batch(BATCH_TOKENS, count), [], iter(new)
-        self._start(size)
+        self.splicer.widen(size)
         while some := list(islice(following, size)):
             logits = self.splicer.again({name: torch.stack([*some, *some[-1:] * (size - len(some))])})
             found.append(target.of(logits[: len(some), -1]).cpu())

@@ -183,9 +183,7 @@ def print_baked(baked: Baked, *, as_json: bool) -> None:
         f"logits up to {moved.largest_logit:.3g}), {moved.num_windows} held-out windows, float32"
     )
     if moved.largest_in_float64 is not None:
-        print(
-            f"in float64, on the window with the largest: {moved.largest_in_float64:.2g}; the rest is float32's rounding"
-        )
+        print(f"in float64, on the window with the largest: {moved.largest_in_float64:.2g}; the rest is rounding")
     for name, found in (
         ("cross-entropy before", moved.ce_before),
         ("after", moved.ce_after),
