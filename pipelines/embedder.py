@@ -43,7 +43,7 @@ class EmbedderConfig:
     device: str = "auto"
     """cpu, cuda, or auto."""
     matmul_dtype: str = "auto"
-    """float32, bfloat16, or auto: bfloat16 where the device is faster at it. Vectors of either are taken for the same."""
+    """float32, bfloat16, or auto: bfloat16 where the device is faster at it. Their vectors are taken for the same."""
 
     def __post_init__(self) -> None:
         for name in ("batch_texts", "max_tokens"):
