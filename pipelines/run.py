@@ -18,7 +18,7 @@ stopped.json           there while a training stands still because it was asked 
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -38,6 +38,9 @@ from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
 from .atomic import remove_folder, remove_leftovers, write_whole
+from .attribution.attributor import Attributor
+from .attribution.causes import Why
+from .attribution.of_run import attributor_of
 from .config import RunConfig, to_toml
 from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
 from .embedder import Embedder
@@ -172,12 +175,20 @@ class Run:
             path = self.path / "features.parquet"
         return FeatureStore.open(path)
 
-    def steerer(self, *, allow_mismatch: bool = False) -> Steerer:
-        """A steerer over this run's model and dictionary. Raises ModelMismatch where they do not belong together."""
+    @cached_property
+    def exact_language_model(self) -> LanguageModel:
+        """The whole model in float32, for what small differences of predictions tell; loaded on first use."""
+        return load_model(replace(self.config.model, truncate=False, dtype="float32"))
+
+    def steerer(self, *, allow_mismatch: bool = False, exact: bool = False) -> Steerer:
+        """A steerer over this run's model (`exact`: in float32) and dictionary.
+
+        Raises ModelMismatch where they do not belong together.
+        """
         dictionary = self.dictionary()
         metadata = dictionary.metadata["saeql"]
         return Steerer(
-            self.language_model,
+            self.exact_language_model if exact else self.language_model,
             dictionary,
             ModelIdentity(**metadata["identity"]),
             writes=metadata["writes"],
@@ -185,6 +196,18 @@ class Run:
             scales=self._feature_scales(),
             allow_mismatch=allow_mismatch,
         )
+
+    @cached_property
+    def attributor(self) -> Attributor:
+        """What explains predictions by this run's features, its model in float32; loaded on first use.
+
+        Raises WhyError for a crosscoder, ModelMismatch where the model is another by now.
+        """
+        return attributor_of(self)
+
+    def why(self, prompt: str | Sequence[int], token: str | None = None, **options: Any) -> Why:
+        """Which features caused the next token of a prompt; the options of `Attributor.why`. Raises WhyError."""
+        return self.attributor.why(prompt, token, **options)
 
     def _feature_scales(self) -> dict[int, FeatureScale]:
         query = (
