@@ -13,6 +13,7 @@ from saeql.sae.rank_place import RankPlace, rank_place
 
 from .commands.comparison import compare
 from .commands.control import control
+from .commands.effects import effect
 from .commands.exchange import export, import_
 from .commands.jobs import config, demo, hooks, plan, run, submit
 from .commands.judging import judge
@@ -41,7 +42,7 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, vector, compare, control, probe, tokens, judge, export, hooks, config),
+    *(search, show, sql, steer, vector, effect, compare, control, probe, tokens, judge, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")

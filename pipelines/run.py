@@ -19,12 +19,12 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -61,6 +61,11 @@ from .steering.steerer import Steerer
 from .stopping import leave_if_asked
 from .train import STOPPED_FILE, train_dictionaries
 from .verify import Verification, recorded, verify_run
+
+if TYPE_CHECKING:
+    from .steering.effect_config import EffectConfig
+    from .steering.effect_results import EffectStudy
+    from .steering.vectors import SteeringVector
 
 #: In the order in which they run; a stage that runs again makes those after it stale.
 STAGES = ("harvest", "train", "index", "label", "evaluate", "store", "report")
@@ -202,6 +207,28 @@ class Run:
             scales=self._feature_scales(),
             allow_mismatch=allow_mismatch,
         )
+
+    def effect(
+        self,
+        features: Sequence[int] = (),
+        *,
+        search: str | None = None,
+        where: str | None = None,
+        top: int | None = None,
+        words: Sequence[str] = (),
+        vectors: "Sequence[SteeringVector]" = (),
+        config: "EffectConfig | None" = None,
+    ) -> "EffectStudy":
+        """What steering with features or vectors does to their concepts, beside rival directions (docs/effects.md).
+
+        `top` alone: the features with the best output scores. `words` in place of the features' own, every other one
+        to measure on. Raises SteerError for what cannot be measured.
+        """
+        from .steering.effect_study import measure_effects
+        from .steering.effect_subjects import Asked
+
+        asked = Asked(tuple(features), search, where, top, tuple(words), tuple(vectors))
+        return measure_effects(self, asked, config)
 
     def _feature_scales(self) -> dict[int, FeatureScale]:
         query = (
@@ -352,8 +379,10 @@ class Run:
             for table in COMPARISON_TABLES:  # of the dictionary that was here before
                 self.evidence.path(table).unlink(missing_ok=True)
             from .probing.probe_receipts import remove_receipts
+            from .steering.effect_evidence import remove_effects
 
             remove_receipts(self)
+            remove_effects(self)
         train_dictionaries(self, [self.spec], self.path, resume=resume, report_to=report_to, comm=comm, reshard=reshard)
         return self.dictionary() if comm.is_first else None
 
