@@ -1,8 +1,8 @@
 """What a feature is about, in words that its direction was not read from: what its steering effect is measured on.
 
-The words of a feature are those that train text goes on with where the feature is active: the tokens at the next
-`reach` positions of the same document, against all other tokens, by the log odds with an informative Dirichlet prior of
-Monroe, Colaresi and Quinn 2008, as z. The strongest ones are dealt out in turn: the 1st, 3rd, 5th ... choose features
+The words of a feature are those that train text goes on with where the feature is active: the next tokens of the same
+document, against all other tokens, by the log odds with an informative Dirichlet prior of Monroe, Colaresi and Quinn
+2008, as z. The strongest ones are dealt out in turn: the 1st, 3rd, 5th ... choose features
 and make directions, the 2nd, 4th, 6th ... measure. Tokens of one stem (" Law", " laws") go together, so that what
 measures is never what chose.
 """
@@ -92,13 +92,13 @@ def concepts_of_features(
     token_ids: np.ndarray,
     features: Sequence[int],
     *,
-    reach: int = 4,
     words: int = 20,
+    min_words: int = 6,
     min_z: float = 3.0,
     min_count: int = 5,
     min_documents: int = 2,
 ) -> dict[int, Concept]:
-    """The concepts of features on a split whose windows are `token_ids` [W, T]; none for those without four words.
+    """The concepts of features on a split whose windows are `token_ids` [W, T]; none for those with too few words.
 
     A word counts where it follows the feature at least `min_count` times in at least `min_documents` documents, with z
     of at least `min_z`.
@@ -112,7 +112,7 @@ def concepts_of_features(
     starts, found = split.active.starts, {}
     for feature in features:
         rows = split.active.rows[starts[feature] : starts[feature + 1]].astype(np.int64)
-        after = _following(rows, split.documents, width, reach)
+        after = _following(rows, split.documents, width)
         after = after[counted[after]]
         if len(after) < min_count:
             continue
@@ -122,18 +122,16 @@ def concepts_of_features(
         z = log_odds_z(counts, totals[own], len(after), totals.sum())
         kept = (z >= min_z) & (counts >= min_count) & (documents >= min_documents)
         order = np.flatnonzero(kept)[np.argsort(-z[kept], kind="stable")][:words]
-        if len(order) >= 4:
+        if len(order) >= min_words:
             chosen = own[order].tolist()
             found[int(feature)] = stems.concept(chosen, [common[c] for c in chosen])
     return found
 
 
-def _following(rows: np.ndarray, documents: np.ndarray, width: int, reach: int) -> np.ndarray:
-    """Rows among the next `reach` after each of `rows`, in the same window and document, none twice, sorted."""
-    after = rows[:, None] + np.arange(1, reach + 1)
-    inside = after // width == rows[:, None] // width
-    after = np.where(inside, after, rows[:, None])
-    return np.unique(after[inside & (documents[after] == documents[rows][:, None])])
+def _following(rows: np.ndarray, documents: np.ndarray, width: int) -> np.ndarray:
+    """The row after each of `rows` that is in the same window and document."""
+    rows = rows[rows % width < width - 1]
+    return rows[documents[rows + 1] == documents[rows]] + 1
 
 
 def log_odds_z(counts: np.ndarray, totals: np.ndarray, num: int, num_all: float, prior: float = 500.0) -> np.ndarray:

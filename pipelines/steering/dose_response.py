@@ -137,7 +137,7 @@ def read_out(curve: Curve, documents: Documents, n: int, randoms: "RandomCurves 
     return ReadOut(
         reached,
         float(strengths[0]),
-        float(crossing.read(kl)[0]),
+        KL_BUDGET if reached else float(kl[0, -1]),
         documents.estimate(shifts, n),
         documents.estimate(crossing.read(documents.means(up.others)), n),
         documents.estimate(crossing.read(documents.means(up.ce)), n),

@@ -23,6 +23,7 @@ from .rival_directions import OWN_METHODS, RivalDirections
 
 #: A KL outside of this is too far from the budget to be read from.
 _NEAR = (0.2, 0.45)
+_BATCH_WINDOWS = 8
 #: Subject (None: of no concept), method, number within the method.
 Key = tuple[int | None, str, int]
 
@@ -114,6 +115,7 @@ class EffectPasses:
                 self.windows,
                 self.sets,
                 strength=[job.strength for job in jobs],
+                batch_windows=_BATCH_WINDOWS,
                 on_progress=advance.to,
             )
         for i, job in enumerate(jobs):

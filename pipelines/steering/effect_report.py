@@ -108,7 +108,7 @@ def print_study(study: EffectStudy, folder: Path) -> None:
         "of the same strength"
     )
     for feature in study.left_out:
-        out.print(f"feature {feature} has no four words of its own in train text and was left out")
+        out.print(f"feature {feature} has too few words of its own in train text and was left out")
     out.print(f"verdict: {summary.verdict}", style="bold")
     out.print(f"in {folder}")
 

@@ -140,8 +140,8 @@ def _of_features(ground: Ground, features: Sequence[int], given: Concept | None)
     found = [Subject(f"feature {f}", f, ground.decoder[f], c) for f, c in concepts.items() if c is not None]
     if not found:
         raise ConceptError(
-            f"feature {', '.join(map(str, features))}: train text goes on with no four words more often than elsewhere "
-            "where it is active, so there is nothing to measure it on: give --words"
+            f"feature {', '.join(map(str, features))}: too few words follow it in train text more often than "
+            "elsewhere, so there is nothing to measure it on: give --words"
         )
     return found
 
@@ -181,7 +181,7 @@ def best_features(
     else:
         concepts = ground.concepts
     if not concepts:
-        raise ConceptError("no feature of this dictionary has four words of its own in the train text: give --words")
+        raise ConceptError("no feature of this dictionary has enough words of its own in the train text: give --words")
     config, features = ground.config, np.array(list(concepts))
     choosing = [concepts[f].choosing for f in features.tolist()]
     lens = own_lens_scores(ground.decoder[torch.from_numpy(features)], ground.place.lm, choosing)
