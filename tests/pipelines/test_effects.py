@@ -353,7 +353,7 @@ def test_the_command_keeps_what_it_found(run: Run, features: list[int], capsys: 
         assert row["winner"] == by_feature[features[0]]["winner"]
     main(["show", str(run.path), str(features[0])])
     assert "steering z" in capsys.readouterr().out
-    assert not Run.open(run.path).verify().problems
+    assert Run.open(run.path).verify().damage == []
 
 
 @pytest.mark.parametrize(
