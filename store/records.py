@@ -196,8 +196,8 @@ MATCHES = pa.schema(
     ]
 )
 
-#: What steering with a feature does to the words of its concept, beside other directions for the same concept: one row a
-#: feature, method and strength, and one a feature and method at the KL divergence where all are compared.
+#: What steering with a feature does to the words of its concept, beside other directions for the same concept: one row
+#: a feature, method and strength, and one a feature and method at the KL divergence where all are compared.
 STEERING_EFFECTS = pa.schema(
     [
         ("dictionary", pa.string()),

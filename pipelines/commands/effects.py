@@ -64,6 +64,7 @@ def effect(
     from ..steering.effect_evidence import save_effects
     from ..steering.effect_report import print_study, study_dict, write_study
     from ..steering.vector_files import load_vector
+    from ..verify import recorded
 
     refuse_ranks()
     try:
@@ -73,7 +74,8 @@ def effect(
     opened = Run.open(run)
     config = EffectConfig(strengths=given, random_directions=random, tokens=tokens, prompts=texts, seed=seed)
     kept = save and words is None and not vector
-    with opened.locked() if kept else nullcontext():
+    folder = out or opened.path / "effects"
+    with opened.locked() if kept or out is None else nullcontext():
         study = opened.effect(
             features=feature or (),
             search=search,
@@ -83,10 +85,10 @@ def effect(
             vectors=[load_vector(file) for file in vector or ()],
             config=config,
         )
+        with recorded(opened.path, "effect") if out is None else nullcontext():
+            write_study(study, folder)
         if kept and not save_effects(opened, study):
             note(f"effects saved; the store takes them in with `saeql store {run}`")
-    folder = out or opened.path / "effects"
-    write_study(study, folder)
     if json:
         print(dumps(study_dict(study), ensure_ascii=False))
     else:
