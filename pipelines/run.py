@@ -12,6 +12,7 @@ report.html            everything on one page
 stages.json            which stages are finished
 hashes.json            hashes of all that is not in a manifest or a checkpoint
 controls/<kind>/       runs with one switch changed, to compare with
+effects/               what steering was measured to do
 stopped.json           there while a training stands still because it was asked to stop
 """
 
