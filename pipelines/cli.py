@@ -15,6 +15,7 @@ from .commands.attribution import why
 from .commands.comparison import compare
 from .commands.control import control
 from .commands.editing import edit
+from .commands.effects import effect
 from .commands.exchange import export, import_
 from .commands.jobs import config, demo, hooks, plan, run, submit
 from .commands.judging import judge
@@ -43,7 +44,24 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, vector, edit, why, compare, control, probe, tokens, judge, export, hooks, config),
+    *(
+        search,
+        show,
+        sql,
+        steer,
+        compare,
+        control,
+        probe,
+        tokens,
+        judge,
+        export,
+        hooks,
+        config,
+        vector,
+        edit,
+        why,
+        effect,
+    ),
 ):
     app.command(_command)
 app.command(import_, name="import")

@@ -12,6 +12,7 @@ report.html            everything on one page
 stages.json            which stages are finished
 hashes.json            hashes of all that is not in a manifest or a checkpoint
 controls/<kind>/       runs with one switch changed, to compare with
+effects/               what steering was measured to do
 stopped.json           there while a training stands still because it was asked to stop
 """
 
@@ -23,7 +24,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -63,6 +64,11 @@ from .steering.steerer import Steerer
 from .stopping import leave_if_asked
 from .train import STOPPED_FILE, train_dictionaries
 from .verify import Verification, recorded, verify_run
+
+if TYPE_CHECKING:
+    from .steering.effect_config import EffectConfig
+    from .steering.effect_results import EffectStudy
+    from .steering.vectors import SteeringVector
 
 #: Evidence about the dictionary as it is that no stage makes anew: training removes it.
 COMPARISON_TABLES = ("stability", "matches")
@@ -208,6 +214,28 @@ class Run:
     def why(self, prompt: str | Sequence[int], token: str | None = None, **options: Any) -> Why:
         """Which features caused the next token of a prompt; the options of `Attributor.why`. Raises WhyError."""
         return self.attributor.why(prompt, token, **options)
+
+    def effect(
+        self,
+        features: Sequence[int] = (),
+        *,
+        search: str | None = None,
+        where: str | None = None,
+        top: int | None = None,
+        words: Sequence[str] = (),
+        vectors: "Sequence[SteeringVector]" = (),
+        config: "EffectConfig | None" = None,
+    ) -> "EffectStudy":
+        """What steering with features or vectors does to their concepts, beside rival directions (docs/effects.md).
+
+        `top` alone: the features with the best output scores. `words` in place of the features' own, every other one
+        to measure on. Raises SteerError for what cannot be measured.
+        """
+        from .steering.effect_study import measure_effects
+        from .steering.effect_subjects import Asked
+
+        asked = Asked(tuple(features), search, where, top, tuple(words), tuple(vectors))
+        return measure_effects(self, asked, config)
 
     def _feature_scales(self) -> dict[int, FeatureScale]:
         query = (
@@ -355,8 +383,10 @@ class Run:
             for table in COMPARISON_TABLES:  # of the dictionary that was here before
                 self.evidence.path(table).unlink(missing_ok=True)
             from .probing.probe_receipts import remove_receipts
+            from .steering.effect_evidence import remove_effects
 
             remove_receipts(self)
+            remove_effects(self)
         train_dictionaries(self, [self.spec], self.path, resume=resume, report_to=report_to, comm=comm, reshard=reshard)
         return self.dictionary() if comm.is_first else None
 
