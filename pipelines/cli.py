@@ -14,9 +14,11 @@ from saeql.sae.rank_place import RankPlace, rank_place
 from .commands.comparison import compare
 from .commands.control import control
 from .commands.exchange import export, import_
+from .commands.guarding import guard
 from .commands.jobs import config, demo, hooks, plan, run, submit
 from .commands.judging import judge
 from .commands.probing import probe
+from .commands.pruning import prune
 from .commands.questions import search, show, sql
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
 from .commands.steering import steer, vector
@@ -41,7 +43,7 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, vector, compare, control, probe, tokens, judge, export, hooks, config),
+    *(search, show, sql, steer, vector, guard, compare, control, probe, prune, tokens, judge, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")
