@@ -13,6 +13,7 @@ from saeql.sae.rank_place import RankPlace, rank_place
 
 from .commands.comparison import compare
 from .commands.control import control
+from .commands.dynamics import dynamics
 from .commands.exchange import export, import_
 from .commands.guarding import guard
 from .commands.jobs import config, demo, hooks, plan, run, submit
@@ -43,7 +44,24 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, vector, guard, compare, control, probe, prune, tokens, judge, export, hooks, config),
+    *(
+        search,
+        show,
+        sql,
+        steer,
+        vector,
+        guard,
+        compare,
+        control,
+        probe,
+        prune,
+        dynamics,
+        tokens,
+        judge,
+        export,
+        hooks,
+        config,
+    ),
 ):
     app.command(_command)
 app.command(import_, name="import")
