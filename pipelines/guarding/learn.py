@@ -1,7 +1,7 @@
 """Learning a guard: which features, at which thresholds, and what it catches beside what simpler guards catch.
 
-learn        features by the AUROC of their largest value; of each the threshold that parts bad from good texts best
-             (Youden 1950), which says how the thresholds of several features relate
+learn        candidates by the AUROC of their largest value; each gets the threshold that keeps the rate by itself, and
+             one after the other joins that then catches most of the bad texts that those before have missed
 calibration  one factor on all thresholds, so that good texts fire no more often than asked; of all numbers of
              features and windows the setting that then catches most bad texts
 test         the rates, for the first time
@@ -9,7 +9,7 @@ test         the rates, for the first time
 A text fires where any feature does, at any token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 
 #: What is tried on calibration unless it is said.
 WINDOWS = (1, 8, 32)
+#: Features, largest AUROC first, among which those that complement each other are looked for.
+CANDIDATES = 256
 NUMBERS = (1, 2, 4, 8, 16)
 #: Bad texts of the learning part that a feature is active on, at least.
 LEAST_ACTIVE = 3
 #: The factor on thresholds is never below: a feature that is silent on all good texts keeps a threshold.
-LEAST_FACTOR = 0.25
+LEAST_FACTOR = 0.5
 _DRAWS = 2000
 
 
@@ -117,8 +119,7 @@ def choose_setting(bad: Mapping[str, ReadTexts], good: Mapping[str, ReadTexts], 
     """
     found = []
     for window in options.windows:
-        features, aurocs = _ranked(bad["learn"], good["learn"], window, options.features)
-        units = np.array([_best_threshold(*_columns(bad, good, "learn", window, int(f))) for f in features])
+        features, aurocs, units = _ranked(bad["learn"], good["learn"], window, options)
         numbers = (len(features),) if options.features else options.numbers
         for k in sorted({min(k, len(features)) for k in numbers} - {0}):
             score = [_relative(side["calibration"], window, features[:k], units[:k]) for side in (bad, good)]
@@ -156,36 +157,51 @@ def scored(
     return found
 
 
-def _ranked(bad: ReadTexts, good: ReadTexts, window: int, named: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Features and their AUROC, best first; those named as they are."""
+def _ranked(
+    bad: ReadTexts, good: ReadTexts, window: int, options: GuardOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features in the order in which they join, their AUROC, and their thresholds; those named as they are."""
     y = np.arange(len(bad.words) + len(good.words)) < len(bad.words)
     aurocs = column_auroc(vstack([bad.largest[window], good.largest[window]]), y)
     active = bad.largest[window].getnnz(axis=0)
-    if named:
-        silent = [f for f in named if active[f] == 0]
+    if options.features:
+        silent = [f for f in options.features if active[f] == 0]
         if silent:
             raise GuardError(f"feature {silent[0]} is active on no bad text of the learning part: it cannot guard")
-        features = np.array(named)
-        return features, aurocs[features]
-    eligible = np.flatnonzero((active >= LEAST_ACTIVE) & (aurocs > 0.5))
-    order = eligible[np.argsort(-aurocs[eligible], kind="stable")][: max(NUMBERS)]
-    return order, aurocs[order]
+        candidates = np.array(options.features)
+    else:
+        eligible = np.flatnonzero((active >= LEAST_ACTIVE) & (aurocs > 0.5))
+        candidates = eligible[np.argsort(-aurocs[eligible], kind="stable")][:CANDIDATES]
+    on_bad, on_good = (side.largest[window][:, candidates].toarray() for side in (bad, good))
+    levels = np.array([_level(*pair, options.false_positives) for pair in zip(on_bad.T, on_good.T, strict=True)])
+    order = np.arange(len(candidates))
+    if not options.features:
+        order = _joining(on_bad > levels, aurocs[candidates])
+    return candidates[order], aurocs[candidates[order]], levels[order]
 
 
-def _columns(
-    bad: Mapping[str, ReadTexts], good: Mapping[str, ReadTexts], part: str, window: int, feature: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """A feature's values on bad and on good texts."""
-    pair = [side[part].largest[window][:, [feature]].toarray()[:, 0] for side in (bad, good)]
-    return pair[0], pair[1]
+def _level(bad: np.ndarray, good: np.ndarray, rate: float) -> float:
+    """The threshold of one feature that keeps the rate on these good texts; at least half its smallest bad value, so
+    that a feature which is silent on all good texts has one above 0.
+    """
+    return max(level_for(good, rate), float(bad[bad > 0].min(initial=np.inf)) / 2) if bad.any() else 1.0
 
 
-def _best_threshold(bad: np.ndarray, good: np.ndarray) -> float:
-    """The level at which the share of bad texts above less that of good ones is largest; above 0."""
-    values = np.unique(np.concatenate([bad, good, [0.0]]))
-    levels = (values[:-1] + values[1:]) / 2
-    share = [1 - np.searchsorted(np.sort(side), levels, "right") / len(side) for side in (bad, good)]
-    return float(levels[int(np.argmax(share[0] - share[1]))])
+def _joining(caught: np.ndarray, aurocs: np.ndarray) -> np.ndarray:
+    """Columns of caught [n, c] bool one after the other, each the one that adds most; the larger AUROC among equals.
+
+    Ends at the largest number that is tried, or where nothing is added.
+    """
+    order: list[int] = []
+    missed = np.ones(len(caught), bool)
+    while len(order) < max(NUMBERS):
+        added = caught[missed].sum(0)
+        best = int(np.lexsort((-aurocs, -added))[0]) if len(added) else -1
+        if best < 0 or added[best] == 0:
+            break
+        order.append(best)
+        missed &= ~caught[:, best]
+    return np.array(order, int)
 
 
 def _relative(texts: ReadTexts, window: int, features: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

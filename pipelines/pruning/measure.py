@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ..run import Run
 
 _BATCH_WINDOWS = 8
+#: Test windows that a probe of tokens is asked about: those with most of its cases.
+_PROBE_WINDOWS = 48
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,18 @@ def fit_probe(run: "Run", task: str, level: str = "document") -> TaskProbe:
     x = {s: prepared.shown.of(ACTS, plan.task, s, plan.drawn.of(s)) for s in ("train", "calibration")}
     y = {s: plan.drawn.of(s).y for s in x}
     fitted = choose(LogisticRegression(), x["train"], y["train"], x["calibration"], y["calibration"])[1]
-    return TaskProbe(plan.task.name, run.spec.reads, fitted, prepared.shown.text, plan.task, plan.drawn.test)
+    text, cases = prepared.shown.text, plan.drawn.test
+    if plan.task.level == "token":
+        cases = _in_few_windows(cases, text.splits["test"].token_ids.shape[1])
+    return TaskProbe(plan.task.name, run.spec.reads, fitted, text, plan.task, cases)
+
+
+def _in_few_windows(cases: Cases, width: int) -> Cases:
+    """The cases in the windows that have most positive ones, then most."""
+    windows, inverse, counts = np.unique(cases.cases // width, return_inverse=True, return_counts=True)
+    positive = np.bincount(inverse, cases.y, len(windows))
+    kept = np.isin(inverse, np.lexsort((-counts, -positive))[:_PROBE_WINDOWS])
+    return Cases(cases.cases[kept], cases.y[kept], cases.documents[kept], cases.units[kept])
 
 
 @dataclass(frozen=True)
