@@ -126,7 +126,7 @@ def test_dynamics_from_the_command_line(
     assert (tmp_path / "d" / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
     started = Run.open(tmp_path / "d" / "checkpoints" / "step-40").config.dictionary.start_from
     assert started == str(Run.open(tmp_path / "d" / "checkpoints" / "step-0").dictionary_path.absolute())
-    main(argv)  # finished runs are taken as they are
+    main([*argv, "--no-crosscoder"])  # finished runs are taken as they are
     assert json.loads(capsys.readouterr().out)["steps"] == found["steps"]
 
 
@@ -145,3 +145,24 @@ def test_wrong_options_are_one_line(
     with pytest.raises(SystemExit) as caught:
         main(["dynamics", str(tiny_config), "--models", "a", "--out", str(tmp_path), *more])
     assert caught.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.full
+def test_what_fine_tuning_changes_in_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """SmolLM2-135M on text that it has not seen, this project's own pages, for a few hundred steps."""
+    pages = Path(__file__).parents[2] / "docs"
+    options = FineTuning(steps=200, checkpoints=2, batch_windows=4, context_tokens=64, learning_rate=1e-4)
+    made = fine_tune(ModelConfig(), str(pages), tmp_path / "tuned", options)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[corpus]\nsource = "{pages}"\nmax_tokens = 60000\n[harvest]\ncontext_tokens = 64\n'
+        "[dictionary]\nd_sae = 1024\nk = 16\n[train]\nnum_steps = 300\nbatch_tokens = 512\ninit_tokens = 4096\n"
+    )
+    models = [part for folder in made for part in ("--models", str(folder))]
+    main(["dynamics", str(recipe), *models, "--out", str(tmp_path / "d"), "--later-steps", "150", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    control = found["steps"].pop("control")
+    assert all(own["kept_share"] <= control["kept_share"] for own in found["steps"].values())
+    assert found["survivors"][0] > found["survivors"][2]
+    across = found["crosscoder"]
+    assert across["summary"]["shared_cosine_median"] < across["control"]["shared_cosine_median"]
