@@ -14,12 +14,15 @@ from saeql.sae.rank_place import RankPlace, rank_place
 from .commands.attribution import why
 from .commands.comparison import compare
 from .commands.control import control
+from .commands.dynamics import dynamics
 from .commands.editing import edit
 from .commands.effects import effect
 from .commands.exchange import export, import_
+from .commands.guarding import guard
 from .commands.jobs import config, demo, hooks, plan, run, submit
 from .commands.judging import judge
 from .commands.probing import probe
+from .commands.pruning import prune
 from .commands.questions import search, show, sql
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
 from .commands.steering import steer, vector
@@ -52,6 +55,10 @@ for _command in (
         compare,
         control,
         probe,
+        vector,
+        guard,
+        prune,
+        dynamics,
         tokens,
         judge,
         export,
