@@ -18,6 +18,7 @@ from .commands.jobs import config, demo, hooks, plan, run, submit
 from .commands.judging import judge
 from .commands.probing import probe
 from .commands.questions import search, show, sql
+from .commands.serving import serve
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
 from .commands.steering import steer, vector
 from .commands.tokens import tokens
@@ -41,7 +42,7 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, vector, compare, control, probe, tokens, judge, export, hooks, config),
+    *(search, show, sql, serve, steer, vector, compare, control, probe, tokens, judge, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")

@@ -189,8 +189,11 @@ class Run:
             path = self.path / "features.parquet"
         return FeatureStore.open(path)
 
-    def steerer(self, *, allow_mismatch: bool = False) -> Steerer:
-        """A steerer over this run's model and dictionary. Raises ModelMismatch where they do not belong together."""
+    def steerer(self, *, allow_mismatch: bool = False, store: FeatureStore | None = None) -> Steerer:
+        """A steerer over this run's model and dictionary; `store` is the run's, where it is open already.
+
+        Raises ModelMismatch where they do not belong together.
+        """
         dictionary = self.dictionary()
         metadata = dictionary.metadata["saeql"]
         return Steerer(
@@ -199,16 +202,16 @@ class Run:
             ModelIdentity(**metadata["identity"]),
             writes=metadata["writes"],
             median_norms=metadata["median_norms"],
-            scales=self._feature_scales(),
+            scales=self._feature_scales(store),
             allow_mismatch=allow_mismatch,
         )
 
-    def _feature_scales(self) -> dict[int, FeatureScale]:
+    def _feature_scales(self, opened: FeatureStore | None) -> dict[int, FeatureScale]:
         query = (
             "SELECT feature, p99, density * mean_activation AS mean FROM features "
             "WHERE dictionary = $name AND max_activation > 0"
         )
-        with self.store() as store:
+        with self.store() if opened is None else nullcontext(opened) as store:
             rows = store.trusted_sql(query, {"name": self.spec.name}).to_pylist()
         return {row["feature"]: FeatureScale(row["p99"], row["mean"]) for row in rows}
 

@@ -20,9 +20,11 @@ from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
 from .frames import as_frame
+from .listing import Filters, Found, Listing, select
 from .parquet_store import connect_parquet, is_parquet_store
 from .query import Params, connect_read_only, own_columns, run_own, run_statement
-from .search import METHODS, Scope, Scored, SearchHit, by_words, describe
+from .records import SPLITS
+from .search import METHODS, Scope, Scored, SearchHit, by_words, describe, word_places, word_scores
 from .text_rows import TextRows, read_text_rows
 from .vectors import VectorTable, unit_rows
 
@@ -216,6 +218,52 @@ class FeatureStore:
         params = {"dictionary": self._scope(dictionary).dictionary, "limit": limit}
         return self._console.sql(query, params, conditions=[where])["feature"].to_pylist()
 
+    def listing(
+        self,
+        filters: Filters | None = None,
+        *,
+        text: str | None = None,
+        by: str = "words",
+        found: Found | None = None,
+        where: str | None = None,
+        sort: str | None = None,
+        descending: bool = True,
+        offset: int = 0,
+        limit: int = 50,
+        dictionary: str | None = None,
+    ) -> Listing:
+        """One page of all features that meet `filters`, and of those that `search` finds where there is a `text`.
+
+        `found` are features that something else has scored. Without `sort` (see `listing.SORTS`) a search is in its own
+        order, else features are by number. Raises what `search` raises.
+        """
+        scope = self._scope(dictionary)
+        cards = self._cards_of(scope.dictionary_id)
+        given = found if found is not None or text is None else self._found(text, by, scope)
+        among = None
+        if where is not None:
+            query = f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n)"
+            met = self._console.sql(query, {"dictionary": scope.dictionary}, conditions=[where])
+            among = met["feature"].to_numpy()
+        features = select(cards, filters or Filters(), found=given, among=among, sort=sort, descending=descending)
+        shown = [int(f) for f in features[offset : offset + limit]]
+        scores = {} if given is None else dict(zip(given.features.tolist(), given.scores.tolist(), strict=True))
+        why = {} if given is None else given.why(shown)
+        scored = [Scored(f, scores.get(f, 0.0), why.get(f, {})) for f in shown]
+        return Listing(len(features), offset, describe(cards, scope, scored))
+
+    def _found(self, text: str, by: str, scope: Scope) -> Found:
+        if by == "words":
+            words = word_scores(self._rows, scope, text)
+            return Found(
+                np.array(words.features, np.int64),
+                np.array(words.scores, np.float64),
+                lambda features: word_places(self._rows, scope, words.terms, features),
+            )
+        if by not in METHODS:
+            raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
+        return Found.of(METHODS[by](self._rows, scope, text))
+
     def _scope(self, dictionary: str | None) -> Scope:
         name, (dictionary_id, _) = self._dictionary(dictionary)
         segment = self._segment(dictionary_id)
@@ -238,14 +286,24 @@ class FeatureStore:
 
         Raises StoreError where the store has no embeddings.
         """
+        found = self.nearest_in_meaning(vector, limit if where is None else None, dictionary=dictionary)
+        return self.hits(found, limit=limit, where=where, dictionary=dictionary)
+
+    def nearest_in_meaning(
+        self, vector: np.ndarray, limit: int | None, *, dictionary: str | None = None
+    ) -> list[Scored]:
+        """What `search_vector` finds, before labels are read; all features that have an embedding without a limit.
+
+        Raises StoreError where the store has no embeddings.
+        """
         table, sources = self._embeddings(dictionary), self._embedded[self._dictionary(dictionary)[0]]
         # a feature has two embeddings at most, and stands where the nearer one does
-        found = table.nearest_rows(vector, 2 * limit if where is None else len(table.features))
+        found = table.nearest_rows(vector, len(table.features) if limit is None else 2 * limit)
         best: dict[int, Scored] = {}
         for row, cosine in found:
             feature = int(table.features[row])
             best.setdefault(feature, Scored(feature, cosine, {str(sources[row]): [f"cosine {cosine:.3f}"]}))
-        return self.hits(list(best.values()), limit=limit, where=where, dictionary=dictionary)
+        return list(best.values())
 
     def _embeddings(self, dictionary: str | None) -> VectorTable:
         name, (dictionary_id, _) = self._dictionary(dictionary)
@@ -265,6 +323,30 @@ class FeatureStore:
     def feature(self, feature: int, dictionary: str | None = None) -> dict[str, Any]:
         """The feature's row of the view `features`. Raises FeatureNotFound."""
         return self._of_feature("SELECT * FROM features WHERE {this}", feature, dictionary)[0]
+
+    def cards(self, dictionary: str | None = None) -> Cards:
+        """Label, kind, auroc, density and largest activation of all features, in memory."""
+        return self._cards_of(self._scope(dictionary).dictionary_id)
+
+    def activation_histogram(
+        self, feature: int, *, dictionary: str | None = None, split: str = "train", bins: int = 50
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(counts [bins], edges [bins + 1]) of a feature's activations on its dictionary's first corpus, from 0 to the
+        largest; both empty where it never fires. Raises FeatureNotFound.
+        """
+        _, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        segment = self._segment(dictionary_id)
+        if segment is None or split not in SPLITS:
+            return np.zeros(0, np.int64), np.zeros(0)
+        found = own_columns(
+            self._connection,
+            self.path,
+            "SELECT activation FROM evidence.activations_by_feature "
+            f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND split = '{split}'",
+        )["activation"]
+        if len(found) == 0:
+            return np.zeros(0, np.int64), np.zeros(0)
+        return np.histogram(found, bins, (0.0, float(found.max())))
 
     def examples(
         self,

@@ -48,7 +48,16 @@ class Scope:
     segment_id: int
 
 
-def by_words(ask: Ask, scope: Scope, text: str, limit: int | None) -> list[Scored]:
+@dataclass(frozen=True)
+class WordScores:
+    """Features that words find, best first, before it is read which words: `terms` are their numbers in the index."""
+
+    features: list[int]
+    scores: list[float]
+    terms: str
+
+
+def word_scores(ask: Ask, scope: Scope, text: str, limit: int | None = None) -> WordScores:
     """BM25 over labels, tokens that activate and tokens that are promoted. Raises StoreError where there is no word."""
     words = ask(f"SELECT {WORDS_OF} AS words FROM (SELECT $text AS text)", {"text": text})[0]["words"]
     if not words:
@@ -61,17 +70,29 @@ def by_words(ask: Ask, scope: Scope, text: str, limit: int | None) -> list[Score
     numbers = _list(row["term_id"] for row in terms)
     query = sql_text("search").replace("{dictionary_id}", str(scope.dictionary_id)).replace("{terms}", numbers)
     found = ask(query.replace("{limit}", "" if limit is None else f"LIMIT {int(limit)}"))
+    return WordScores([row["feature"] for row in found], [row["score"] for row in found], numbers)
+
+
+def word_places(ask: Ask, scope: Scope, terms: str, features: Sequence[int]) -> dict[int, Why]:
+    """Where the words of a search stand in some of the features that it found."""
     places = ask(
         f"SELECT feature, field, word FROM derived.search_postings WHERE dictionary_id = {scope.dictionary_id} "
-        f"AND term_id IN ({numbers}) AND feature IN ({_list(row['feature'] for row in found)}) "
+        f"AND term_id IN ({terms}) AND feature IN ({_list(features)}) "
         "ORDER BY term_id, score DESC, word"
     )
-    matched: dict[int, Why] = {row["feature"]: {} for row in found}
+    matched: dict[int, Why] = {feature: {} for feature in features}
     for place in places:
         words = matched[place["feature"]].setdefault(place["field"], [])
         if place["word"] not in words:
             words.append(place["word"])
-    return [Scored(row["feature"], row["score"], matched[row["feature"]]) for row in found]
+    return matched
+
+
+def by_words(ask: Ask, scope: Scope, text: str, limit: int | None) -> list[Scored]:
+    """What `word_scores` finds, with the words of each. Raises StoreError where there is no word."""
+    found = word_scores(ask, scope, text, limit)
+    matched = word_places(ask, scope, found.terms, found.features)
+    return [Scored(f, score, matched[f]) for f, score in zip(found.features, found.scores, strict=True)]
 
 
 def by_token(ask: Ask, scope: Scope, token: str) -> list[Scored]:
