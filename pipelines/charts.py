@@ -231,7 +231,8 @@ def bar_rows(rows: Sequence[tuple[str, float]], x_label: str, width: int = 960) 
         return None
     values = [value for _, value in kept]
     x_ticks = ticks(min(0.0, *values), max(0.0, *values))
-    chart = Chart(x_label, "", [], [], width=width, height=66 + 24 * len(kept), left=260)
+    left = 40 + min(round(7.2 * max(len(name) for name, _ in kept)), 250)
+    chart = Chart(x_label, "", [], [], width=width, height=66 + 24 * len(kept), left=left)
     zero, bars, names = chart.x(0.0, x_ticks), [], []
     for n, (name, value) in enumerate(kept):
         end, top = chart.x(value, x_ticks), chart.top + 24.0 * n

@@ -59,6 +59,7 @@ from .ranks import take_own_gpu
 from .steering.edits import FeatureScale
 from .steering.steerer import Steerer
 from .stopping import leave_if_asked
+from .stores import for_notebooks
 from .train import STOPPED_FILE, train_dictionaries
 from .verify import Verification, recorded, verify_run
 
@@ -187,7 +188,7 @@ class Run:
         path = self.path / "features.duckdb"
         if not path.exists() and (self.path / "features.parquet").is_dir():
             path = self.path / "features.parquet"
-        return FeatureStore.open(path)
+        return for_notebooks(FeatureStore.open(path))
 
     def steerer(self, *, allow_mismatch: bool = False, store: FeatureStore | None = None) -> Steerer:
         """A steerer over this run's model and dictionary; `store` is the run's, where it is open already.

@@ -154,7 +154,7 @@ def search_direction(
 
 
 def scored_like(dictionary: "SparseAutoencoder", name: str, feature: int, limit: int) -> list[Scored]:
-    """The other features whose decoder rows are nearest to that of `feature`. Raises ConfigError where there is none."""
+    """The other features with decoder rows nearest to that of `feature`. Raises ConfigError where there is none."""
     _check_feature(dictionary, name, feature)
     found = _scored(dictionary, dictionary.W_dec[feature].detach().float().numpy(), limit + 1)
     return [s for s in found if s.feature != feature][:limit]

@@ -4,7 +4,7 @@ It is built once from the Parquet evidence (`build.py`) and read-only from then 
 `sql/003_views.sql`. A `dictionary` argument of None means the store's first dictionary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,6 +50,21 @@ class Example:
     focus: int  # index of the peak in tokens, from 1
 
 
+class FeatureRow(dict[str, Any]):
+    """A row of the view `features`; a notebook shows it as `FeatureStore.draw` draws it."""
+
+    def __init__(self, row: dict[str, Any], store: "FeatureStore"):
+        super().__init__(row)
+        self._store = store
+
+    def _repr_html_(self) -> str | None:
+        draw = self._store.draw
+        return None if draw is None else draw(self._store, self["feature"], self["dictionary"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
 class FeatureStore:
     """Reads one store. Safe to share between threads; close it, or use it as a context manager.
 
@@ -58,6 +73,8 @@ class FeatureStore:
     """
 
     _readers: ClassVar["WeakSet[FeatureStore]"] = WeakSet()
+    draw: "Callable[[FeatureStore, int, str], str] | None" = None
+    """What makes HTML of a feature for notebooks; whoever has templates sets it."""
 
     def __init__(self, path: Path, memory_limit: str, threads: int | None):
         self.path = path
@@ -320,9 +337,9 @@ class FeatureStore:
             self._embedded[name] = table["source"].to_numpy()
         return self._vectors[name]
 
-    def feature(self, feature: int, dictionary: str | None = None) -> dict[str, Any]:
-        """The feature's row of the view `features`. Raises FeatureNotFound."""
-        return self._of_feature("SELECT * FROM features WHERE {this}", feature, dictionary)[0]
+    def feature(self, feature: int, dictionary: str | None = None) -> FeatureRow:
+        """The feature's row of the view `features`; in a notebook its card. Raises FeatureNotFound."""
+        return FeatureRow(self._of_feature("SELECT * FROM features WHERE {this}", feature, dictionary)[0], self)
 
     def cards(self, dictionary: str | None = None) -> Cards:
         """Label, kind, auroc, density and largest activation of all features, in memory."""

@@ -1,6 +1,6 @@
 """Who may compute: whoever has the token that `saeql serve` printed, as a cookie of this browser or in a header.
 
-Reading needs none. Loading a model and running one's own SQL do: any other user or page of the machine reaches the port.
+Reading needs none. Loading a model and running one's own SQL do: every other user of the machine reaches the port.
 """
 
 import secrets

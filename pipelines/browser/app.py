@@ -16,8 +16,9 @@ from .api import PREFIX, api_routes
 from .computing import computing_routes, one_line
 from .guards import Guard
 from .pages import page_routes
+from .rendering import STATIC
 from .settings import Refused, Settings
-from .site import STATIC, Site
+from .site import Site
 from .sql_page import sql_routes
 
 _KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

@@ -74,6 +74,7 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A body may be longer than it says, or not say: it is counted as it comes."""
         left, started = self.settings.limits.body_bytes, False
+        too_large = Refused(413, f"the body is larger than {left} bytes")
 
         async def counted() -> Message:
             nonlocal left
@@ -81,20 +82,22 @@ class Guard:
             if message["type"] == "http.request":
                 left -= len(message.get("body", b""))
                 if left < 0:
-                    raise Refused(413, f"the body is larger than {self.settings.limits.body_bytes} bytes")
+                    raise too_large
             return message
 
         async def noted(message: Message) -> None:
             nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
+            if left >= 0 or started:  # else whoever read the body answers that it is broken, which it is not
+                started = True
+                await send(message)
 
         try:
             await self.app(scope, counted, noted)
-        except Refused as refused:
-            if started:
+        except Refused:
+            if started or left >= 0:
                 raise
-            await refuse(scope, send, refused)
+        if left < 0 and not started:
+            await refuse(scope, send, too_large)
 
 
 def check_sender(scope: Scope, settings: Settings) -> None:
@@ -128,7 +131,11 @@ async def refuse(scope: Scope, send: Send, refused: Refused) -> None:
     is_api = scope["path"].startswith("/api/")
     body: Any = json.dumps({"error": refused.message}) if is_api else refused.message + "\n"
     kind = "application/json" if is_api else "text/plain; charset=utf-8"
-    headers = [(b"content-type", kind.encode()), (b"connection", b"close")]
+    headers = [
+        (b"content-type", kind.encode()),
+        (b"connection", b"close"),
+        (b"content-length", b"%d" % len(body.encode())),
+    ]
     if refused.status == 429:
         headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})

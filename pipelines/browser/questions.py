@@ -66,6 +66,12 @@ class ListQuestion:
         return Filters(self.kind or None, self.min_density, self.max_density, self.min_auroc)
 
     @property
+    def narrowed(self) -> bool:
+        """Whether a filter is set that a page need not always show."""
+        bounds = (self.min_density, self.max_density, self.min_auroc)
+        return bool(self.where or self.order) or any(bound is not None for bound in bounds)
+
+    @property
     def descending(self) -> bool:
         """Largest first, but names and numbers from the start, unless told."""
         return self.order == "desc" if self.order else self.sort not in ("feature", "label")

@@ -3,9 +3,14 @@
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..stores import store_path
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from uvicorn import Server
 
 
 class ServeError(ValueError):
@@ -22,7 +27,7 @@ def serve_store(
     """
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ServeError(f"`saeql serve` needs {error.name}: pip install 'saeql[serve]'") from None
     from .app import create_app
@@ -54,6 +59,13 @@ def serve_store(
         import webbrowser
 
         webbrowser.open(address)
+    uvicorn_server(app).run(sockets=[listening])
+
+
+def uvicorn_server(app: "FastAPI") -> "Server":
+    """The HTTP server around the application."""
+    import uvicorn
+
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -64,7 +76,7 @@ def serve_store(
         h11_max_incomplete_event_size=64 << 10,
         ws="none",
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)
 
 
 def _listen(host: str, port: int) -> socket.socket:

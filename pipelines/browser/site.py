@@ -2,46 +2,22 @@
 
 import hashlib
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from saeql.store.errors import FeatureNotFound
 from saeql.store.feature_store import FeatureStore
 
-from ..shown import number, share, token_text, visible
 from .access import may_compute, require_token, take_token
 from .generation import Baselines
 from .models import Models
 from .open_store import OpenStore
+from .rendering import STATIC, environment
 from .settings import Settings
-
-HERE = Path(__file__).parent
-STATIC = HERE / "static"
-
-
-def _shown(value: object) -> object:
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def environment() -> Environment:
-    """Templates of the browser: everything is escaped, and characters that do not show are made visible."""
-    made = Environment(
-        loader=ChoiceLoader([FileSystemLoader(HERE / "templates"), FileSystemLoader(HERE.parent / "templates")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        auto_reload=False,
-    )
-    made.filters |= {"number": number, "share": share, "token": token_text}
-    return made
 
 
 class Site:

@@ -18,8 +18,8 @@ from .settings import Refused
 from .site import Site
 
 EXAMPLES = {
-    "best supported labels": "SELECT feature, label, kind, auroc, auroc_low, n_active\nFROM features WHERE kind != 'none' "
-    "ORDER BY auroc_low DESC, n_active DESC LIMIT 20",
+    "best supported labels": "SELECT feature, label, kind, auroc, auroc_low, n_active\nFROM features "
+    "WHERE kind != 'none' ORDER BY auroc_low DESC, n_active DESC LIMIT 20",
     "features of each kind": "SELECT kind, count(*) AS features, median(auroc) AS median_auroc\nFROM features "
     "GROUP BY kind ORDER BY features DESC",
     "density against AUROC": "SELECT log10(density) AS log_density, auroc\nFROM features WHERE auroc IS NOT NULL "
