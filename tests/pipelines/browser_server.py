@@ -1,13 +1,15 @@
-"""The browser as it is served, on a free port of this process, and plain requests to it."""
+"""The browser as it is served, on a free port of this process, plain requests to it, and what a page may hold."""
 
 import http.client
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -96,3 +98,36 @@ def served(store: Path, run: Path | None = None, **limits: Any) -> Iterator[Brow
         finally:
             server.should_exit = True
             thread.join(20)
+
+
+class Page(HTMLParser):
+    """Elements of a page with their attributes, and its text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def assert_inert(html: str) -> Page:
+    """Nothing runs or is fetched from elsewhere: scripts and styles are files of this server, links stay here."""
+    page = Page(html)
+    for tag, attributes in page.elements:
+        assert tag not in ("iframe", "object", "embed", "base", "style", "meta http-equiv"), tag
+        assert tag != "script" or (attributes.get("src") or "").startswith("/static/")
+        for name, value in attributes.items():
+            assert not name.startswith("on") and name != "style", (tag, name)
+            if name in ("href", "src", "action"):
+                assert re.match(r"/(?!/)|#|\?", value or ""), (tag, name, value)
+    return page

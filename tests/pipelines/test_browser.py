@@ -10,12 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from browser_server import TOKEN, Browser, served
+from browser_server import TOKEN, Browser, Page, assert_inert, served
 
 from saeql.pipelines import Run
 from saeql.pipelines.browser.serve import ServeError, serve_store
@@ -47,39 +46,6 @@ def browser(run_copy: Path) -> Iterator[Browser]:
 def store(tiny_run: Path) -> Iterator[FeatureStore]:
     with Run.open(tiny_run).store() as opened:
         yield opened
-
-
-class Page(HTMLParser):
-    """Elements of a page with their attributes, and its text."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-
-def assert_inert(html: str) -> Page:
-    """Nothing runs or is fetched from elsewhere: scripts and styles are files of this server, links stay here."""
-    page = Page(html)
-    for tag, attributes in page.elements:
-        assert tag not in ("iframe", "object", "embed", "base", "style", "meta http-equiv"), tag
-        assert tag != "script" or (attributes.get("src") or "").startswith("/static/")
-        for name, value in attributes.items():
-            assert not name.startswith("on") and name != "style", (tag, name)
-            if name in ("href", "src", "action"):
-                assert re.match(r"/(?!/)|#|\?", value or ""), (tag, name, value)
-    return page
 
 
 @pytest.mark.parametrize("path", PAGES)
