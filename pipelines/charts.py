@@ -111,8 +111,7 @@ def density_chart(
     logs = np.log10(alive)
     low = math.floor(logs.min())
     high = max(math.ceil(logs.max()), low + 1)
-    edges = np.linspace(low, high, (high - low) * bins_per_decade + 1)
-    counts, _ = np.histogram(logs, edges)
+    counts, edges = np.histogram(logs, (high - low) * bins_per_decade, (low, high))
     x_ticks = [float(t) for t in range(low, high + 1)]
     chart = Chart(
         "share of rows on which a feature is active (log scale)", "features", [], [], width=width, height=height

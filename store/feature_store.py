@@ -19,6 +19,7 @@ from .console import DEFAULT_SECONDS, Console
 from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
+from .feature_rows import effect_rows, feature_row, neighbour_rows
 from .frames import as_frame
 from .listing import Filters, Found, Listing, select
 from .parquet_store import connect_parquet, is_parquet_store
@@ -87,7 +88,8 @@ class FeatureStore:
         self._connection = connect(path, memory_limit=memory_limit, threads=threads)
         try:
             rows = self._rows(
-                "SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id"
+                "SELECT dictionary, dictionary_id, d_sae, vocabulary_id FROM evidence.dictionaries "
+                "JOIN evidence.models USING (model_id) ORDER BY dictionary_id"
             )
             segments = self._rows(
                 "SELECT dictionary_id, segment_id, corpus_id, corpus, first_window, num_windows "
@@ -98,6 +100,7 @@ class FeatureStore:
             raise
         self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
         self._segments = {i: [g for g in segments if g["dictionary_id"] == i] for i, _ in self._known.values()}
+        self._vocabularies: dict[int, int] = {r["dictionary_id"]: r["vocabulary_id"] for r in rows}
         self._vectors: dict[str, VectorTable] = {}
         self._embedded: dict[str, np.ndarray] = {}  # what each of them is of: 'label' | 'evidence'
         self._texts: dict[int, TextRows] = {}
@@ -207,7 +210,7 @@ class FeatureStore:
         """
         scope = self._scope(dictionary)
         if by == "words":
-            found = by_words(self._rows, scope, text, limit if where is None else None)
+            found = by_words(self._rows, self._columns, scope, text, limit if where is None else None)
         elif by in METHODS:
             found = METHODS[by](self._rows, scope, text)
         else:
@@ -264,17 +267,17 @@ class FeatureStore:
             among = met["feature"].to_numpy()
         features = select(cards, filters or Filters(), found=given, among=among, sort=sort, descending=descending)
         shown = [int(f) for f in features[offset : offset + limit]]
-        scores = {} if given is None else dict(zip(given.features.tolist(), given.scores.tolist(), strict=True))
+        scores = {} if given is None else given.scores_of(shown)
         why = {} if given is None else given.why(shown)
         scored = [Scored(f, scores.get(f, 0.0), why.get(f, {})) for f in shown]
         return Listing(len(features), offset, describe(cards, scope, scored))
 
     def _found(self, text: str, by: str, scope: Scope) -> Found:
         if by == "words":
-            words = word_scores(self._rows, scope, text)
+            words = word_scores(self._rows, self._columns, scope, text)
             return Found(
-                np.array(words.features, np.int64),
-                np.array(words.scores, np.float64),
+                words.features,
+                words.scores,
                 lambda features: word_places(self._rows, scope, words.terms, features),
             )
         if by not in METHODS:
@@ -339,7 +342,12 @@ class FeatureStore:
 
     def feature(self, feature: int, dictionary: str | None = None) -> FeatureRow:
         """The feature's row of the view `features`; in a notebook its card. Raises FeatureNotFound."""
-        return FeatureRow(self._of_feature("SELECT * FROM features WHERE {this}", feature, dictionary)[0], self)
+        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        segment = self._segment(dictionary_id)
+        row = feature_row(self._rows, name, dictionary_id, segment["segment_id"] if segment else -1, int(feature))
+        if row is None:
+            raise FeatureNotFound(f"{self.path} has nothing of {name}'s feature {feature}: index again")
+        return FeatureRow(row, self)
 
     def cards(self, dictionary: str | None = None) -> Cards:
         """Label, kind, auroc, density and largest activation of all features, in memory."""
@@ -371,34 +379,34 @@ class FeatureStore:
         *,
         dictionary: str | None = None,
         split: str = "train",
-        kind: str = "top",
+        kind: str | None = "top",
         limit: int = 10,
         corpus: str | None = None,
     ) -> list[Example]:
-        """Examples of a feature, strongest first; kind 'decile' exists on train only. Raises FeatureNotFound.
+        """Examples of a feature, strongest first; kind 'decile' exists on train only, None takes both, deciles first.
 
-        `corpus` is the dictionary's first unless named.
+        Raises FeatureNotFound. `corpus` is the dictionary's first unless named.
         """
         name, (dictionary_id, _) = self._known_feature(feature, dictionary)
         segment = self._segment(dictionary_id, corpus)
         if segment is None:
             return []
-        rows = self._rows(
-            "SELECT decile, rank, window_id, position, activation, offsets, activations FROM derived.examples "
+        rows = self._rows(  # without LIMIT, with which DuckDB takes twice as long
+            "SELECT kind, decile, rank, window_id, position, activation, offsets, activations FROM derived.examples "
             f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND split = $split "
-            "AND kind = $kind ORDER BY decile DESC, rank LIMIT $limit",
-            {"split": split, "kind": kind, "limit": limit},
+            "AND kind = coalesce($kind, kind) ORDER BY kind, decile DESC, rank",
+            {"split": split, "kind": kind},
         )
-        found = contexts(self._text(segment["corpus_id"]), self._titles, rows)
+        found = contexts(self._text(segment["corpus_id"]), self._titles, rows[:limit])
         return [
-            Example(dictionary=name, feature=int(feature), split=split, kind=kind, corpus=segment["corpus"], **row)
+            Example(dictionary=name, feature=int(feature), split=split, corpus=segment["corpus"], **row)
             for row in found
         ]
 
     def neighbours(self, feature: int, *, dictionary: str | None = None, limit: int = 10) -> list[dict[str, Any]]:
         """Rows of the view `neighbours`, nearest first. Raises FeatureNotFound."""
-        query = "SELECT * FROM neighbours WHERE {this} ORDER BY rank LIMIT $limit"
-        return self._of_feature(query, feature, dictionary, limit=limit)
+        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        return neighbour_rows(self._rows, name, dictionary_id, int(feature), limit, self._cards_of(dictionary_id).label)
 
     def cofirings(self, feature: int, *, dictionary: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
         """Features that are active on the same rows, on the dictionary's first corpus, the view `cofirings`.
@@ -447,11 +455,9 @@ class FeatureStore:
         self, feature: int, *, dictionary: str | None = None, direction: str | None = None, limit: int = 10
     ) -> list[dict[str, Any]]:
         """Rows of the view `logit_effects`, `limit` of each direction, promoted first. Raises FeatureNotFound."""
-        query = (
-            "SELECT * FROM logit_effects WHERE {this} AND rank < $limit "
-            "AND direction = coalesce($direction, direction) ORDER BY direction, rank"
-        )
-        return self._of_feature(query, feature, dictionary, direction=direction, limit=limit)
+        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        vocabulary = self._vocabularies[dictionary_id]
+        return effect_rows(self._rows, name, dictionary_id, vocabulary, int(feature), direction, limit)
 
     def receipts(self, feature: int | None, *, dictionary: str | None = None) -> list[dict[str, Any]]:
         """Rows of the view `receipts` about a feature, or with None about the dictionary as a whole."""
@@ -474,14 +480,11 @@ class FeatureStore:
         )
         return self._rows(query, {"name": name})
 
+    def _columns(self, query: str) -> dict[str, np.ndarray]:
+        return own_columns(self._connection, self.path, query)
+
     def _rows(self, query: str, params: Params = None) -> list[dict[str, Any]]:
         return run_own(self._connection, self.path, query, params)
-
-    def _of_feature(self, query: str, feature: int, dictionary: str | None, **params: object) -> list[dict[str, Any]]:
-        """Rows of `query`, in which `{this}` is the condition that names the feature."""
-        name, _ = self._known_feature(feature, dictionary)
-        this = "dictionary = $dictionary AND feature = $feature"
-        return self._rows(query.format(this=this), {"dictionary": name, "feature": int(feature), **params})
 
     def _cards_of(self, dictionary_id: int) -> Cards:
         if dictionary_id not in self._cards:

@@ -47,6 +47,11 @@ class Found:
             lambda features: {f: reasons[f] for f in features},
         )
 
+    def scores_of(self, features: Sequence[int]) -> dict[int, float]:
+        """Scores of some of its features."""
+        wanted = np.isin(self.features, np.asarray(features, np.int64))
+        return dict(zip(self.features[wanted].tolist(), self.scores[wanted].tolist(), strict=True))
+
 
 @dataclass(frozen=True)
 class Listing:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .cards import Cards
 from .errors import StoreError
 from .migrations import sql_text
 from .words import WORDS_OF, stem
 
 Ask = Callable[..., list[dict[str, Any]]]
+Columns = Callable[[str], dict[str, np.ndarray]]  # of a query without nulls, for many rows
 Why = dict[str, list[str]]  # what -> the words, tokens or numbers of it
 
 
@@ -52,12 +55,12 @@ class Scope:
 class WordScores:
     """Features that words find, best first, before it is read which words: `terms` are their numbers in the index."""
 
-    features: list[int]
-    scores: list[float]
+    features: np.ndarray  # [N] int
+    scores: np.ndarray  # [N] float
     terms: str
 
 
-def word_scores(ask: Ask, scope: Scope, text: str, limit: int | None = None) -> WordScores:
+def word_scores(ask: Ask, columns: Columns, scope: Scope, text: str, limit: int | None = None) -> WordScores:
     """BM25 over labels, tokens that activate and tokens that are promoted. Raises StoreError where there is no word."""
     words = ask(f"SELECT {WORDS_OF} AS words FROM (SELECT $text AS text)", {"text": text})[0]["words"]
     if not words:
@@ -69,8 +72,8 @@ def word_scores(ask: Ask, scope: Scope, text: str, limit: int | None = None) -> 
     )
     numbers = _list(row["term_id"] for row in terms)
     query = sql_text("search").replace("{dictionary_id}", str(scope.dictionary_id)).replace("{terms}", numbers)
-    found = ask(query.replace("{limit}", "" if limit is None else f"LIMIT {int(limit)}"))
-    return WordScores([row["feature"] for row in found], [row["score"] for row in found], numbers)
+    found = columns(query.replace("{limit}", "" if limit is None else f"LIMIT {int(limit)}"))
+    return WordScores(found["feature"], found["score"], numbers)
 
 
 def word_places(ask: Ask, scope: Scope, terms: str, features: Sequence[int]) -> dict[int, Why]:
@@ -88,11 +91,12 @@ def word_places(ask: Ask, scope: Scope, terms: str, features: Sequence[int]) -> 
     return matched
 
 
-def by_words(ask: Ask, scope: Scope, text: str, limit: int | None) -> list[Scored]:
+def by_words(ask: Ask, columns: Columns, scope: Scope, text: str, limit: int | None) -> list[Scored]:
     """What `word_scores` finds, with the words of each. Raises StoreError where there is no word."""
-    found = word_scores(ask, scope, text, limit)
-    matched = word_places(ask, scope, found.terms, found.features)
-    return [Scored(f, score, matched[f]) for f, score in zip(found.features, found.scores, strict=True)]
+    found = word_scores(ask, columns, scope, text, limit)
+    features = found.features.tolist()
+    matched = word_places(ask, scope, found.terms, features)
+    return [Scored(f, score, matched[f]) for f, score in zip(features, found.scores.tolist(), strict=True)]
 
 
 def by_token(ask: Ask, scope: Scope, token: str) -> list[Scored]:
@@ -118,7 +122,14 @@ def by_token(ask: Ask, scope: Scope, token: str) -> list[Scored]:
 def by_effect(ask: Ask, scope: Scope, token: str) -> list[Scored]:
     """Features that promote a token, by the rise of its logit. Raises StoreError for a token that there is not."""
     token = _known_token(ask, token)
-    rows = ask("FROM promotes($token, dict := $name)", {"token": token, "name": scope.dictionary})
+    rows = ask(  # what the macro `promotes` finds, without labels, and planned in a fifth of the time
+        "SELECT feature, rank, effect FROM evidence.logit_effects "
+        f"WHERE dictionary_id = {scope.dictionary_id} AND direction = 'promoted' AND token_id IN ("
+        "SELECT token_id FROM evidence.dictionaries JOIN evidence.models USING (model_id) "
+        "JOIN evidence.vocabulary USING (vocabulary_id) "
+        f"WHERE dictionary_id = {scope.dictionary_id} AND token = $token) ORDER BY effect DESC, feature",
+        {"token": token},
+    )
     return [Scored(row["feature"], row["effect"], {f"promotes [{token}]": [f"rank {row['rank'] + 1}"]}) for row in rows]
 
 

@@ -3,7 +3,8 @@
 import math
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.security import HTTPBearer
 
 from saeql.store.errors import FeatureNotFound
 from saeql.store.feature_store import Example, FeatureStore
@@ -46,6 +47,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     429: {"model": Problem, "description": "Too much is being asked at once."},
     503: {"model": Problem, "description": "The store cannot be read."},
 }
+#: How OpenAPI says that a route needs the token; `Site.require_token` asks for it.
+TOKEN_NEEDED = [Depends(HTTPBearer(auto_error=False, scheme_name="token"))]
 Name = Annotated[str | None, Query(description="Dictionary; the store's first unless named.", max_length=400)]
 Text = Annotated[str, Query(max_length=4000)]
 
@@ -94,7 +97,7 @@ def api_routes(site: Site) -> APIRouter:
         with site.open.reading() as store:
             return _feature(site, store, index, site.dictionary(store, dictionary), split)
 
-    @routes.post("/sql", summary="One SQL statement; needs the token")
+    @routes.post("/sql", summary="One SQL statement; needs the token", dependencies=TOKEN_NEEDED)
     def sql(request: Request, asked: SqlIn) -> SqlOut:
         site.require_token(request)
         limits = site.settings.limits
@@ -108,7 +111,7 @@ def api_routes(site: Site) -> APIRouter:
         rows = [[_plain(value) for value in row] for row in rows_of(table)]
         return SqlOut(columns=table.column_names, rows=rows, truncated=truncated)
 
-    @routes.post("/prompt", summary="What fires on a text, token by token; needs the token")
+    @routes.post("/prompt", summary="What fires on a text, token by token; needs the token", dependencies=TOKEN_NEEDED)
     def prompt(request: Request, asked: PromptIn) -> PromptOut:
         site.require_token(request)
         if len(asked.text) > site.settings.limits.text_chars:

@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from saeql.store.feature_store import FeatureStore
 
 from ..charts import Chart, Series, series_chart
-from .api import PREFIX, PROBLEMS
+from .api import PREFIX, PROBLEMS, TOKEN_NEEDED
 from .api_models import DoseIn, DoseOut, SteerIn
 from .dose import Dose, doses
 from .generation import Writing, write_both
@@ -84,7 +84,9 @@ def computing_routes(site: Site) -> APIRouter:
         found = _doses(site, request, asked)
         return site.page(request, "doses.html", plot=_dose_chart(found), doses=found)
 
-    @api.post("/doses", summary="Dose and response of edits on the next word; needs the token")
+    @api.post(
+        "/doses", summary="Dose and response of edits on the next word; needs the token", dependencies=TOKEN_NEEDED
+    )
     def _dose(request: Request, asked: DoseIn) -> list[DoseOut]:
         return [DoseOut(**vars(dose)) for dose in _doses(site, request, asked)]
 
@@ -94,6 +96,7 @@ def computing_routes(site: Site) -> APIRouter:
         description='Events hold JSON: {"side": "baseline" or "steered", "text": ...}, {"side": ..., "end": true}, '
         '{"error": ...}, {"done": true}. Closing the connection cancels the writing and frees the model.',
         response_class=StreamingResponse,
+        dependencies=TOKEN_NEEDED,
         responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
     )
     async def _stream(request: Request, asked: SteerIn) -> Response:

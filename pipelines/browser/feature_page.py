@@ -1,6 +1,7 @@
 """Everything that is shown of one feature, read from the store: for the page, the API and notebooks."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from .shading import Piece, pieces
 
 NUM_TOP = 20
 NUM_OF_DECILE = 2
+NUM_READ = 300  # examples of both kinds, more than there are
 NUM_EFFECTS = 10
 NUM_NEAR = 10
 
@@ -49,17 +51,17 @@ class FeaturePage:
         """Its number."""
         return self.row["feature"]
 
-    @property
+    @cached_property
     def activation_chart(self) -> Chart | None:
         """Its activations on train."""
         return histogram_chart(self.counts, self.edges, "activation", "rows")
 
-    @property
+    @cached_property
     def density_chart(self) -> Chart | None:
         """All features by density, with a stroke at this one."""
         return density_chart(self.densities, mark=self.row["density"] or None, width=470, height=240)
 
-    @property
+    @cached_property
     def largest_effect(self) -> float:
         """The length of the longest bar of its logit effects."""
         return max((abs(e["effect"]) for rows in self.effects.values() for e in rows), default=0.0)
@@ -88,9 +90,14 @@ def feature_page(
         drawn = pieces(example.tokens, example.activations, largest, focus=example.focus - 1, shaded=by_token)
         return ShownExample(example, drawn)
 
-    top = store.examples(feature, dictionary=name, split=split, limit=NUM_TOP)
+    found = store.examples(feature, dictionary=name, kind=None, limit=NUM_READ)
+    top = (
+        [e for e in found if e.kind == "top"]
+        if split == "train"
+        else store.examples(feature, dictionary=name, split=split, limit=NUM_TOP)
+    )
     samples: dict[int, list[ShownExample]] = {}
-    for example in store.examples(feature, dictionary=name, kind="decile", limit=10 * 20):
+    for example in (e for e in found if e.kind == "decile"):
         group = samples.setdefault(example.decile or 0, [])
         if len(group) < NUM_OF_DECILE:
             group.append(shown(example))
@@ -101,7 +108,7 @@ def feature_page(
         card=card_lines(receipts),
         by_token=by_token,
         effects=effects,
-        top=[shown(example) for example in top],
+        top=[shown(example) for example in top[:NUM_TOP]],
         deciles=sorted(samples.items(), reverse=True),
         neighbours=store.neighbours(feature, dictionary=name, limit=NUM_NEAR),
         cofirings=store.cofirings(feature, dictionary=name, limit=NUM_NEAR),

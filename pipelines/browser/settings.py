@@ -50,7 +50,8 @@ class Settings:
     memory_limit: str = "160MB"
     """Of the engine in this process; statements of readers run in a process of their own, see `sql_memory`."""
     sql_memory: str = "1GB"
-    threads: int = 2
+    threads: int = 1
+    """Of the engine; several requests are answered at once anyway."""
     limits: Limits = field(default_factory=Limits)
 
     @property

@@ -82,7 +82,7 @@ class Browser:
 @contextmanager
 def served(store: Path, run: Path | None = None, **limits: Any) -> Iterator[Browser]:
     """Serve a store, or a run, inside the block."""
-    with socket.socket() as listening:
+    with socket.socket(proto=socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(64)
         port = listening.getsockname()[1]
