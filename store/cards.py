@@ -54,10 +54,12 @@ class Cards:
             rows = np.arange(len(self.features))
             return rows[::-1] if descending else rows
         if name == "label":
-            labels = pc.utf8_lower(self._columns["label"])
-            table = pa.table({"last": pc.equal(self._columns["kind"], "none"), "label": labels})
+            labels = pc.utf8_lower(self._columns["label"])  # pyright: ignore[reportAttributeAccessIssue]
+            last = pc.equal(self._columns["kind"], "none")  # pyright: ignore[reportAttributeAccessIssue]
+            table = pa.table({"last": last, "label": labels})
             way = "descending" if descending else "ascending"
-            return pc.sort_indices(table, sort_keys=[("last", "ascending"), ("label", way)]).to_numpy()
+            keys = [("last", "ascending"), ("label", way)]
+            return pc.sort_indices(table, sort_keys=keys).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
         values = self.numbers(name).astype(np.float64)
         values = np.where(np.isnan(values), np.inf, -values if descending else values)
         return np.argsort(values, kind="stable")

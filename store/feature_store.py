@@ -242,8 +242,6 @@ class FeatureStore:
         self,
         filters: Filters | None = None,
         *,
-        text: str | None = None,
-        by: str = "words",
         found: Found | None = None,
         where: str | None = None,
         sort: str | None = None,
@@ -252,27 +250,28 @@ class FeatureStore:
         limit: int = 50,
         dictionary: str | None = None,
     ) -> Listing:
-        """One page of all features that meet `filters`, and of those that `search` finds where there is a `text`.
+        """One page of all features that meet `filters`, of those in `found` where a search found some.
 
-        `found` are features that something else has scored. Without `sort` (see `listing.SORTS`) a search is in its own
-        order, else features are by number. Raises what `search` raises.
+        Without `sort` (see `listing.SORTS`) a search is in its own order, else features are by number. `where` is that
+        of `search`. Raises SQLError where it is no condition, StoreError for what cannot be sorted by.
         """
         scope = self._scope(dictionary)
         cards = self._cards_of(scope.dictionary_id)
-        given = found if found is not None or text is None else self._found(text, by, scope)
         among = None
         if where is not None:
             query = f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n)"
             met = self._console.sql(query, {"dictionary": scope.dictionary}, conditions=[where])
             among = met["feature"].to_numpy()
-        features = select(cards, filters or Filters(), found=given, among=among, sort=sort, descending=descending)
+        features = select(cards, filters or Filters(), found=found, among=among, sort=sort, descending=descending)
         shown = [int(f) for f in features[offset : offset + limit]]
-        scores = {} if given is None else given.scores_of(shown)
-        why = {} if given is None else given.why(shown)
+        scores = {} if found is None else found.scores_of(shown)
+        why = {} if found is None else found.why(shown)
         scored = [Scored(f, scores.get(f, 0.0), why.get(f, {})) for f in shown]
         return Listing(len(features), offset, describe(cards, scope, scored))
 
-    def _found(self, text: str, by: str, scope: Scope) -> Found:
+    def found(self, text: str, *, by: str = "words", dictionary: str | None = None) -> Found:
+        """All that `search` finds, for lists of it. Raises what `search` raises."""
+        scope = self._scope(dictionary)
         if by == "words":
             words = word_scores(self._rows, self._columns, scope, text)
             return Found(

@@ -99,7 +99,8 @@ def _mask(cards: Cards, filters: Filters) -> np.ndarray:
     """[F] bool of the cards' rows."""
     keep = np.ones(len(cards.features), bool)
     if filters.kind is not None:
-        keep &= pc.equal(cards.column("kind"), filters.kind).to_numpy(zero_copy_only=False)
+        same = pc.equal(cards.column("kind"), filters.kind)  # pyright: ignore[reportAttributeAccessIssue]
+        keep &= same.to_numpy(zero_copy_only=False)
     density, auroc = cards.numbers("density"), cards.numbers("auroc")
     if filters.min_density is not None:
         keep &= density >= filters.min_density

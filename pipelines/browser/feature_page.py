@@ -45,6 +45,7 @@ class FeaturePage:
     edges: np.ndarray
     densities: np.ndarray
     split: str
+    shade: bool
 
     @property
     def feature(self) -> int:
@@ -74,8 +75,11 @@ def feature_page(
     dictionary: str | None = None,
     split: str = "train",
     whole: list[dict[str, Any]] | None = None,
+    shade: bool = False,
 ) -> FeaturePage:
-    """Ask the store. `whole` are the receipts of the dictionary, where somebody has them. Raises FeatureNotFound."""
+    """Ask the store. `whole` are the receipts of the dictionary, where somebody has them; `shade` draws where it is
+    active also where that is not about the tokens there. Raises FeatureNotFound.
+    """
     row = store.feature(feature, dictionary)
     name = row["dictionary"]
     receipts = store.receipts(feature, dictionary=name)
@@ -87,7 +91,7 @@ def feature_page(
     largest = row["max_activation"] or 0.0
 
     def shown(example: Example) -> ShownExample:
-        drawn = pieces(example.tokens, example.activations, largest, focus=example.focus - 1, shaded=by_token)
+        drawn = pieces(example.tokens, example.activations, largest, focus=example.focus - 1, shaded=by_token or shade)
         return ShownExample(example, drawn)
 
     found = store.examples(feature, dictionary=name, kind=None, limit=NUM_READ)
@@ -116,6 +120,7 @@ def feature_page(
         edges=edges,
         densities=store.cards(name).numbers("density"),
         split=split,
+        shade=shade,
     )
 
 

@@ -68,7 +68,8 @@ def page_routes(site: Site) -> APIRouter:
         with site.open.reading() as store:
             name = site.dictionary(store, request.query_params.get("dictionary"))
             whole = site.whole_receipts(store, name)
-            found = feature_page(store, number, dictionary=name, split=split, whole=whole)
+            shade = request.query_params.get("shade") == "all"
+            found = feature_page(store, number, dictionary=name, split=split, whole=whole, shade=shade)
             return site.page(
                 request,
                 "feature.html",
@@ -100,7 +101,7 @@ def listed(site: Site, store: FeatureStore, question: ListQuestion) -> Listing:
         with site.models.turn():
             more["found"] = site.models.found(store, question.by, question.q, question.dictionary)
     elif question.q:
-        more |= {"text": question.q, "by": question.by}
+        more["found"] = site.search(store, question)
     return store.listing(
         question.filters,
         where=question.where or None,

@@ -1,5 +1,6 @@
 """`saeql serve`: a socket, a line that says where, and the server until it is stopped."""
 
+import secrets
 import socket
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def serve_store(
         host=host,
         port=listening.getsockname()[1],
         hosts=hosts,
-        **({} if token is None else {"token": token}),
+        token=token or secrets.token_urlsafe(24),
     )
     app = create_app(settings)
     with app.state.site.open.reading():

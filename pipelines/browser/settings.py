@@ -1,6 +1,5 @@
 """What a browser serves, to whom, and how much of anything one request may ask for."""
 
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class Settings:
     port: int = 7860
     hosts: tuple[str, ...] = ()
     """Further names by which browsers may call this server."""
-    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    token: str
     memory_limit: str = "160MB"
     """Of the engine in this process; statements of readers run in a process of their own, see `sql_memory`."""
     sql_memory: str = "1GB"

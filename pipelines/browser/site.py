@@ -11,13 +11,18 @@ from starlette.responses import HTMLResponse, Response
 
 from saeql.store.errors import FeatureNotFound
 from saeql.store.feature_store import FeatureStore
+from saeql.store.listing import Found
 
 from .access import may_compute, require_token, take_token
 from .generation import Baselines
 from .models import Models
 from .open_store import OpenStore
+from .questions import ListQuestion
 from .rendering import STATIC, environment
 from .settings import Settings
+
+#: Searches that are kept.
+NUM_SEARCHES = 16
 
 
 class Site:
@@ -72,6 +77,18 @@ class Site:
     def can_ask_model(self, name: str | None = None) -> bool:
         """Whether there is a run whose model can be asked."""
         return self.settings.run is not None
+
+    def search(self, store: FeatureStore, question: ListQuestion) -> Found:
+        """What the store finds, the last few kept: pages and filters of a search do not search again."""
+        kept: dict[tuple[Any, ...], Found] = self.open.once("searches", dict)
+        key = (question.dictionary, question.by, question.q)
+        found = kept.get(key)
+        if found is None:
+            found = store.found(question.q, by=question.by, dictionary=question.dictionary)
+            if len(kept) >= NUM_SEARCHES:
+                kept.clear()
+            kept[key] = found
+        return found
 
     def may_compute(self, request: Request) -> bool:
         """Whether this browser brought the token."""

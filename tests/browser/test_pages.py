@@ -24,8 +24,15 @@ PAGES = {
 
 
 @pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize(
+    ("theme", "width"),
+    [
+        ("light", 1280),
+        ("dark", 360),
+        pytest.param("dark", 1280, marks=pytest.mark.full),
+        pytest.param("light", 360, marks=pytest.mark.full),
+    ],
+)
 def test_axe_finds_nothing_serious(chromium: Any, browser: Browser, name: str, theme: str, width: int) -> None:
     package = pytest.importorskip("axe_playwright_python", reason="NO ACCESSIBILITY TESTS: axe-playwright-python")
     axe = (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")

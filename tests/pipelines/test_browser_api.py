@@ -25,6 +25,8 @@ CHECKS = [
     checks.unsupported_method,
 ]
 
+EVERY_HEALTH_CHECK: Any = list(HealthCheck)
+
 
 @pytest.fixture(scope="module")
 def browser(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -48,10 +50,10 @@ def test_answers_are_as_described(browser: Browser, mode: GenerationMode) -> Non
     description = schemathesis.openapi.from_url(f"{browser.url}/api/v1/openapi.json")
     asked = []
     for found in description.get_all_operations():
-        operation = found.ok()
+        operation: Any = found.ok()  # pyright: ignore[reportAttributeAccessIssue]
 
         @given(case=operation.as_strategy(generation_mode=mode))
-        @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=EVERY_HEALTH_CHECK)
         def ask(case: Any) -> None:
             assume(readable(browser, case.body))
             case.call_and_validate(headers={"Authorization": f"Bearer {TOKEN}"}, checks=CHECKS)
