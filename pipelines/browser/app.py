@@ -31,6 +31,7 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        site.models.forget()
         site.open.close()
 
     app = FastAPI(

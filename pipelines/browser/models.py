@@ -66,6 +66,10 @@ class Models:
         most = self.settings.limits.jobs
         return None if self._jobs < most else Refused(429, f"{most} jobs wait for the model already: try again later")
 
+    def forget(self) -> None:
+        """Let go of all that was loaded."""
+        self._run = self._steerer = self._largest = self._embedder = None
+
     @property
     def is_busy(self) -> bool:
         """Whether a job is at work."""

@@ -80,6 +80,7 @@ class OpenStore:
             if self._store is not None:
                 self._store.close()
             self._store = self._console = None
+            self._known = {}
 
     def _open(self) -> None:
         now = _identity(self.settings.store)
