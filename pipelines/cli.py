@@ -24,6 +24,7 @@ from .commands.judging import judge
 from .commands.probing import probe
 from .commands.pruning import prune
 from .commands.questions import search, show, sql
+from .commands.serving import serve
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
 from .commands.steering import steer, vector
 from .commands.tokens import tokens
@@ -69,6 +70,7 @@ for _command in (
         why,
         effect,
     ),
+    *(search, show, sql, steer, compare, control, probe, tokens, judge, export, hooks, config, serve, vector),
 ):
     app.command(_command)
 app.command(import_, name="import")

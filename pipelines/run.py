@@ -62,6 +62,7 @@ from .stages import STAGES, RunError, StageRecord, check_stages
 from .steering.edits import FeatureScale
 from .steering.steerer import Steerer
 from .stopping import leave_if_asked
+from .stores import for_notebooks
 from .train import STOPPED_FILE, train_dictionaries
 from .verify import Verification, recorded, verify_run
 
@@ -179,15 +180,17 @@ class Run:
         path = self.path / "features.duckdb"
         if not path.exists() and (self.path / "features.parquet").is_dir():
             path = self.path / "features.parquet"
-        return FeatureStore.open(path)
+        return for_notebooks(FeatureStore.open(path))
 
     @cached_property
     def exact_language_model(self) -> LanguageModel:
         """The whole model in float32, for what small differences of predictions tell; loaded on first use."""
         return load_model(replace(self.config.model, truncate=False, dtype="float32"))
 
-    def steerer(self, *, allow_mismatch: bool = False, exact: bool = False) -> Steerer:
-        """A steerer over this run's model (`exact`: in float32) and dictionary.
+    def steerer(
+        self, *, allow_mismatch: bool = False, exact: bool = False, store: FeatureStore | None = None
+    ) -> Steerer:
+        """A steerer over this run's model (`exact`: in float32) and dictionary; `store` is the run's, where it is open.
 
         Raises ModelMismatch where they do not belong together.
         """
@@ -199,7 +202,7 @@ class Run:
             ModelIdentity(**metadata["identity"]),
             writes=metadata["writes"],
             median_norms=metadata["median_norms"],
-            scales=self._feature_scales(),
+            scales=self._feature_scales(store),
             allow_mismatch=allow_mismatch,
         )
 
@@ -237,12 +240,12 @@ class Run:
         asked = Asked(tuple(features), search, where, top, tuple(words), tuple(vectors))
         return measure_effects(self, asked, config)
 
-    def _feature_scales(self) -> dict[int, FeatureScale]:
+    def _feature_scales(self, opened: FeatureStore | None) -> dict[int, FeatureScale]:
         query = (
             "SELECT feature, p99, density * mean_activation AS mean FROM features "
             "WHERE dictionary = $name AND max_activation > 0"
         )
-        with self.store() as store:
+        with self.store() if opened is None else nullcontext(opened) as store:
             rows = store.trusted_sql(query, {"name": self.spec.name}).to_pylist()
         return {row["feature"]: FeatureScale(row["p99"], row["mean"]) for row in rows}
 
