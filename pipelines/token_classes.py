@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -171,9 +172,18 @@ class RowTable:
         """From column `token_ids` of the evidence table `windows`."""
         return cls(vocabulary, pad_lists(token_ids, vocabulary.lookup))
 
+    @cached_property
+    def segments(self) -> np.ndarray:
+        """[R] int32: rows of one document in one window have one number; a special token begins the next one."""
+        begins = np.append(self.vocabulary.classes["special"], False)[self.tokens]
+        begins[:, :1] = True
+        return np.cumsum(begins.ravel(), dtype=np.int32)
+
     def neighbour(self, rows: np.ndarray, offset: int) -> np.ndarray:
         """[W, T] bool: `rows` read at position + offset (-1 previous, +1 next); False where there is no such token."""
         out = np.zeros_like(rows)
+        if abs(offset) >= rows.shape[1]:
+            return out
         if offset < 0:
             out[:, -offset:] = rows[:, :offset]
         else:

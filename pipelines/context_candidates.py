@@ -1,0 +1,318 @@
+"""Candidate predicates of what stands around a row, made on train: neighbours of a token, words shortly before it.
+
+A *head* is a predicate of the row's own token that already catches much of a feature. Its rows are divided by what
+stands beside them: the set of neighbours with the best F1 is kept ("after one of ..."), or the set that F1 is best
+without ("not after one of ..."). All of it is counted exactly but recent words, whose hits come from a sample of the
+active rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .candidate_counts import Counter, Pairs, best_sets, first_per_feature, shifted
+from .predicates import (
+    Both,
+    Neighbour,
+    Not,
+    Predicate,
+    Recent,
+    Stems,
+    Token,
+    TokenClass,
+    TokenPredicate,
+    TokenSet,
+)
+from .token_classes import DISJOINT_CLASSES
+
+#: (feature, F1 on train, predicate)
+Found = list[tuple[int, float, Predicate]]
+
+#: Where the neighbours of a head are looked for.
+HEAD_OFFSETS = (-1, -2, 1)
+#: Places before the row whose tokens, or sets of them, are candidates by themselves or with the row's class.
+PLACES = (-1, -2, -3)
+#: Active rows that a head has to hold on, of all, and the F1 from which on nothing has to be added to it.
+MIN_RECALL, GOOD_ENOUGH = 0.15, 0.9
+#: What a context has to add to the F1 of its head.
+MIN_GAIN = 0.01
+#: How many of the last tokens are looked at, and active rows of a feature that are.
+RECENT = (2, 4, 16)
+SAMPLED_ROWS = 256
+_FEATURES_AT_ONCE = 512
+
+
+def context_candidates(counter: Counter, tokens: Pairs, found: Found) -> Found:
+    """Heads of `found`, and the most frequent tokens, narrowed by neighbours; places before the row alone."""
+    out: Found = []
+    heads = _heads(counter, tokens, found)
+    for offset in sorted({*PLACES, *HEAD_OFFSETS}):
+        other = shifted(counter.windows.tokens.astype(np.int64), offset)
+        if offset in PLACES:
+            out += _places(counter, other, offset)
+        if offset in HEAD_OFFSETS:
+            out += _narrowed(counter, heads, other, offset)
+    return out
+
+
+@dataclass(frozen=True)
+class _Head:
+    feature: int
+    predicate: TokenPredicate
+    tokens: np.ndarray  # vocabulary indices, ascending
+    f1: float
+    support: int
+
+
+def _heads(counter: Counter, tokens: Pairs, found: Found) -> list[_Head]:
+    """Up to three a feature: its most frequent token, the best of one answer, the best set."""
+    vocabulary, limits = counter.windows.vocabulary, counter.limits
+    best: dict[int, dict[str, tuple[float, TokenPredicate]]] = {}
+    for i in first_per_feature(tokens.features, tokens.hits, 1):
+        feature, hits = int(tokens.features[i]), int(tokens.hits[i])
+        if hits >= max(limits.min_hits, MIN_RECALL * counter.num_active[feature]):
+            f1 = 2 * hits / (counter.num_active[feature] + tokens.support[tokens.codes[i]])
+            best.setdefault(feature, {})["frequent"] = (float(f1), Token(vocabulary.texts[int(tokens.codes[i])]))
+    for feature, f1, predicate in found:
+        if isinstance(predicate, TokenPredicate) and not isinstance(predicate, TokenClass):
+            several = isinstance(predicate, TokenSet) or (isinstance(predicate, Stems) and len(predicate.stems) > 1)
+            own, kind = best.setdefault(feature, {}), "set" if several else "one"
+            if kind not in own or f1 > own[kind][0]:
+                own[kind] = f1, predicate
+    ids: dict[TokenPredicate, np.ndarray] = {}
+    out = []
+    for feature in sorted(best):
+        if max(f1 for f1, _ in best[feature].values()) >= GOOD_ENOUGH:
+            continue
+        for predicate, f1 in dict((p, f1) for f1, p in best[feature].values()).items():
+            if predicate not in ids:
+                ids[predicate] = np.flatnonzero(predicate.tokens(vocabulary))
+            support = int(tokens.support[ids[predicate]].sum())
+            out.append(_Head(feature, predicate, ids[predicate], f1, support))
+    return out
+
+
+class _Beside:
+    """Rows by (token, token beside it): support of every such pair, and the hits of every feature."""
+
+    def __init__(self, counter: Counter, other: np.ndarray):
+        self.size = len(counter.windows.vocabulary)
+        tokens = counter.windows.tokens.astype(np.int64)
+        codes = np.where((tokens >= 0) & (other >= 0), tokens * self.size + other, -1).ravel()
+        codes[~counter.eligible] = -1
+        self.pairs, values = counter.sparse_pairs(codes, rare=True)
+        self.first, self.second = np.where(values >= 0, values // self.size, -1), values % self.size
+        self.starts = np.searchsorted(self.pairs.features, np.arange(counter.active.num_features + 1))
+
+    def of(self, head: _Head) -> tuple[np.ndarray, np.ndarray]:
+        """[V] hits and [V] support of the head's rows by the token beside them."""
+        low, high = np.searchsorted(self.first, head.tokens), np.searchsorted(self.first, head.tokens, "right")
+        codes = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
+        support = np.bincount(self.second[codes], self.pairs.support[codes], self.size)
+        own = slice(self.starts[head.feature], self.starts[head.feature + 1])
+        codes, hits = self.pairs.codes[own], self.pairs.hits[own]
+        inside = _is_in(self.first[codes], head.tokens)
+        return np.bincount(self.second[codes[inside]], hits[inside], self.size), support
+
+
+def _is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    if len(ascending) == 1:
+        return values == ascending[0]
+    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return ascending[at] == values
+
+
+def _narrowed(counter: Counter, heads: Sequence[_Head], other: np.ndarray, offset: int) -> Found:
+    """Heads with the neighbours that their rows are divided by."""
+    beside, out = _Beside(counter, other), []
+    vocabulary, limits = counter.windows.vocabulary, counter.limits
+    stems = vocabulary.table("stem")
+    has_stem = stems.codes >= 0
+    for head in heads:
+        positives = int(counter.num_active[head.feature])
+        hits, support = beside.of(head)
+        whole = head.f1 / 2 * (positives + head.support), head.support  # rows without a neighbour included
+        stem_hits = np.bincount(stems.codes[has_stem], hits[has_stem], len(stems.names))
+        stem_support = np.bincount(stems.codes[has_stem], support[has_stem], len(stems.names))
+        found: list[tuple[float, Predicate]] = []
+        for h, s, named in (
+            (hits, support, lambda codes: _one_of(Token, TokenSet, [vocabulary.texts[c] for c in codes])),
+            (stem_hits, stem_support, lambda codes: Stems(tuple(stems.names[c] for c in codes))),
+        ):
+            for size in (1, *limits.set_sizes):
+                codes, f1 = _kept(h, s, positives, size, limits.min_hits)
+                if len(codes):
+                    found.append((f1, Both(head.predicate, Neighbour(offset, named(codes)))))
+            for size in limits.set_sizes:
+                codes, f1 = _left_out(h, s, positives, whole, size, limits.min_hits)
+                if len(codes):
+                    found.append((f1, Both(head.predicate, Not(Neighbour(offset, named(codes))))))
+        found = [(f1, p) for f1, p in found if f1 >= max(head.f1 + MIN_GAIN, limits.min_f1)]
+        found.sort(key=lambda c: -c[0])
+        out += [(head.feature, f1, p) for f1, p in found[:3]]
+    return out
+
+
+def _one_of(one: Callable[[str], TokenPredicate], several: Callable[[tuple[str, ...]], TokenPredicate], texts: list):
+    return one(texts[0]) if len(texts) == 1 else several(tuple(texts))
+
+
+def _kept(hits: np.ndarray, support: np.ndarray, positives: int, size: int, min_hits: int) -> tuple[np.ndarray, float]:
+    """(codes, F1): the at most `size` codes whose rows together have the best F1."""
+    codes = np.flatnonzero(hits >= min_hits)
+    return _dinkelbach(codes, hits[codes], support[codes], positives, (0.0, 0.0), size)
+
+
+def _left_out(
+    hits: np.ndarray, support: np.ndarray, positives: int, whole: tuple[float, float], size: int, min_hits: int
+) -> tuple[np.ndarray, float]:
+    """(codes, F1): the at most `size` codes without whose rows the `whole` (hits, support) has the best F1."""
+    codes = np.flatnonzero(support - hits >= min_hits)
+    return _dinkelbach(codes, -hits[codes], -support[codes], positives, whole, size)
+
+
+def _dinkelbach(
+    codes: np.ndarray, hits: np.ndarray, support: np.ndarray, positives: int, start: tuple[float, float], size: int
+) -> tuple[np.ndarray, float]:
+    """The sets of `best_sets` of one group, whose sums begin at `start` (hits, support)."""
+    f1, chosen = 2 * start[0] / (positives + start[1]), codes[:0]
+    for _ in range(5):
+        gain = hits - f1 / 2 * support
+        order = np.argpartition(-gain, size)[:size] if len(gain) > size else np.arange(len(gain))
+        order = order[gain[order] > 0]
+        order = order[np.argsort(-gain[order], kind="stable")]
+        before, chosen = f1, codes[order]
+        f1 = 2 * (start[0] + hits[order].sum()) / (positives + start[1] + support[order].sum())
+        if f1 <= before:
+            break
+    return chosen, float(f1)
+
+
+def _places(counter: Counter, other: np.ndarray, offset: int) -> Found:
+    """Tokens at one place before the row: sets of them alone; one, or a set, together with the row's class."""
+    vocabulary, limits, out = counter.windows.vocabulary, counter.limits, []
+    size, kinds = len(vocabulary), len(DISJOINT_CLASSES)
+    stems = vocabulary.table("stem")
+    pairs = counter.pairs(other.ravel(), size)
+    alone = (
+        (pairs, lambda codes: _one_of(Token, TokenSet, [vocabulary.texts[c] for c in codes])),
+        (pairs.regroup(stems.codes, len(stems.names)), lambda codes: Stems(tuple(stems.names[c] for c in codes))),
+    )
+    for own, named in alone:
+        for feature, f1, codes in _sets(own.features, own.codes, own.hits, own.support, counter):
+            out.append((feature, f1, Neighbour(offset, named(codes))))
+    class_of = np.full(size + 1, -1, np.int64)  # last entry: no token
+    for i, name in enumerate(DISJOINT_CLASSES):
+        class_of[:-1][vocabulary.classes[name]] = i
+    first = class_of[counter.windows.tokens]
+    codes = np.where((first >= 0) & (other >= 0), first * size + other, -1).ravel()
+    both, values = counter.sparse_pairs(codes)
+    groups = both.features * kinds + values[both.codes] // size
+    for group, f1, chosen in _sets(groups, both.codes, both.hits, both.support, counter, per_feature=kinds):
+        texts = [vocabulary.texts[int(values[c]) % size] for c in chosen]
+        head = TokenClass(DISJOINT_CLASSES[group % kinds])
+        out.append((group // kinds, f1, Both(head, Neighbour(offset, _one_of(Token, TokenSet, texts)))))
+    return _best_of_each(out)
+
+
+def _sets(
+    groups: np.ndarray, codes: np.ndarray, hits: np.ndarray, support: np.ndarray, counter: Counter, per_feature: int = 1
+) -> Iterator[tuple[int, float, list[int]]]:
+    """(group, F1, codes) of the best sets of codes; a feature has `per_feature` groups."""
+    limits = counter.limits
+    keep = hits >= limits.min_hits
+    groups, codes, hits = groups[keep], codes[keep], hits[keep]
+    positives = np.repeat(counter.num_active, per_feature)
+    for size in (1, *limits.set_sizes):
+        chosen, f1 = best_sets(groups, hits, support[codes], positives, size)
+        starts = np.flatnonzero(np.diff(groups[chosen], prepend=-1))
+        for members, start in zip(np.split(codes[chosen], starts[1:]), starts, strict=False):
+            group = int(groups[chosen[start]])
+            if f1[group] >= limits.min_f1 and (size == 1 or len(members) > 1):
+                yield group, float(f1[group]), [int(c) for c in members]
+
+
+def _best_of_each(found: Found, limit: int = 3) -> Found:
+    own: dict[int, Found] = {}
+    for entry in found:
+        own.setdefault(entry[0], []).append(entry)
+    return [entry for entries in own.values() for entry in sorted(entries, key=lambda e: -e[1])[:limit]]
+
+
+def recent_candidates(counter: Counter) -> Found:
+    """Stems, one or several, among the last tokens of the document."""
+    stems = counter.windows.vocabulary.table("stem")
+    if not len(stems.names):
+        return []
+    code_of_row = np.append(stems.codes, -1)[counter.windows.tokens.ravel()]
+    segments = counter.windows.segments
+    supports = {last: _recent_support(code_of_row, segments, counter.eligible, len(stems.names), last) for last in RECENT}
+    features, rows, weight = _sampled(counter)
+    out: Found = []
+    bounds = np.searchsorted(features, np.arange(0, counter.active.num_features + _FEATURES_AT_ONCE, _FEATURES_AT_ONCE))
+    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        for last in RECENT:
+            part = features[low:high], rows[low:high]
+            found = _recent(counter, part, weight, code_of_row, segments, supports[last], last)
+            out += [(f, f1, Recent(Stems(tuple(stems.names[c] for c in codes)), last)) for f, f1, codes in found]
+    return _best_of_each(out)
+
+
+def _sampled(counter: Counter) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(features, rows, [F] active rows that each one stands for): at most `SAMPLED_ROWS` a feature, evenly spread."""
+    active = counter.active
+    counts, starts = active.counts, active.starts[:-1]
+    taken = np.minimum(counts, SAMPLED_ROWS)
+    features = np.repeat(np.arange(len(counts)), taken)
+    step = np.arange(len(features)) - np.repeat(np.cumsum(taken) - taken, taken)
+    rows = active.rows[starts[features] + step * counts[features] // np.maximum(taken[features], 1)]
+    return features, rows.astype(np.int64), counts / np.maximum(taken, 1)
+
+
+def _recent_support(codes: np.ndarray, segments: np.ndarray, eligible: np.ndarray, num: int, last: int) -> np.ndarray:
+    """[C] rows that count with the code among the last `last` tokens of their document."""
+    rows = np.flatnonzero(codes >= 0)
+    rows = rows[np.argsort(codes[rows], kind="stable")]
+    own = codes[rows]
+    following = np.append(np.where(own[1:] == own[:-1], rows[1:], codes.size), codes.size)[: len(rows)]
+    ends = np.searchsorted(segments, segments[rows], "right")
+    ends = np.minimum(np.minimum(rows + last, following), ends)
+    counted = np.append(0, np.cumsum(eligible))
+    return np.bincount(own, counted[ends] - counted[rows], num)
+
+
+def _recent(
+    counter: Counter, part: tuple[np.ndarray, np.ndarray], weight: np.ndarray, code_of_row: np.ndarray,
+    segments: np.ndarray, support: np.ndarray, last: int,
+) -> Iterator[tuple[int, float, list[int]]]:  # fmt: skip
+    """(feature, F1, stem codes) of some features; the support of a set is at most the sum of its stems'."""
+    (features, rows), num, limits = part, len(support), counter.limits
+    keys = []
+    for step in range(last):
+        at = np.maximum(rows - step, 0)
+        inside = (rows >= step) & (segments[at] == segments[rows]) & (code_of_row[at] >= 0)
+        keys.append(np.flatnonzero(inside) * num + code_of_row[at[inside]])
+    sample, codes = np.divmod(np.unique(np.concatenate(keys)), num)
+    pairs, hits = np.unique(features[sample] * num + codes, return_counts=True)
+    owner, code = np.divmod(pairs, num)
+    keep = hits >= limits.min_hits
+    owner, code, hits = owner[keep], code[keep], hits[keep]
+    scaled = hits * weight[owner]
+    sampled = np.minimum(counter.num_active, SAMPLED_ROWS)
+    for size in (1, *limits.set_sizes):
+        chosen, _ = best_sets(owner, scaled, support[code], counter.num_active, size)
+        kept = np.sort(owner[chosen] * num + code[chosen])
+        if not len(kept):
+            return
+        found = kept[np.minimum(np.searchsorted(kept, features[sample] * num + codes), len(kept) - 1)]
+        held = np.unique(sample[found == features[sample] * num + codes])
+        together = np.bincount(features[held], minlength=len(sampled)) * weight  # rows, not stems
+        total = np.bincount(owner[chosen], support[code[chosen]], len(sampled))
+        f1 = 2 * together / np.maximum(counter.num_active + total, 1)
+        lift = together / np.maximum(total, 1) / np.maximum(counter.base_rate, 1e-12)
+        starts = np.flatnonzero(np.diff(owner[chosen], prepend=-1))
+        for members, start in zip(np.split(code[chosen], starts[1:]), starts, strict=False):
+            feature = int(owner[chosen[start]])
+            if f1[feature] >= limits.min_f1 and lift[feature] >= limits.min_lift and (size == 1 or len(members) > 1):
+                yield feature, float(f1[feature]), [int(c) for c in members]
