@@ -8,10 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .predicate_base import Predicate
 from .split_rows import ActiveRows
 from .token_classes import RowTable
 
+#: (feature, F1 on train, predicate)
+Found = list[tuple[int, float, Predicate]]
+
 CANDIDATES_PER_FAMILY = 2
+#: Active rows of a feature that are looked at where all of them would be too many.
+SAMPLED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,15 @@ class Counter:
         values, dense = np.unique(codes, return_inverse=True)
         dense = np.where(codes >= 0, dense, -1)
         return self.pairs(dense, len(values), rare=rare), values
+
+    def sample(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(features, rows, [F] active rows that each one stands for): at most `num` a feature, evenly spread."""
+        counts, starts = self.num_active, self.active.starts[:-1]
+        taken = np.minimum(counts, num)
+        features = np.repeat(np.arange(len(counts)), taken)
+        step = np.arange(len(features)) - np.repeat(np.cumsum(taken) - taken, taken)
+        rows = self.active.rows[starts[features] + step * counts[features] // np.maximum(taken[features], 1)]
+        return features, rows.astype(np.int64), counts / np.maximum(taken, 1)
 
     def best(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(features, codes, F1) of the best candidates of a family, those within the limits only."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .candidate_counts import Counter, Pairs, best_sets, first_per_feature, shifted
+from .candidate_counts import SAMPLED_ROWS, Counter, Found, Pairs, best_sets, first_per_feature, shifted
 from .predicates import (
     Both,
     Neighbour,
@@ -26,9 +26,6 @@ from .predicates import (
 )
 from .token_classes import DISJOINT_CLASSES
 
-#: (feature, F1 on train, predicate)
-Found = list[tuple[int, float, Predicate]]
-
 #: Where the neighbours of a head are looked for.
 HEAD_OFFSETS = (-1, -2, 1)
 #: Places before the row whose tokens, or sets of them, are candidates by themselves or with the row's class.
@@ -37,9 +34,8 @@ PLACES = (-1, -2, -3)
 MIN_RECALL, GOOD_ENOUGH = 0.15, 0.9
 #: What a context has to add to the F1 of its head.
 MIN_GAIN = 0.01
-#: How many of the last tokens are looked at, and active rows of a feature that are.
+#: How many of the last tokens are looked at.
 RECENT = (2, 4, 16)
-SAMPLED_ROWS = 256
 _FEATURES_AT_ONCE = 512
 
 
@@ -248,7 +244,7 @@ def recent_candidates(counter: Counter) -> Found:
     code_of_row = np.append(stems.codes, -1)[counter.windows.tokens.ravel()]
     segments = counter.windows.segments
     supports = {last: _recent_support(code_of_row, segments, counter.eligible, len(stems.names), last) for last in RECENT}
-    features, rows, weight = _sampled(counter)
+    features, rows, weight = counter.sample(SAMPLED_ROWS)
     out: Found = []
     bounds = np.searchsorted(features, np.arange(0, counter.active.num_features + _FEATURES_AT_ONCE, _FEATURES_AT_ONCE))
     for low, high in zip(bounds[:-1], bounds[1:], strict=True):
@@ -257,17 +253,6 @@ def recent_candidates(counter: Counter) -> Found:
             found = _recent(counter, part, weight, code_of_row, segments, supports[last], last)
             out += [(f, f1, Recent(Stems(tuple(stems.names[c] for c in codes)), last)) for f, f1, codes in found]
     return _best_of_each(out)
-
-
-def _sampled(counter: Counter) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(features, rows, [F] active rows that each one stands for): at most `SAMPLED_ROWS` a feature, evenly spread."""
-    active = counter.active
-    counts, starts = active.counts, active.starts[:-1]
-    taken = np.minimum(counts, SAMPLED_ROWS)
-    features = np.repeat(np.arange(len(counts)), taken)
-    step = np.arange(len(features)) - np.repeat(np.cumsum(taken) - taken, taken)
-    rows = active.rows[starts[features] + step * counts[features] // np.maximum(taken[features], 1)]
-    return features, rows.astype(np.int64), counts / np.maximum(taken, 1)
 
 
 def _recent_support(codes: np.ndarray, segments: np.ndarray, eligible: np.ndarray, num: int, last: int) -> np.ndarray:

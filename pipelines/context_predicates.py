@@ -84,6 +84,13 @@ class Neighbour(Predicate):
     def rows(self, windows: RowTable) -> np.ndarray:
         return windows.neighbour(self.of.rows(windows), self.offset)
 
+    def at(self, windows: RowTable, rows: np.ndarray) -> np.ndarray:
+        width = windows.tokens.shape[1]
+        place = rows % width + self.offset
+        inside = (place >= 0) & (place < width) & windows.valid.ravel()[rows]
+        inside[inside] = self.of.at(windows, rows[inside] + self.offset)
+        return inside
+
     def describe(self) -> str:
         place = f"{_TIMES[abs(self.offset)][0]} token" if abs(self.offset) > 1 else "token"
         return f"the {place} {self._side} {self.of.noun}"
@@ -131,6 +138,15 @@ class Recent(Predicate):
             out[sources + step] = True
         return out.reshape(windows.tokens.shape) & windows.valid
 
+    def at(self, windows: RowTable, rows: np.ndarray) -> np.ndarray:
+        segments, out = windows.segments, np.zeros(len(rows), bool)
+        holds = np.append(self.of.tokens(windows.vocabulary), False)
+        for step in range(self.last):
+            sources = np.maximum(rows - step, 0)
+            inside = (rows >= step) & (segments[sources] == segments[rows])
+            out |= inside & holds[windows.tokens.ravel()[sources]]
+        return out & windows.valid.ravel()[rows]
+
     def describe(self) -> str:
         return f"{self.of.describe()} among the last {self.last} tokens"
 
@@ -141,18 +157,21 @@ class Recent(Predicate):
 
 @dataclass(frozen=True)
 class Not(Predicate):
-    """`of` does not hold; `of` is neither a conjunction nor a negation."""
+    """`of` does not hold; `of` is not itself made of others."""
 
     name: ClassVar[str] = "not"
     kind: ClassVar[str] = "structural"
     of: Predicate
 
     def __post_init__(self):
-        if not isinstance(self.of, Predicate) or isinstance(self.of, (Both, Not)):
-            raise ValueError(f"a negation takes a predicate that is no conjunction or negation, not {self.of!r}")
+        if not isinstance(self.of, Predicate) or isinstance(self.of, (Both, Either, Not)):
+            raise ValueError(f"a negation takes a predicate that is not made of others, not {self.of!r}")
 
     def rows(self, windows: RowTable) -> np.ndarray:
         return windows.valid & ~self.of.rows(windows)
+
+    def at(self, windows: RowTable, rows: np.ndarray) -> np.ndarray:
+        return windows.valid.ravel()[rows] & ~self.of.at(windows, rows)
 
     def describe(self) -> str:
         return f"anything but {self.of.describe()}"
@@ -164,7 +183,7 @@ class Not(Predicate):
 
 @dataclass(frozen=True)
 class Both(Predicate):
-    """`first` and `second` hold; neither is itself a conjunction."""
+    """`first` and `second` hold; neither is itself a conjunction or an alternative."""
 
     name: ClassVar[str] = "both"
     first: Predicate
@@ -172,8 +191,8 @@ class Both(Predicate):
 
     def __post_init__(self):
         for part in (self.first, self.second):
-            if not isinstance(part, Predicate) or isinstance(part, Both):
-                raise ValueError(f"a conjunction takes two predicates that are not conjunctions, not {part!r}")
+            if not isinstance(part, Predicate) or isinstance(part, (Both, Either)):
+                raise ValueError(f"a conjunction takes two predicates that are no conjunctions or alternatives, not {part!r}")
 
     @property
     def kind(self) -> str:  # type: ignore[override]  # depends on the parts
@@ -181,6 +200,11 @@ class Both(Predicate):
 
     def rows(self, windows: RowTable) -> np.ndarray:
         return self.first.rows(windows) & self.second.rows(windows)
+
+    def at(self, windows: RowTable, rows: np.ndarray) -> np.ndarray:
+        out = self.first.at(windows, rows)
+        out[out] = self.second.at(windows, rows[out])
+        return out
 
     def describe(self) -> str:
         first, second = self.first.describe(), self.second
@@ -194,6 +218,39 @@ class Both(Predicate):
     @property
     def complexity(self) -> float:
         return 0.75 * (self.first.complexity + self.second.complexity)
+
+
+@dataclass(frozen=True)
+class Either(Predicate):
+    """`first` or `second` holds; neither is itself an alternative."""
+
+    name: ClassVar[str] = "either"
+    first: Predicate
+    second: Predicate
+
+    def __post_init__(self):
+        for part in (self.first, self.second):
+            if not isinstance(part, Predicate) or isinstance(part, Either):
+                raise ValueError(f"an alternative takes two predicates that are not alternatives, not {part!r}")
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]  # depends on the parts
+        return "lexical" if {self.first.kind, self.second.kind} == {"lexical"} else "structural"
+
+    def rows(self, windows: RowTable) -> np.ndarray:
+        return self.first.rows(windows) | self.second.rows(windows)
+
+    def at(self, windows: RowTable, rows: np.ndarray) -> np.ndarray:
+        out = ~self.first.at(windows, rows)
+        out[out] = ~self.second.at(windows, rows[out])
+        return ~out
+
+    def describe(self) -> str:
+        return f"{self.first.describe()}; or {self.second.describe()}"
+
+    @property
+    def complexity(self) -> float:
+        return 0.2 + self.first.complexity + self.second.complexity
 
 
 #: Patterns that a label spells out; `predicate` has all of them.

@@ -10,8 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from .candidate_counts import CandidateLimits, Counter, Pairs, best_sets, shifted
-from .context_candidates import Found, context_candidates, recent_candidates
+from .alternative_candidates import alternatives
+from .candidate_counts import CandidateLimits, Counter, Found, Pairs, best_sets, shifted
+from .context_candidates import context_candidates, recent_candidates
 from .predicates import Affix, Both, Neighbour, Piece, Position, Predicate, Stems, Token, TokenClass, TokenSet, Word
 from .split_rows import ActiveRows
 from .token_classes import DISJOINT_CLASSES, TOKEN_CLASSES, RowTable
@@ -113,9 +114,14 @@ def propose(
     found += context_candidates(counter, tokens, found)
     found += recent_candidates(counter)
 
-    candidates: list[list[tuple[float, Predicate]]] = [[] for _ in range(active.num_features)]
-    for feature, f1, predicate in found:
-        candidates[feature].append((f1, predicate))
-    for own in candidates:
-        own.sort(key=lambda c: -c[0])  # stable: families keep their order among equals
-    return [list(dict.fromkeys(p for _, p in own))[: limits.max_candidates] for own in candidates]
+    ranked = _ranked(found, active.num_features)
+    ranked = _ranked(found + alternatives(counter, ranked), active.num_features)
+    return [[predicate for _, predicate in own][: limits.max_candidates] for own in ranked]
+
+
+def _ranked(found: Found, num_features: int) -> list[list[tuple[float, Predicate]]]:
+    """(F1, predicate) of every feature, best first, none twice; families keep their order among equals."""
+    own: list[dict[Predicate, float]] = [{} for _ in range(num_features)]
+    for feature, f1, predicate in sorted(found, key=lambda c: -c[1]):
+        own[feature].setdefault(predicate, f1)
+    return [[(f1, predicate) for predicate, f1 in mine.items()] for mine in own]

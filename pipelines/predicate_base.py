@@ -33,6 +33,10 @@ class Predicate:
         """[W, T] bool: the rows on which the predicate holds; never behind the end of a short window."""
         raise NotImplementedError
 
+    def at(self, windows: RowTable, rows: np.ndarray) -> np.ndarray:
+        """[n] bool: whether it holds on each of `rows` [n], window * T + position; the same as `rows` without all."""
+        return self.rows(windows).ravel()[rows]
+
     def describe(self) -> str:
         """The label a reader sees."""
         raise NotImplementedError
@@ -76,6 +80,9 @@ class TokenPredicate(Predicate):
     def rows(self, windows: RowTable) -> np.ndarray:
         # [V + 1], so that index -1 (no token) reads False.
         return np.append(self.tokens(windows.vocabulary), False)[windows.tokens]
+
+    def at(self, windows: RowTable, rows: np.ndarray) -> np.ndarray:
+        return np.append(self.tokens(windows.vocabulary), False)[windows.tokens.ravel()[rows]]
 
     @property
     def noun(self) -> str:

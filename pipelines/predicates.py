@@ -9,6 +9,7 @@
     token "," after a number Both(Token(","), Neighbour(-1, TokenClass("number")))  structural
     token "," not after a number  Both(Token(","), Not(Neighbour(-1, TokenClass("number"))))  structural
     words with stem "war" among the last 8 tokens  Recent(Stems(("war",)), 8)       structural
+    token " war"; or words ending in -ing   Either(Token(" war"), Affix("suffix", "ing"))     lexical
     n-gram " United" " States"   NGrams(((" United", " States"),))   structural
 
 The *word* of a token is its text, stripped and case-folded; a token is often only a piece of what a reader calls a
@@ -18,12 +19,12 @@ word.
 
 from dataclasses import fields
 
-from .context_predicates import Both, Neighbour, NGrams, Not, Piece, Position, Recent
+from .context_predicates import Both, Either, Neighbour, NGrams, Not, Piece, Position, Recent
 from .predicate_base import Predicate, TokenPredicate, quoted
 from .token_predicates import Affix, Stems, Token, TokenClass, TokenSet, Word
 
 __all__ = [
-    "PREDICATES", "Affix", "Both", "NGrams", "Neighbour", "Not", "Piece", "Position", "Predicate", "Recent", "Stems",
+    "PREDICATES", "Affix", "Both", "Either", "NGrams", "Neighbour", "Not", "Piece", "Position", "Predicate", "Recent", "Stems",
     "Token", "TokenClass", "TokenPredicate", "TokenSet", "Word", "predicate_of", "quoted",
 ]  # fmt: skip
 
@@ -31,7 +32,7 @@ __all__ = [
 PREDICATES: dict[str, type[Predicate]] = {
     p.name: p
     for p in (
-        Token, TokenSet, Word, Stems, Affix, TokenClass, Piece, Position, Neighbour, Recent, Not, Both, NGrams,
+        Token, TokenSet, Word, Stems, Affix, TokenClass, Piece, Position, Neighbour, Recent, Not, Both, Either, NGrams,
     )
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import pytest
 from saeql.pipelines.predicates import (
     Affix,
     Both,
+    Either,
     Neighbour,
     Not,
     Piece,
@@ -54,6 +55,12 @@ CASES: list[tuple[Predicate, str, str, list[str]]] = [
     (Neighbour(-1, TokenClass("number")), "the token after a number", "structural", [",", " %"]),
     (Both(Token(","), Neighbour(-1, TokenClass("number"))), 'token "," after a number', "structural", [","]),
     (Both(Token(" bank"), Neighbour(-1, Token(" old"))), 'token " bank" after " old"', "structural", [" bank"]),
+    (
+        Either(Token(" bank"), Neighbour(-1, Token(" (")) ),
+        'token " bank"; or the token after " ("',
+        "structural",
+        [" bank", "3.5"],
+    ),
     (Neighbour(-2, Token(" old")), 'the second token after " old"', "structural", [" was"]),
     (Neighbour(-4, TokenClass("comma")), "the fourth token after a comma", "structural", [" Walk", "."]),
     (
@@ -108,6 +115,8 @@ def test_holds_where_the_label_says(predicate, label, kind, holds):
     assert rows.shape == windows.tokens.shape and rows.dtype == bool
     found = [WINDOWS[w][p] for w, p in np.argwhere(rows)]  # IndexError if it held behind the end of a window
     assert found == holds
+    flat = np.random.default_rng(0).permutation(rows.size)
+    np.testing.assert_array_equal(predicate.at(windows, flat), rows.ravel()[flat])
     assert (predicate.describe(), predicate.kind) == (label, kind)
     again = Predicate.from_json(predicate.to_json())
     assert again == predicate and hash(again) == hash(predicate) and again.to_json() == predicate.to_json()
@@ -166,6 +175,7 @@ def test_disjoint_classes_are_disjoint_and_every_test_is_total():
         '{"type":"recent","of":{"type":"piece","part":"starts"},"last":4}',
         '{"type":"not","of":{"type":"not","of":{"type":"token","text":"a"}}}',
         '{"type":"not","of":"a"}',
+        '{"type":"either","first":{"type":"token","text":"a"},"second":"b"}',
         '{"type":"neighbour","offset":-1,"of":{"type":"position","first_n":3}}',
         '{"type":"both","first":{"type":"token","text":"a"},"second":"b"}',
         '{"type":"both","first":{"type":"token","text":"a"},"second":{"type":"both","first":{"type":"token","text":"a"},'
