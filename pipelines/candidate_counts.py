@@ -4,6 +4,7 @@ A *code* is one answer to one question about a row ("which token?", "which previ
 features are counted at once; with the code's support over all rows, hits give precision, recall, F1 and lift.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,23 +131,43 @@ def shifted(rows: np.ndarray, offset: int) -> np.ndarray:
     return out
 
 
-def best_sets(
-    groups: np.ndarray, hits: np.ndarray, support: np.ndarray, positives: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """For every group the set of at most `size` of its entries with the highest F1: (entries, best first), [G] its F1.
+def distinct(values: np.ndarray) -> np.ndarray:
+    """The distinct values, ascending; sorting is much faster than the hash table of `np.unique` where most differ."""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
 
-    Args: of every entry its group, sorted, with hits and support; `positives` [G] active rows of the group's feature.
+
+def best_sets(
+    groups: np.ndarray, hits: np.ndarray, support: np.ndarray, positives: np.ndarray, sizes: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For every group sets of its entries with a high F1: (size, entries by group and best first, [G] F1) a size.
+
+    Args: of every entry its group, with hits and support; `positives` [G] active rows of the group's feature; `sizes`,
+    ascending: how many entries a set may have.
 
     F1 = 2 hits / (positives + support) is a ratio of sums, so Dinkelbach's iteration finds its maximum: with the F1 so
-    far fixed, the best set is the `size` entries of largest hits - F1 / 2 * support, and the F1 only rises.
+    far fixed, the best set is the entries of largest hits - F1 / 2 * support, and the F1 only rises. That is done for
+    the largest size; smaller sets are the first of its entries.
     """
     num_groups = len(positives)
-    f1, chosen = np.zeros(num_groups), np.zeros(0, np.int64)
-    for _ in range(6):
+    alone = 2 * hits / np.maximum(positives[groups] + support, 1)
+    f1, order = np.zeros(num_groups), np.zeros(0, np.int64)
+    np.maximum.at(f1, groups, alone)
+    for _ in range(5):
         gain = hits - f1[groups] / 2 * support
-        chosen = first_per_feature(groups, gain, size)
-        chosen = chosen[gain[chosen] > 0]
-        total_hits = np.bincount(groups[chosen], hits[chosen], num_groups)
-        total_support = np.bincount(groups[chosen], support[chosen], num_groups)
-        f1 = 2 * total_hits / np.maximum(positives + total_support, 1)
-    return chosen, f1
+        kept = np.flatnonzero(gain > 0)
+        order = kept[first_per_feature(groups[kept], gain[kept], sizes[-1])]
+        f1 = _f1_of(order, groups, hits, support, positives)
+    of_group = groups[order]
+    rank = np.arange(len(order)) - np.searchsorted(of_group, of_group)
+    for size in sizes:
+        chosen = order[rank < size]
+        yield size, chosen, _f1_of(chosen, groups, hits, support, positives)
+
+
+def _f1_of(
+    chosen: np.ndarray, groups: np.ndarray, hits: np.ndarray, support: np.ndarray, positives: np.ndarray
+) -> np.ndarray:
+    total_hits = np.bincount(groups[chosen], hits[chosen], len(positives))
+    total_support = np.bincount(groups[chosen], support[chosen], len(positives))
+    return 2 * total_hits / np.maximum(positives + total_support, 1)

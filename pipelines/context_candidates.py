@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .candidate_counts import SAMPLED_ROWS, Counter, Found, Pairs, best_sets, first_per_feature, shifted
+from .candidate_counts import SAMPLED_ROWS, Counter, Found, Pairs, best_sets, distinct, first_per_feature, shifted
 from .predicates import (
     Both,
     Neighbour,
@@ -89,6 +89,19 @@ def _heads(counter: Counter, tokens: Pairs, found: Found) -> list[_Head]:
     return out
 
 
+@dataclass(frozen=True)
+class _Named:
+    """How codes become a predicate of one token."""
+
+    names: Sequence[str]
+    one: Callable[[str], TokenPredicate]
+    several: Callable[[tuple[str, ...]], TokenPredicate]
+
+    def one_of(self, codes: Sequence[int] | np.ndarray) -> TokenPredicate:
+        texts = tuple(self.names[int(c)] for c in codes)
+        return self.one(texts[0]) if len(texts) == 1 else self.several(texts)
+
+
 class _Beside:
     """Rows by (token, token beside it): support of every such pair, and the hits of every feature."""
 
@@ -101,15 +114,21 @@ class _Beside:
         self.first, self.second = np.where(values >= 0, values // self.size, -1), values % self.size
         self.starts = np.searchsorted(self.pairs.features, np.arange(counter.active.num_features + 1))
 
-    def of(self, head: _Head) -> tuple[np.ndarray, np.ndarray]:
-        """[V] hits and [V] support of the head's rows by the token beside them."""
+    def of(self, head: _Head) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens beside the head's rows, hits, support), a row a token."""
         low, high = np.searchsorted(self.first, head.tokens), np.searchsorted(self.first, head.tokens, "right")
         codes = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
-        support = np.bincount(self.second[codes], self.pairs.support[codes], self.size)
         own = slice(self.starts[head.feature], self.starts[head.feature + 1])
-        codes, hits = self.pairs.codes[own], self.pairs.hits[own]
-        inside = _is_in(self.first[codes], head.tokens)
-        return np.bincount(self.second[codes[inside]], hits[inside], self.size), support
+        hit, hits = self.pairs.codes[own], self.pairs.hits[own]
+        if len(low) == 1:
+            names, support, first = self.second[codes], self.pairs.support[codes], low[0]
+            own = slice(*np.searchsorted(hit, [low[0], high[0]]))
+            return names, np.bincount(hit[own] - first, hits[own], len(codes)), support
+        names, place = np.unique(self.second[codes], return_inverse=True)
+        support = np.bincount(place, self.pairs.support[codes], len(names))
+        inside = _is_in(self.first[hit], head.tokens)
+        place = np.searchsorted(names, self.second[hit[inside]])
+        return names, np.bincount(place, hits[inside], len(names)), support
 
 
 def _is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
@@ -124,65 +143,62 @@ def _narrowed(counter: Counter, heads: Sequence[_Head], other: np.ndarray, offse
     beside, out = _Beside(counter, other), []
     vocabulary, limits = counter.windows.vocabulary, counter.limits
     stems = vocabulary.table("stem")
-    has_stem = stems.codes >= 0
+    texts = _Named(vocabulary.texts, Token, TokenSet)
+    of_stem = _Named(stems.names, lambda stem: Stems((stem,)), Stems)
     for head in heads:
         positives = int(counter.num_active[head.feature])
-        hits, support = beside.of(head)
+        names, hits, support = beside.of(head)
         whole = head.f1 / 2 * (positives + head.support), head.support  # rows without a neighbour included
-        stem_hits = np.bincount(stems.codes[has_stem], hits[has_stem], len(stems.names))
-        stem_support = np.bincount(stems.codes[has_stem], support[has_stem], len(stems.names))
+        stem = stems.codes[names]
+        has_stem = stem >= 0
+        stem_names, place = np.unique(stem[has_stem], return_inverse=True)
+        stem_hits = np.bincount(place, hits[has_stem], len(stem_names))
+        stem_support = np.bincount(place, support[has_stem], len(stem_names))
         found: list[tuple[float, Predicate]] = []
-        for h, s, named in (
-            (hits, support, lambda codes: _one_of(Token, TokenSet, [vocabulary.texts[c] for c in codes])),
-            (stem_hits, stem_support, lambda codes: Stems(tuple(stems.names[c] for c in codes))),
-        ):
-            for size in (1, *limits.set_sizes):
-                codes, f1 = _kept(h, s, positives, size, limits.min_hits)
-                if len(codes):
-                    found.append((f1, Both(head.predicate, Neighbour(offset, named(codes)))))
-            for size in limits.set_sizes:
-                codes, f1 = _left_out(h, s, positives, whole, size, limits.min_hits)
-                if len(codes):
-                    found.append((f1, Both(head.predicate, Not(Neighbour(offset, named(codes))))))
+        for called, n, h, s in ((texts, names, hits, support), (of_stem, stem_names, stem_hits, stem_support)):
+            for codes, f1 in _kept(h, s, positives, (1, *limits.set_sizes), limits.min_hits):
+                found.append((f1, Both(head.predicate, Neighbour(offset, called.one_of(n[codes])))))
+            for codes, f1 in _left_out(h, s, positives, whole, limits.set_sizes, limits.min_hits):
+                found.append((f1, Both(head.predicate, Not(Neighbour(offset, called.one_of(n[codes]))))))
         found = [(f1, p) for f1, p in found if f1 >= max(head.f1 + MIN_GAIN, limits.min_f1)]
         found.sort(key=lambda c: -c[0])
         out += [(head.feature, f1, p) for f1, p in found[:3]]
     return out
 
 
-def _one_of(one: Callable[[str], TokenPredicate], several: Callable[[tuple[str, ...]], TokenPredicate], texts: list):
-    return one(texts[0]) if len(texts) == 1 else several(tuple(texts))
-
-
-def _kept(hits: np.ndarray, support: np.ndarray, positives: int, size: int, min_hits: int) -> tuple[np.ndarray, float]:
-    """(codes, F1): the at most `size` codes whose rows together have the best F1."""
+def _kept(
+    hits: np.ndarray, support: np.ndarray, positives: int, sizes: Sequence[int], min_hits: int
+) -> Iterator[tuple[np.ndarray, float]]:
+    """(codes, F1): codes whose rows together have a high F1, a set a size."""
     codes = np.flatnonzero(hits >= min_hits)
-    return _dinkelbach(codes, hits[codes], support[codes], positives, (0.0, 0.0), size)
+    return _dinkelbach(codes, hits[codes], support[codes], positives, (0.0, 0.0), sizes)
 
 
 def _left_out(
-    hits: np.ndarray, support: np.ndarray, positives: int, whole: tuple[float, float], size: int, min_hits: int
-) -> tuple[np.ndarray, float]:
-    """(codes, F1): the at most `size` codes without whose rows the `whole` (hits, support) has the best F1."""
-    codes = np.flatnonzero(support - hits >= min_hits)
-    return _dinkelbach(codes, -hits[codes], -support[codes], positives, whole, size)
+    hits: np.ndarray, support: np.ndarray, positives: int, whole: tuple[float, float], sizes: Sequence[int], least: int
+) -> Iterator[tuple[np.ndarray, float]]:
+    """(codes, F1): codes without whose rows the `whole` (hits, support) has a high F1, a set a size."""
+    codes = np.flatnonzero(support - hits >= least)
+    return _dinkelbach(codes, -hits[codes], -support[codes], positives, whole, sizes)
 
 
 def _dinkelbach(
-    codes: np.ndarray, hits: np.ndarray, support: np.ndarray, positives: int, start: tuple[float, float], size: int
-) -> tuple[np.ndarray, float]:
-    """The sets of `best_sets` of one group, whose sums begin at `start` (hits, support)."""
-    f1, chosen = 2 * start[0] / (positives + start[1]), codes[:0]
-    for _ in range(5):
+    codes: np.ndarray, hits: np.ndarray, support: np.ndarray, positives: int, start: tuple[float, float],
+    sizes: Sequence[int],
+) -> Iterator[tuple[np.ndarray, float]]:  # fmt: skip
+    """`best_sets` of one group, whose sums begin at `start` (hits, support)."""
+    f1, order, most = 2 * start[0] / (positives + start[1]), codes[:0], sizes[-1]
+    for _ in range(4):
         gain = hits - f1 / 2 * support
-        order = np.argpartition(-gain, size)[:size] if len(gain) > size else np.arange(len(gain))
+        order = np.argpartition(-gain, most)[:most] if len(gain) > most else np.arange(len(gain))
         order = order[gain[order] > 0]
-        order = order[np.argsort(-gain[order], kind="stable")]
-        before, chosen = f1, codes[order]
-        f1 = 2 * (start[0] + hits[order].sum()) / (positives + start[1] + support[order].sum())
+        before, f1 = f1, 2 * (start[0] + hits[order].sum()) / (positives + start[1] + support[order].sum())
         if f1 <= before:
             break
-    return chosen, float(f1)
+    order = order[np.argsort(-(hits - f1 / 2 * support)[order], kind="stable")]
+    total_hits, total_support = start[0] + np.cumsum(hits[order]), start[1] + np.cumsum(support[order])
+    for size in sorted({min(n, len(order)) for n in sizes} - {0}):
+        yield codes[order[:size]], float(2 * total_hits[size - 1] / (positives + total_support[size - 1]))
 
 
 def _places(counter: Counter, other: np.ndarray, offset: int) -> Found:
@@ -191,13 +207,11 @@ def _places(counter: Counter, other: np.ndarray, offset: int) -> Found:
     size, kinds = len(vocabulary), len(DISJOINT_CLASSES)
     stems = vocabulary.table("stem")
     pairs = counter.pairs(other.ravel(), size)
-    alone = (
-        (pairs, lambda codes: _one_of(Token, TokenSet, [vocabulary.texts[c] for c in codes])),
-        (pairs.regroup(stems.codes, len(stems.names)), lambda codes: Stems(tuple(stems.names[c] for c in codes))),
-    )
-    for own, named in alone:
+    texts = _Named(vocabulary.texts, Token, TokenSet)
+    of_stem = _Named(stems.names, lambda stem: Stems((stem,)), Stems)
+    for own, called in ((pairs, texts), (pairs.regroup(stems.codes, len(stems.names)), of_stem)):
         for feature, f1, codes in _sets(own.features, own.codes, own.hits, own.support, counter):
-            out.append((feature, f1, Neighbour(offset, named(codes))))
+            out.append((feature, f1, Neighbour(offset, called.one_of(codes))))
     class_of = np.full(size + 1, -1, np.int64)  # last entry: no token
     for i, name in enumerate(DISJOINT_CLASSES):
         class_of[:-1][vocabulary.classes[name]] = i
@@ -206,9 +220,8 @@ def _places(counter: Counter, other: np.ndarray, offset: int) -> Found:
     both, values = counter.sparse_pairs(codes)
     groups = both.features * kinds + values[both.codes] // size
     for group, f1, chosen in _sets(groups, both.codes, both.hits, both.support, counter, per_feature=kinds):
-        texts = [vocabulary.texts[int(values[c]) % size] for c in chosen]
         head = TokenClass(DISJOINT_CLASSES[group % kinds])
-        out.append((group // kinds, f1, Both(head, Neighbour(offset, _one_of(Token, TokenSet, texts)))))
+        out.append((group // kinds, f1, Both(head, Neighbour(offset, texts.one_of(values[chosen] % size)))))
     return _best_of_each(out)
 
 
@@ -220,8 +233,7 @@ def _sets(
     keep = hits >= limits.min_hits
     groups, codes, hits = groups[keep], codes[keep], hits[keep]
     positives = np.repeat(counter.num_active, per_feature)
-    for size in (1, *limits.set_sizes):
-        chosen, f1 = best_sets(groups, hits, support[codes], positives, size)
+    for size, chosen, f1 in best_sets(groups, hits, support[codes], positives, (1, *limits.set_sizes)):
         starts = np.flatnonzero(np.diff(groups[chosen], prepend=-1))
         for members, start in zip(np.split(codes[chosen], starts[1:]), starts, strict=False):
             group = int(groups[chosen[start]])
@@ -278,20 +290,19 @@ def _recent(
         at = np.maximum(rows - step, 0)
         inside = (rows >= step) & (segments[at] == segments[rows]) & (code_of_row[at] >= 0)
         keys.append(np.flatnonzero(inside) * num + code_of_row[at[inside]])
-    sample, codes = np.divmod(np.unique(np.concatenate(keys)), num)
+    sample, codes = np.divmod(distinct(np.concatenate(keys)), num)
     pairs, hits = np.unique(features[sample] * num + codes, return_counts=True)
     owner, code = np.divmod(pairs, num)
     keep = hits >= limits.min_hits
     owner, code, hits = owner[keep], code[keep], hits[keep]
     scaled = hits * weight[owner]
     sampled = np.minimum(counter.num_active, SAMPLED_ROWS)
-    for size in (1, *limits.set_sizes):
-        chosen, _ = best_sets(owner, scaled, support[code], counter.num_active, size)
+    for size, chosen, _ in best_sets(owner, scaled, support[code], counter.num_active, (1, *limits.set_sizes)):
         kept = np.sort(owner[chosen] * num + code[chosen])
         if not len(kept):
             return
         found = kept[np.minimum(np.searchsorted(kept, features[sample] * num + codes), len(kept) - 1)]
-        held = np.unique(sample[found == features[sample] * num + codes])
+        held = distinct(sample[found == features[sample] * num + codes])
         together = np.bincount(features[held], minlength=len(sampled)) * weight  # rows, not stems
         total = np.bincount(owner[chosen], support[code[chosen]], len(sampled))
         f1 = 2 * together / np.maximum(counter.num_active + total, 1)

@@ -84,8 +84,8 @@ def _add_sets(
 ) -> None:
     keep = pairs.hits >= counter.limits.min_hits
     features, codes, hits = pairs.features[keep], pairs.codes[keep], pairs.hits[keep]
-    for size in counter.limits.set_sizes:
-        chosen, f1 = best_sets(features, hits, pairs.support[codes], counter.num_active, size)
+    sizes = counter.limits.set_sizes
+    for _, chosen, f1 in best_sets(features, hits, pairs.support[codes], counter.num_active, sizes):
         starts = np.flatnonzero(np.diff(features[chosen], prepend=-1))
         for members, start in zip(np.split(codes[chosen], starts[1:]), starts, strict=False):
             feature = int(features[chosen[start]])
