@@ -7,7 +7,7 @@ import numpy as np
 from .candidate_counts import SAMPLED_ROWS, Counter, Found
 from .predicates import Either, Predicate
 
-#: The F1 from which on nothing is added, what has to be gained, the best candidates that are joined, pairs that are kept.
+#: The F1 from which on nothing is added, what has to be gained; how many candidates are joined, how many pairs kept.
 GOOD_ENOUGH, MIN_GAIN, JOINED, KEPT = 0.8, 0.02, 8, 2
 
 

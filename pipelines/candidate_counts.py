@@ -171,3 +171,11 @@ def _f1_of(
     total_hits = np.bincount(groups[chosen], hits[chosen], len(positives))
     total_support = np.bincount(groups[chosen], support[chosen], len(positives))
     return 2 * total_hits / np.maximum(positives + total_support, 1)
+
+
+def best_of_each(found: Found, limit: int = 3) -> Found:
+    """The `limit` best of every feature."""
+    own: dict[int, Found] = {}
+    for entry in found:
+        own.setdefault(entry[0], []).append(entry)
+    return [entry for entries in own.values() for entry in sorted(entries, key=lambda e: -e[1])[:limit]]

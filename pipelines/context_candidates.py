@@ -1,9 +1,8 @@
-"""Candidate predicates of what stands around a row, made on train: neighbours of a token, words shortly before it.
+"""Candidate predicates of what stands beside a row, made on train: neighbours of a token, places before the row.
 
 A *head* is a predicate of the row's own token that already catches much of a feature. Its rows are divided by what
 stands beside them: the set of neighbours with the best F1 is kept ("after one of ..."), or the set that F1 is best
-without ("not after one of ..."). All of it is counted exactly but recent words, whose hits come from a sample of the
-active rows.
+without ("not after one of ..."). All of it is counted exactly.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,20 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .candidate_counts import SAMPLED_ROWS, Counter, Found, Pairs, best_sets, distinct, first_per_feature, shifted
+from .candidate_counts import Counter, Found, Pairs, best_of_each, best_sets, first_per_feature, shifted
 from .predicates import (
     Both,
     Neighbour,
     Not,
     Predicate,
-    Recent,
     Stems,
     Token,
     TokenClass,
     TokenPredicate,
     TokenSet,
 )
-from .token_classes import DISJOINT_CLASSES
+from .token_classes import DISJOINT_CLASSES, Vocabulary
 
 #: Where the neighbours of a head are looked for.
 HEAD_OFFSETS = (-1, -2, 1)
@@ -34,9 +32,6 @@ PLACES = (-1, -2, -3)
 MIN_RECALL, GOOD_ENOUGH = 0.15, 0.9
 #: What a context has to add to the F1 of its head.
 MIN_GAIN = 0.01
-#: How many of the last tokens are looked at.
-RECENT = (2, 4, 16)
-_FEATURES_AT_ONCE = 512
 
 
 def context_candidates(counter: Counter, tokens: Pairs, found: Found) -> Found:
@@ -81,7 +76,7 @@ def _heads(counter: Counter, tokens: Pairs, found: Found) -> list[_Head]:
     for feature in sorted(best):
         if max(f1 for f1, _ in best[feature].values()) >= GOOD_ENOUGH:
             continue
-        for predicate, f1 in dict((p, f1) for f1, p in best[feature].values()).items():
+        for predicate, f1 in {p: f1 for f1, p in best[feature].values()}.items():
             if predicate not in ids:
                 ids[predicate] = np.flatnonzero(predicate.tokens(vocabulary))
             support = int(tokens.support[ids[predicate]].sum())
@@ -203,7 +198,8 @@ def _dinkelbach(
 
 def _places(counter: Counter, other: np.ndarray, offset: int) -> Found:
     """Tokens at one place before the row: sets of them alone; one, or a set, together with the row's class."""
-    vocabulary, limits, out = counter.windows.vocabulary, counter.limits, []
+    vocabulary: Vocabulary = counter.windows.vocabulary
+    out: Found = []
     size, kinds = len(vocabulary), len(DISJOINT_CLASSES)
     stems = vocabulary.table("stem")
     pairs = counter.pairs(other.ravel(), size)
@@ -222,7 +218,7 @@ def _places(counter: Counter, other: np.ndarray, offset: int) -> Found:
     for group, f1, chosen in _sets(groups, both.codes, both.hits, both.support, counter, per_feature=kinds):
         head = TokenClass(DISJOINT_CLASSES[group % kinds])
         out.append((group // kinds, f1, Both(head, Neighbour(offset, texts.one_of(values[chosen] % size)))))
-    return _best_of_each(out)
+    return best_of_each(out)
 
 
 def _sets(
@@ -239,76 +235,3 @@ def _sets(
             group = int(groups[chosen[start]])
             if f1[group] >= limits.min_f1 and (size == 1 or len(members) > 1):
                 yield group, float(f1[group]), [int(c) for c in members]
-
-
-def _best_of_each(found: Found, limit: int = 3) -> Found:
-    own: dict[int, Found] = {}
-    for entry in found:
-        own.setdefault(entry[0], []).append(entry)
-    return [entry for entries in own.values() for entry in sorted(entries, key=lambda e: -e[1])[:limit]]
-
-
-def recent_candidates(counter: Counter) -> Found:
-    """Stems, one or several, among the last tokens of the document."""
-    stems = counter.windows.vocabulary.table("stem")
-    if not len(stems.names):
-        return []
-    code_of_row = np.append(stems.codes, -1)[counter.windows.tokens.ravel()]
-    segments = counter.windows.segments
-    supports = {last: _recent_support(code_of_row, segments, counter.eligible, len(stems.names), last) for last in RECENT}
-    features, rows, weight = counter.sample(SAMPLED_ROWS)
-    out: Found = []
-    bounds = np.searchsorted(features, np.arange(0, counter.active.num_features + _FEATURES_AT_ONCE, _FEATURES_AT_ONCE))
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
-        for last in RECENT:
-            part = features[low:high], rows[low:high]
-            found = _recent(counter, part, weight, code_of_row, segments, supports[last], last)
-            out += [(f, f1, Recent(Stems(tuple(stems.names[c] for c in codes)), last)) for f, f1, codes in found]
-    return _best_of_each(out)
-
-
-def _recent_support(codes: np.ndarray, segments: np.ndarray, eligible: np.ndarray, num: int, last: int) -> np.ndarray:
-    """[C] rows that count with the code among the last `last` tokens of their document."""
-    rows = np.flatnonzero(codes >= 0)
-    rows = rows[np.argsort(codes[rows], kind="stable")]
-    own = codes[rows]
-    following = np.append(np.where(own[1:] == own[:-1], rows[1:], codes.size), codes.size)[: len(rows)]
-    ends = np.searchsorted(segments, segments[rows], "right")
-    ends = np.minimum(np.minimum(rows + last, following), ends)
-    counted = np.append(0, np.cumsum(eligible))
-    return np.bincount(own, counted[ends] - counted[rows], num)
-
-
-def _recent(
-    counter: Counter, part: tuple[np.ndarray, np.ndarray], weight: np.ndarray, code_of_row: np.ndarray,
-    segments: np.ndarray, support: np.ndarray, last: int,
-) -> Iterator[tuple[int, float, list[int]]]:  # fmt: skip
-    """(feature, F1, stem codes) of some features; the support of a set is at most the sum of its stems'."""
-    (features, rows), num, limits = part, len(support), counter.limits
-    keys = []
-    for step in range(last):
-        at = np.maximum(rows - step, 0)
-        inside = (rows >= step) & (segments[at] == segments[rows]) & (code_of_row[at] >= 0)
-        keys.append(np.flatnonzero(inside) * num + code_of_row[at[inside]])
-    sample, codes = np.divmod(distinct(np.concatenate(keys)), num)
-    pairs, hits = np.unique(features[sample] * num + codes, return_counts=True)
-    owner, code = np.divmod(pairs, num)
-    keep = hits >= limits.min_hits
-    owner, code, hits = owner[keep], code[keep], hits[keep]
-    scaled = hits * weight[owner]
-    sampled = np.minimum(counter.num_active, SAMPLED_ROWS)
-    for size, chosen, _ in best_sets(owner, scaled, support[code], counter.num_active, (1, *limits.set_sizes)):
-        kept = np.sort(owner[chosen] * num + code[chosen])
-        if not len(kept):
-            return
-        found = kept[np.minimum(np.searchsorted(kept, features[sample] * num + codes), len(kept) - 1)]
-        held = distinct(sample[found == features[sample] * num + codes])
-        together = np.bincount(features[held], minlength=len(sampled)) * weight  # rows, not stems
-        total = np.bincount(owner[chosen], support[code[chosen]], len(sampled))
-        f1 = 2 * together / np.maximum(counter.num_active + total, 1)
-        lift = together / np.maximum(total, 1) / np.maximum(counter.base_rate, 1e-12)
-        starts = np.flatnonzero(np.diff(owner[chosen], prepend=-1))
-        for members, start in zip(np.split(code[chosen], starts[1:]), starts, strict=False):
-            feature = int(owner[chosen[start]])
-            if f1[feature] >= limits.min_f1 and lift[feature] >= limits.min_lift and (size == 1 or len(members) > 1):
-                yield feature, float(f1[feature]), [int(c) for c in members]

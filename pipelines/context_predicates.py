@@ -192,7 +192,9 @@ class Both(Predicate):
     def __post_init__(self):
         for part in (self.first, self.second):
             if not isinstance(part, Predicate) or isinstance(part, (Both, Either)):
-                raise ValueError(f"a conjunction takes two predicates that are no conjunctions or alternatives, not {part!r}")
+                raise ValueError(
+                    f"a conjunction takes two predicates that are no conjunctions or alternatives, not {part!r}"
+                )
 
     @property
     def kind(self) -> str:  # type: ignore[override]  # depends on the parts

@@ -12,8 +12,9 @@ import numpy as np
 
 from .alternative_candidates import alternatives
 from .candidate_counts import CandidateLimits, Counter, Found, Pairs, best_sets, shifted
-from .context_candidates import context_candidates, recent_candidates
+from .context_candidates import context_candidates
 from .predicates import Affix, Both, Neighbour, Piece, Position, Predicate, Stems, Token, TokenClass, TokenSet, Word
+from .recent_candidates import recent_candidates
 from .split_rows import ActiveRows
 from .token_classes import DISJOINT_CLASSES, TOKEN_CLASSES, RowTable
 

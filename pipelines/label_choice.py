@@ -44,8 +44,8 @@ def choose(
     Executable candidates are sifted over all rows (`choose_executable`): at most one a feature is left. Where there are
     candidates in words, all are scored on the feature's calibration examples against negatives matched on frequency,
     position and length (N1), and the best AUROC is taken: the executable one, or else the one of fewest words, of those
-    within `executable_margin`. Where the feature is silent on enough rows of its own tokens (N2) it is the mean of both:
-    a label that names the token is no better than one that says where. Words need `min_auroc` against N1, and more
+    within `executable_margin`. Where the feature is silent on enough rows of its own tokens (N2) it is the mean of both
+    AUROCs: naming the token is not enough there. Words need `min_auroc` against N1, and more
     where there are fewer examples or more candidates in words: the best of many reaches further by chance alone.
     """
     executable = choose_executable(rows.calibration, candidates, config, on_progress)
@@ -116,4 +116,9 @@ def _best(scored: Sequence[_Scored], words_need: float, config: LabelConfig) -> 
         return None
     bar = max(s.auroc for s in good) - config.executable_margin
     near = [s for s in good if s.auroc >= bar]
-    return min(near, key=lambda s: (s.candidate.predicate is None, len(s.candidate.label.split()), -s.auroc, s.candidate.label))
+
+    def order(s: _Scored) -> tuple[bool, int, float, str]:
+        label = s.candidate.label
+        return s.candidate.predicate is None, len(label.split()), -s.auroc, label
+
+    return min(near, key=order)

@@ -24,8 +24,8 @@ from .predicate_base import Predicate, TokenPredicate, quoted
 from .token_predicates import Affix, Stems, Token, TokenClass, TokenSet, Word
 
 __all__ = [
-    "PREDICATES", "Affix", "Both", "Either", "NGrams", "Neighbour", "Not", "Piece", "Position", "Predicate", "Recent", "Stems",
-    "Token", "TokenClass", "TokenPredicate", "TokenSet", "Word", "predicate_of", "quoted",
+    "PREDICATES", "Affix", "Both", "Either", "NGrams", "Neighbour", "Not", "Piece", "Position", "Predicate", "Recent",
+    "Stems", "Token", "TokenClass", "TokenPredicate", "TokenSet", "Word", "predicate_of", "quoted",
 ]  # fmt: skip
 
 #: JSON type name -> class.

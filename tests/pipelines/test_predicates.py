@@ -56,7 +56,7 @@ CASES: list[tuple[Predicate, str, str, list[str]]] = [
     (Both(Token(","), Neighbour(-1, TokenClass("number"))), 'token "," after a number', "structural", [","]),
     (Both(Token(" bank"), Neighbour(-1, Token(" old"))), 'token " bank" after " old"', "structural", [" bank"]),
     (
-        Either(Token(" bank"), Neighbour(-1, Token(" (")) ),
+        Either(Token(" bank"), Neighbour(-1, Token(" ("))),
         'token " bank"; or the token after " ("',
         "structural",
         [" bank", "3.5"],
