@@ -29,7 +29,7 @@ HEAD_OFFSETS = (-1, -2, 1)
 #: Places before the row whose tokens, or sets of them, are candidates by themselves or with the row's class.
 PLACES = (-1, -2, -3)
 #: Active rows that a head has to hold on, of all, and the F1 from which on nothing has to be added to it.
-MIN_RECALL, GOOD_ENOUGH = 0.15, 0.9
+MIN_RECALL, GOOD_ENOUGH = 0.15, 0.95
 #: What a context has to add to the F1 of its head.
 MIN_GAIN = 0.01
 
