@@ -291,14 +291,15 @@ def _context_features(split, ids, acts, rng):
     texts = np.array(synthetic._lexicon()[0])[ids]
     before = np.concatenate([np.full((len(texts), 1), ""), texts[:, :-1]], axis=1)
     walks = np.char.startswith(np.char.strip(texts), "walk")
-    recent = sum(np.pad(walks, ((0, 0), (step, 0)))[:, : walks.shape[1]] for step in range(4)) > 0
+    recent = np.any([np.pad(walks, ((0, 0), (step, 0)))[:, : walks.shape[1]] for step in range(4)], axis=0)
     the = texts == " the"
-    for feature, fires in enumerate([
+    features: list[np.ndarray] = [
         the & np.isin(before, [" and", " of", " to"]),
         the & ~np.isin(before, _NEVER_AFTER),
         recent,
         (texts == " river") | (before == " bank"),
-    ]):  # fmt: skip
+    ]
+    for feature, fires in enumerate(features):
         fires[:, 0] = False
         acts[:, :, feature] = fires * rng.uniform(3, 8, fires.shape)
     return acts
