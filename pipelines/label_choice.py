@@ -27,7 +27,7 @@ class Choice:
 
     candidate: Candidate
     f1: float | None  # of an executable label, over all rows
-    auroc: float | None = None  # what labels in words and it were compared by, where there were such
+    auroc: float | None = None  # against matched negatives, where labels in words were in the choice
 
 
 def choose(
@@ -61,7 +61,7 @@ def choose(
         better = _best(scored, _bar(examples[feature], len(words[feature]), config), config)
         if better is not None:
             f1 = chosen[feature].f1 if better.candidate.predicate is not None else None
-            chosen[feature] = Choice(better.candidate, f1, better.auroc)
+            chosen[feature] = Choice(better.candidate, f1, better.matched)
     return chosen
 
 
