@@ -91,6 +91,13 @@ class Neighbour(Predicate):
         inside[inside] = self.of.at(windows, rows[inside] + self.offset)
         return inside
 
+    def matches(self, windows: RowTable) -> np.ndarray:
+        width = windows.tokens.shape[1]
+        beside = self.of.matches(windows)
+        place = beside % width - self.offset
+        rows = beside[(place >= 0) & (place < width)] - self.offset
+        return rows[windows.valid.ravel()[rows]]
+
     def describe(self) -> str:
         place = f"{_TIMES[abs(self.offset)][0]} token" if abs(self.offset) > 1 else "token"
         return f"the {place} {self._side} {self.of.noun}"
@@ -129,14 +136,19 @@ class Recent(Predicate):
             raise ValueError(f"recent tokens are the last 2 to {MAX_RECENT}, not {self.last!r}")
 
     def rows(self, windows: RowTable) -> np.ndarray:
-        segments, out = windows.segments, np.zeros(windows.tokens.size, bool)
-        sources = np.flatnonzero(self.of.rows(windows).ravel())
+        out = np.zeros(windows.tokens.size, bool)
+        out[self.matches(windows)] = True
+        return out.reshape(windows.tokens.shape)
+
+    def matches(self, windows: RowTable) -> np.ndarray:
+        segments, sources, found = windows.segments, self.of.matches(windows), []
         for step in range(self.last):
             if step:
-                sources = sources[: np.searchsorted(sources, out.size - step)]
+                sources = sources[: np.searchsorted(sources, segments.size - step)]
                 sources = sources[segments[sources + step] == segments[sources]]
-            out[sources + step] = True
-        return out.reshape(windows.tokens.shape) & windows.valid
+            found.append(sources + step)
+        rows = np.unique(np.concatenate(found))
+        return rows[windows.valid.ravel()[rows]]
 
     def at(self, windows: RowTable, rows: np.ndarray) -> np.ndarray:
         segments, out = windows.segments, np.zeros(len(rows), bool)
@@ -208,6 +220,10 @@ class Both(Predicate):
         out[out] = self.second.at(windows, rows[out])
         return out
 
+    def matches(self, windows: RowTable) -> np.ndarray:
+        rows = self.first.matches(windows)
+        return rows[self.second.at(windows, rows)]
+
     def describe(self) -> str:
         first, second = self.first.describe(), self.second
         inner = second.of if isinstance(second, Not) else second
@@ -246,6 +262,9 @@ class Either(Predicate):
         out = ~self.first.at(windows, rows)
         out[out] = ~self.second.at(windows, rows[out])
         return ~out
+
+    def matches(self, windows: RowTable) -> np.ndarray:
+        return np.union1d(self.first.matches(windows), self.second.matches(windows))
 
     def describe(self) -> str:
         return f"{self.first.describe()}; or {self.second.describe()}"

@@ -117,6 +117,7 @@ def test_holds_where_the_label_says(predicate, label, kind, holds):
     assert found == holds
     flat = np.random.default_rng(0).permutation(rows.size)
     np.testing.assert_array_equal(predicate.at(windows, flat), rows.ravel()[flat])
+    np.testing.assert_array_equal(predicate.matches(windows), np.flatnonzero(rows))
     assert (predicate.describe(), predicate.kind) == (label, kind)
     again = Predicate.from_json(predicate.to_json())
     assert again == predicate and hash(again) == hash(predicate) and again.to_json() == predicate.to_json()
