@@ -9,7 +9,6 @@ import numpy as np
 
 from .token_classes import RowTable, Vocabulary
 
-
 #: Tokens whose rows are put together one by one.
 MOST_TOKENS = 64
 
