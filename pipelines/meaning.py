@@ -13,8 +13,9 @@ from saeql.store.feature_store import FeatureStore
 from saeql.store.records import EMBEDDINGS
 from saeql.store.search import SearchHit
 
-from .embedder import Embedder, EmbedderConfig, EmbedderError
+from .embedder import EMBEDDED_EMBEDDER, Embedder, EmbedderConfig, EmbedderError
 from .output import note
+from .progress import progress
 
 if TYPE_CHECKING:
     from .run import Run
@@ -49,6 +50,27 @@ def embed_features(
         },
         schema=EMBEDDINGS,
     )
+
+
+def embed_run(run: "Run") -> bool:
+    """Labels and tokens of the run's store -> evidence table `embeddings`, where there is a model for them.
+
+    Returns whether there is. Raises EmbedderError where the configuration names another model than the default, and it
+    cannot be had.
+    """
+    config = run.config.embedder
+    if config.model == "none":
+        return False
+    try:
+        embedder = Embedder(config)
+    except EmbedderError as error:
+        if config.model != EMBEDDED_EMBEDDER:
+            raise
+        note(f"without search by meaning: {error}")
+        return False
+    with run.store() as store, progress("embed", None, "texts") as advance:
+        run.evidence.write("embeddings", embed_features(store, run.spec.name, embedder, advance.to))
+    return True
 
 
 def search_meaning(

@@ -44,6 +44,8 @@ STORE_ACTIVATION_BYTES, STORE_FEATURE_BYTES = 13.0, 3000
 LABEL_ACTIVATION_BYTES, LABEL_FEATURE_BYTES, LABEL_VOCABULARY_BYTES = 36, 20_000, 2_500
 #: DuckDB and numpy while they build the store, measured; bounded by memory_limit and the chunks of features.
 STORE_BUILD_BYTES, STORE_BUILD_ACTIVATION_BYTES, STORE_MEMORY_LIMIT = 250_000_000, 80, 3_500_000_000
+#: The embedded sentence encoder at work: weights, their bfloat16 copies, a batch; measured.
+EMBEDDER_BYTES = 150_000_000
 
 
 @dataclass(frozen=True)
@@ -396,10 +398,13 @@ class StageTerms:
     def store_ram(self) -> list[Term]:
         """Peak RAM of the store's build."""
         build_bytes = STORE_BUILD_BYTES + STORE_BUILD_ACTIVATION_BYTES * self.num_activations
-        return [
+        terms = [
             *self._process(with_model=False, on_gpu=False),
             Term("DuckDB", min(STORE_MEMORY_LIMIT, build_bytes), "a sort that spills above 2.5 GB; chunks of features"),
         ]
+        if self.config.embedder.model != "none":
+            terms.append(Term("sentence encoder", EMBEDDER_BYTES, "embedder.model, that of the embedded default"))
+        return terms
 
     def store_disk(self) -> list[Term]:
         """features.duckdb."""

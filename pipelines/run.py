@@ -12,10 +12,10 @@ report.html            everything on one page
 stages.json            which stages are finished
 hashes.json            hashes of all that is not in a manifest or a checkpoint
 controls/<kind>/       runs with one switch changed, to compare with
+effects/               what steering was measured to do
 stopped.json           there while a training stands still because it was asked to stop
 """
 
-import json
 import shutil
 import time
 import tomllib
@@ -24,13 +24,13 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from saeql.sae.architectures import architecture
 from saeql.sae.comm import ALONE, Comm
-from saeql.sae.config import from_dict, suggestion, to_dict
+from saeql.sae.config import from_dict, to_dict
 from saeql.sae.files import load_dictionary, save_dictionary
 from saeql.sae.frozen import check_frozen
 from saeql.sae.model import SparseAutoencoder
@@ -44,7 +44,7 @@ from .attribution.causes import Why
 from .attribution.of_run import attributor_of
 from .config import RunConfig, to_toml
 from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
-from .embedder import EMBEDDED_EMBEDDER, Embedder, EmbedderError
+from .embedder import Embedder
 from .evaluate import Evaluator, metrics_table
 from .evaluation_page import write_evaluation
 from .harvest import HARVEST_FILE, HarvestInfo, harvest
@@ -53,37 +53,26 @@ from .index import Indexer, IndexResult
 from .index_shards import INDEX_WORK, SharedIndex, index_conditions
 from .label_job import LabelOptions, label_run
 from .lock import LockedError, hold
-from .meaning import embed_features
+from .meaning import embed_run
 from .models import LanguageModel, ModelIdentity, load_model
-from .output import note
 from .progress import progress
 from .provenance import more_evidence, provenance
 from .ranks import take_own_gpu
+from .stages import STAGES, RunError, StageRecord, check_stages
 from .steering.edits import FeatureScale
 from .steering.steerer import Steerer
 from .stopping import leave_if_asked
+from .stores import for_notebooks
 from .train import STOPPED_FILE, train_dictionaries
 from .verify import Verification, recorded, verify_run
 
-#: In the order in which they run; a stage that runs again makes those after it stale.
-STAGES = ("harvest", "train", "index", "label", "evaluate", "store", "report")
-#: What each stage reads must be up to date.
-_NEEDS = {
-    "train": ("harvest",),
-    "index": ("train",),
-    "label": ("index",),
-    "evaluate": ("train",),
-    "store": ("index", "label", "evaluate"),
-    "report": ("store",),
-}
-
+if TYPE_CHECKING:
+    from .steering.effect_config import EffectConfig
+    from .steering.effect_results import EffectStudy
+    from .steering.vectors import SteeringVector
 
 #: Evidence about the dictionary as it is that no stage makes anew: training removes it.
 COMPARISON_TABLES = ("stability", "matches")
-
-
-class RunError(ValueError):
-    """A run directory is missing, busy, or holds something else than what is asked of it."""
 
 
 class Run:
@@ -94,6 +83,7 @@ class Run:
 
     def __init__(self, path: str | Path, config: RunConfig):
         self.path, self.config = Path(path), config
+        self._stages = StageRecord(self.path)
 
     # --- making and opening --------------------------------------------------------------------------------------
 
@@ -190,15 +180,17 @@ class Run:
         path = self.path / "features.duckdb"
         if not path.exists() and (self.path / "features.parquet").is_dir():
             path = self.path / "features.parquet"
-        return FeatureStore.open(path)
+        return for_notebooks(FeatureStore.open(path))
 
     @cached_property
     def exact_language_model(self) -> LanguageModel:
         """The whole model in float32, for what small differences of predictions tell; loaded on first use."""
         return load_model(replace(self.config.model, truncate=False, dtype="float32"))
 
-    def steerer(self, *, allow_mismatch: bool = False, exact: bool = False) -> Steerer:
-        """A steerer over this run's model (`exact`: in float32) and dictionary.
+    def steerer(
+        self, *, allow_mismatch: bool = False, exact: bool = False, store: FeatureStore | None = None
+    ) -> Steerer:
+        """A steerer over this run's model (`exact`: in float32) and dictionary; `store` is the run's, where it is open.
 
         Raises ModelMismatch where they do not belong together.
         """
@@ -210,7 +202,7 @@ class Run:
             ModelIdentity(**metadata["identity"]),
             writes=metadata["writes"],
             median_norms=metadata["median_norms"],
-            scales=self._feature_scales(),
+            scales=self._feature_scales(store),
             allow_mismatch=allow_mismatch,
         )
 
@@ -226,12 +218,34 @@ class Run:
         """Which features caused the next token of a prompt; the options of `Attributor.why`. Raises WhyError."""
         return self.attributor.why(prompt, token, **options)
 
-    def _feature_scales(self) -> dict[int, FeatureScale]:
+    def effect(
+        self,
+        features: Sequence[int] = (),
+        *,
+        search: str | None = None,
+        where: str | None = None,
+        top: int | None = None,
+        words: Sequence[str] = (),
+        vectors: "Sequence[SteeringVector]" = (),
+        config: "EffectConfig | None" = None,
+    ) -> "EffectStudy":
+        """What steering with features or vectors does to their concepts, beside rival directions (docs/effects.md).
+
+        `top` alone: the features with the best output scores. `words` in place of the features' own, every other one
+        to measure on. Raises SteerError for what cannot be measured.
+        """
+        from .steering.effect_study import measure_effects
+        from .steering.effect_subjects import Asked
+
+        asked = Asked(tuple(features), search, where, top, tuple(words), tuple(vectors))
+        return measure_effects(self, asked, config)
+
+    def _feature_scales(self, opened: FeatureStore | None) -> dict[int, FeatureScale]:
         query = (
             "SELECT feature, p99, density * mean_activation AS mean FROM features "
             "WHERE dictionary = $name AND max_activation > 0"
         )
-        with self.store() as store:
+        with self.store() if opened is None else nullcontext(opened) as store:
             rows = store.trusted_sql(query, {"name": self.spec.name}).to_pylist()
         return {row["feature"]: FeatureScale(row["p99"], row["mean"]) for row in rows}
 
@@ -239,8 +253,7 @@ class Run:
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """Finished stages with their seconds and time of completion."""
-        file = self.path / "stages.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return self._stages.finished()
 
     def execute(
         self,
@@ -257,9 +270,7 @@ class Run:
         Several ranks can train, and part afterwards.
         Raises RunError where another process works on this run, or a stage that a named one reads from is not finished.
         """
-        for stage in stages:
-            if stage not in STAGES:
-                raise RunError(f"no stage {stage!r}: there is {', '.join(STAGES)}{suggestion(stage, STAGES)}")
+        check_stages(stages)
         with self.locked(comm):
             if comm.is_first:
                 remove_leftovers(self.path)
@@ -276,7 +287,7 @@ class Run:
                     self._run_stage(stage, resume=resume and is_begun, comm=comm, **options)
                 seconds = time.monotonic() - started
                 if comm.is_first:
-                    self._mark_finished(stage, seconds)
+                    self._stages.mark_finished(stage, seconds)
                 yield stage, seconds
 
     @contextmanager
@@ -359,7 +370,7 @@ class Run:
                 merging=lambda: recorded(self.path, "harvest"),
             )
             if "harvest" not in self.finished():
-                self._mark_finished("harvest", time.monotonic() - started)
+                self._stages.mark_finished("harvest", time.monotonic() - started)
             return info
 
     def train(
@@ -375,8 +386,10 @@ class Run:
             for table in COMPARISON_TABLES:  # of the dictionary that was here before
                 self.evidence.path(table).unlink(missing_ok=True)
             from .probing.probe_receipts import remove_receipts
+            from .steering.effect_evidence import remove_effects
 
             remove_receipts(self)
+            remove_effects(self)
         train_dictionaries(self, [self.spec], self.path, resume=resume, report_to=report_to, comm=comm, reshard=reshard)
         return self.dictionary() if comm.is_first else None
 
@@ -395,7 +408,7 @@ class Run:
         with self.locked(shared=True):
             self._require_inputs("index")
             started = time.monotonic()
-            if "index" not in self.finished() and _is_later_finished("index", self.finished()):
+            if "index" not in self.finished() and self._stages.is_finished_after("index"):
                 self._mark_stale("index")
             take_own_gpu()
 
@@ -403,7 +416,7 @@ class Run:
             def merging() -> Iterator[None]:
                 with recorded(self.path, "index"):
                     yield
-                self._mark_finished("index", time.monotonic() - started)
+                self._stages.mark_finished("index", time.monotonic() - started)
 
             indexer = self._indexer()
             SharedIndex(
@@ -463,7 +476,7 @@ class Run:
                 done = ["built anew"]
             else:
                 done = FeatureStore.sync(path, folders, on_step=on_step)
-        if self._embed():
+        if embed_run(self):
             done += FeatureStore.sync(path, folders)
         return done
 
@@ -487,25 +500,6 @@ class Run:
             if is_built:
                 FeatureStore.sync(self.path / "features.duckdb", [self.evidence, *more_evidence(self.path)])
         return is_built
-
-    def _embed(self) -> bool:
-        """Labels and tokens -> sentence embeddings as evidence, where there is a model for them; whether there is.
-
-        Raises EmbedderError where the configuration names another model than the default, and it cannot be had.
-        """
-        config = self.config.embedder
-        if config.model == "none":
-            return False
-        try:
-            embedder = Embedder(config)
-        except EmbedderError as error:
-            if config.model != EMBEDDED_EMBEDDER:
-                raise
-            note(f"without search by meaning: {error}")
-            return False
-        with self.store() as store, progress("embed", None, "texts") as advance:
-            self.evidence.write("embeddings", embed_features(store, self.spec.name, embedder, advance.to))
-        return True
 
     def report(self) -> None:
         """store -> showcase.json and report.html."""
@@ -541,12 +535,7 @@ class Run:
     def _require_inputs(self, stage: str) -> None:
         if stage == "harvest":
             self._require_own_activations()
-        missing = [name for name in _NEEDS.get(stage, ()) if name not in self.finished()]
-        if missing:
-            raise RunError(
-                f"{self.path}: {stage} reads what {missing[0]} makes, which is missing or out of date: "
-                f"`saeql {missing[0]} {self.path}` first"
-            )
+        self._stages.require_inputs(stage)
 
     def _require_own_activations(self) -> None:
         if self.activations.is_symlink():
@@ -555,22 +544,12 @@ class Run:
             )
 
     def _mark_stale(self, stage: str) -> None:
-        first = STAGES.index(stage)
-        kept = {name: value for name, value in self.finished().items() if STAGES.index(name) < first}
-        write_whole(self.path / "stages.json", json.dumps(kept, indent=2) + "\n")
-        if first < STAGES.index("index"):
+        self._stages.mark_stale(stage)
+        if STAGES.index(stage) < STAGES.index("index"):
             remove_folder(self.path / INDEX_WORK)
         if stage == "harvest":
             for folder in (self.path, self.path / SWEEP_FOLDER):
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-    def _mark_finished(self, stage: str, seconds: float) -> None:
-        record = {"seconds": round(seconds, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_whole(self.path / "stages.json", json.dumps({**self.finished(), stage: record}, indent=2) + "\n")
-
-
-def _is_later_finished(stage: str, finished: dict[str, Any]) -> bool:
-    return any(STAGES.index(name) > STAGES.index(stage) for name in finished)
 
 
 def _first_difference(old: dict, new: dict, where: str = "") -> tuple[str, Any, Any] | None:

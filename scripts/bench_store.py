@@ -2,6 +2,7 @@
 
     python scripts/bench_store.py [--features 131072] [--activations 50000000] [--folder FOLDER] [--json FILE]
     python scripts/bench_store.py --demo runs/demo        adds the questions on a real run's store
+    python scripts/bench_store.py --keep FOLDER           leaves the stores there; they are only asked the next time
 
 Makes the evidence of a dictionary that does not exist (firing by Zipf 0.8, fixed seed, see `synthetic_store.py`),
 builds the store in a process of its own with two threads, adds labels, a dictionary and a corpus to it, and asks. A
@@ -163,30 +164,45 @@ def ask(path: Path, repeats: int, threads: int) -> dict[str, Any]:
         return {name: timed(question, repeats) for name, question in questions(store).items()}
 
 
-def run(folder: Path, size: Size, repeats: int, threads: int) -> dict[str, Any]:
+def ask_both(folder: Path, written: int, repeats: int, threads: int) -> dict[str, Any]:
+    """The file's size and questions, and those of the same store on Parquet, which is written where it is missing."""
+    path, shared = folder / "features.duckdb", folder / "parquet"
+    made: dict[str, Any] = {
+        "bytes_an_activation": {
+            "by feature": round(table_bytes(path, "evidence.activations_by_feature") / written, 2),
+            "by document": round(table_bytes(path, "evidence.activations_by_document") / written, 2),
+            "everything, embeddings included": round(path.stat().st_size / written, 2),
+        },
+        "questions": ask(path, repeats, threads),
+    }
+    print(json.dumps(made["questions"], indent=1), file=sys.stderr)
+    began = time.perf_counter()
+    if not shared.exists():
+        write_parquet(path, shared)
+    made["the same on Parquet"] = {
+        "seconds": round(time.perf_counter() - began, 1),
+        "bytes": sum(file.stat().st_size for file in shared.iterdir()),
+        "questions": ask(shared, max(repeats // 4, 1), threads),
+    }
+    return made
+
+
+def run(folder: Path, size: Size, repeats: int, threads: int, *, keep: bool) -> dict[str, Any]:
     """Everything on made-up evidence."""
+    if (folder / "features.duckdb").exists():
+        with FeatureStore.open(folder / "features.duckdb") as store:
+            counted = store.trusted_sql("SELECT count(*) AS n FROM evidence.activations_by_feature").to_pylist()
+        return {"activations": counted[0]["n"], **ask_both(folder, counted[0]["n"], repeats, threads)}
     began = time.perf_counter()
     written = write_evidence(folder / "evidence", size, NAME)
     write_embeddings(Evidence(folder / "evidence"), size, NAME)
     made: dict[str, Any] = {"activations": written, "evidence_seconds": round(time.perf_counter() - began, 1)}
     made["build"] = measured_build(folder, threads)
     print(made["build"], file=sys.stderr)
-    path = folder / "features.duckdb"
-    made["bytes_an_activation"] = {
-        "by feature": round(table_bytes(path, "evidence.activations_by_feature") / written, 2),
-        "by document": round(table_bytes(path, "evidence.activations_by_document") / written, 2),
-        "everything, embeddings included": round(path.stat().st_size / written, 2),
-    }
-    made["questions"] = ask(path, repeats, threads)
-    print(json.dumps(made["questions"], indent=1), file=sys.stderr)
-    began = time.perf_counter()
-    shared = write_parquet(path, folder / "parquet")
-    made["the same on Parquet"] = {
-        "seconds": round(time.perf_counter() - began, 1),
-        "bytes": sum(file.stat().st_size for file in shared.iterdir()),
-        "questions": ask(shared, max(repeats // 4, 1), threads),
-    }
-    shutil.rmtree(shared)
+    made |= ask_both(folder, written, repeats, threads)
+    if keep:
+        return made
+    shutil.rmtree(folder / "parquet")
     write_labels(Evidence(folder / "evidence"), size, NAME, seed=9)
     made["new labels for all features"] = measured_build(folder, threads)
     small = Size(features=4096, activations=size.activations // 50, seed=1)
@@ -229,6 +245,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=Size.features)
     parser.add_argument("--activations", type=int, default=Size.activations)
     parser.add_argument("--folder", type=Path, help="Where to work; default: a temporary folder.")
+    parser.add_argument("--keep", type=Path, help="Where the stores stay, to be asked again.")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--demo", type=Path, help="A run whose store is asked as well.")
@@ -237,7 +254,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.only_build:
         return build(arguments.folder, arguments.threads)
-    folder = Path(tempfile.mkdtemp(prefix="bench-store-", dir=arguments.folder))
+    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="bench-store-", dir=arguments.folder))
+    folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "machine": machine(),
         "zipf": Size.zipf,
@@ -246,14 +264,15 @@ def main() -> None:
     }
     try:
         size = Size(features=arguments.features, activations=arguments.activations)
-        result["synthetic"] = run(folder, size, arguments.repeats, arguments.threads)
+        result["synthetic"] = run(folder, size, arguments.repeats, arguments.threads, keep=bool(arguments.keep))
         _save(arguments.json, result)
         if arguments.demo:
             result["demo"] = {
                 "questions": ask(arguments.demo / "features.duckdb", arguments.repeats, arguments.threads)
             }
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not arguments.keep:
+            shutil.rmtree(folder, ignore_errors=True)
     result["machine"]["load_at_end"] = os.getloadavg()[0]
     report(result)
     _save(arguments.json, result)

@@ -21,6 +21,7 @@ SMALL_TABLES = {
     "embeddings": "source, feature",
     "stability": "feature",
     "matches": "other_dictionary, feature",
+    "steering_effects": "feature, method, at_budget, strength",
 }
 #: What the text of a corpus is made of.
 TEXT_TABLES = ("documents", "windows", "vocabulary", "split_rows")

@@ -196,6 +196,35 @@ MATCHES = pa.schema(
     ]
 )
 
+#: What steering with a feature does to the words of its concept, beside other directions for the same concept: one row
+#: a feature, method and strength, and one a feature and method at the KL divergence where all are compared.
+STEERING_EFFECTS = pa.schema(
+    [
+        ("dictionary", pa.string()),
+        ("feature", pa.int32()),
+        ("method", pa.string()),  # 'steered' is the feature; see pipelines/steering/effect_results.py for the others
+        ("strength", pa.float32()),  # median activation norms; null for a prompt, and for groups at the budget
+        ("at_budget", pa.bool_()),  # interpolated to KL 0.3, or the last strength where that is never reached
+        ("own_shift", pa.float32()),  # nats; of groups of directions their mean
+        ("low", pa.float32()),  # 95 % interval over test documents, null for groups
+        ("high", pa.float32()),
+        ("other_shift", pa.float32()),  # nats, mean over other concepts
+        ("kl", pa.float32()),  # nats a token
+        ("ce_increase", pa.float32()),  # nats
+        ("z", pa.float32()),  # among random directions of the same strength
+        ("z_low", pa.float32()),
+        ("z_high", pa.float32()),
+        ("spread", pa.float32()),  # of groups: standard deviation of their shifts
+        ("wrong_way", pa.float32()),  # share of test windows whose shift is negative
+        ("n", pa.int32()),  # test positions
+        ("perplexity", pa.float32()),  # of written texts under the model as it is; null where none were written
+        ("distinct_2", pa.float32()),
+        ("repeat_rate", pa.float32()),
+        ("hit_rate", pa.float32()),
+        ("words", pa.list_(pa.string())),  # that were measured
+    ]
+)
+
 #: Where a dictionary's evidence comes from, one row a dictionary. `config` is JSON, `indexed` UTC.
 RUNS = pa.schema(
     [
@@ -229,8 +258,9 @@ TABLES: dict[str, pa.Schema] = {
     "embeddings": EMBEDDINGS,
     "stability": STABILITY,
     "matches": MATCHES,
+    "steering_effects": STEERING_EFFECTS,
     "runs": RUNS,
 }
 
 #: Evidence that may not exist yet when the store is built.
-OPTIONAL_TABLES = ("labels", "metrics", "receipts", "embeddings", "stability", "matches", "runs")
+OPTIONAL_TABLES = ("labels", "metrics", "receipts", "embeddings", "stability", "matches", "steering_effects", "runs")

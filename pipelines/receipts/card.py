@@ -20,6 +20,7 @@ TITLES: dict[str, str] = {
     "C6 random dictionary percentile": "above random labels",
     "C9 seed stability of the feature": "in a second seed",
     "C13 token identifiability masked token": "lost when the token is masked",
+    "S1 steering effect": "steering z",
 }
 
 

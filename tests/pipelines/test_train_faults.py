@@ -89,7 +89,7 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_weights(
     print(f"{kills} kills, {inside} of them inside of a checkpoint, {finished} came after the end")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.full)])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(name: str, whole: Path, tiny_run: Path, tmp_path: Path):
     run = settle_copy(tiny_run, tmp_path / "run", **STEPS)
     process = start(run)

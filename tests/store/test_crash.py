@@ -202,7 +202,9 @@ def test_a_store_from_before_comparisons_keeps_what_it_has(bare_labelled: Eviden
         wanted = {view: store.sql(f"SELECT * FROM {view} ORDER BY ALL").to_pylist() for view in views}
         found = store.search("river token")
     with duckdb.connect(str(path)) as connection:
-        for what in ("VIEW matches", "VIEW stability", "TABLE evidence.matches", "TABLE evidence.stability"):
+        old_views = ("VIEW matches", "VIEW stability", "VIEW steering", "VIEW steering_effects")
+        tables = ("matches", "stability", "steering_effects")
+        for what in (*old_views, *(f"TABLE evidence.{table}" for table in tables)):
             connection.execute(f"DROP {what}")
         connection.execute("DROP VIEW cards; ALTER TABLE evidence.receipts DROP COLUMN detail")
         for step in migrations.migrations()[4:7]:
