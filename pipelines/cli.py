@@ -48,29 +48,8 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(
-        search,
-        show,
-        sql,
-        steer,
-        compare,
-        control,
-        probe,
-        vector,
-        guard,
-        prune,
-        dynamics,
-        tokens,
-        judge,
-        export,
-        hooks,
-        config,
-        vector,
-        edit,
-        why,
-        effect,
-    ),
-    *(search, show, sql, steer, compare, control, probe, tokens, judge, export, hooks, config, serve, vector),
+    *(serve, search, show, sql, steer, vector, effect, why, edit, prune, guard, dynamics),
+    *(compare, control, probe, tokens, judge, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 
@@ -23,5 +24,9 @@ def agreement(sample: str, estimates: Sequence[float], exact: Sequence[float]) -
     x, y = np.asarray(estimates, np.float64), np.asarray(exact, np.float64)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Agreement(sample, len(x), None, None)
-    pearson, spearman = (float(np.corrcoef(pair)[0, 1]) for pair in ((x, y), (rankdata(x), rankdata(y))))
+    pearson, spearman = _correlation(x, y), _correlation(np.asarray(rankdata(x)), np.asarray(rankdata(y)))
     return Agreement(sample, len(x), pearson if math.isfinite(pearson) else None, spearman)
+
+
+def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    return float(np.corrcoef(x, y)[0, 1])
