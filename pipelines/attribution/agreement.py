@@ -24,10 +24,9 @@ def agreement(sample: str, estimates: Sequence[float], exact: Sequence[float]) -
     x, y = np.asarray(estimates, np.float64), np.asarray(exact, np.float64)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Agreement(sample, len(x), None, None)
-    return Agreement(sample, len(x), _correlation(x, y), _correlation(rankdata(x), rankdata(y)))
+    pearson, spearman = _correlation(x, y), _correlation(np.asarray(rankdata(x)), np.asarray(rankdata(y)))
+    return Agreement(sample, len(x), pearson if math.isfinite(pearson) else None, spearman)
 
 
-def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | None:
-    x, y = x - x.mean(), y - y.mean()
-    found = float(x @ y / np.sqrt((x @ x) * (y @ y)))
-    return found if math.isfinite(found) else None
+def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    return float(np.corrcoef(x, y)[0, 1])
