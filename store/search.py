@@ -124,7 +124,10 @@ class TokenScores:
 def token_scores(ask: Ask, columns: Columns, scope: Scope, token: str) -> TokenScores:
     """Features that fire on a token, by the F1 of firing and token. Raises StoreError for one that no text has."""
     token = _known_token(ask, token)
-    query = "SELECT feature, count, share_of_token, share_of_feature, f1 FROM fires_on($token, dict := $name) ORDER BY f1 DESC, feature"
+    query = (
+        "SELECT feature, count, share_of_token, share_of_feature, f1 FROM fires_on($token, dict := $name) "
+        "ORDER BY f1 DESC, feature"
+    )
     return TokenScores(token, columns(query, {"token": token, "name": scope.dictionary}))
 
 
