@@ -25,7 +25,7 @@ from .listing import Filters, Found, Listing, select
 from .parquet_store import connect_parquet, is_parquet_store
 from .query import Params, connect_read_only, own_columns, run_own, run_statement
 from .records import SPLITS
-from .search import METHODS, Scope, Scored, SearchHit, by_words, describe, word_places, word_scores
+from .search import METHODS, Scope, Scored, SearchHit, by_words, describe, token_scores, word_places, word_scores
 from .text_rows import TextRows, read_text_rows
 from .vectors import VectorTable, unit_rows
 
@@ -212,7 +212,7 @@ class FeatureStore:
         if by == "words":
             found = by_words(self._rows, self._columns, scope, text, limit if where is None else None)
         elif by in METHODS:
-            found = METHODS[by](self._rows, scope, text)
+            found = METHODS[by](self._rows, self._columns, scope, text)
         else:
             raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
         return self.hits(found, limit=limit, where=where, dictionary=dictionary)
@@ -279,9 +279,12 @@ class FeatureStore:
                 words.scores,
                 lambda features: word_places(self._rows, scope, words.terms, features),
             )
+        if by == "token":
+            fires = token_scores(self._rows, self._columns, scope, text)
+            return Found(fires.columns["feature"], fires.columns["f1"], fires.why)
         if by not in METHODS:
             raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
-        return Found.of(METHODS[by](self._rows, scope, text))
+        return Found.of(METHODS[by](self._rows, self._columns, scope, text))
 
     def _scope(self, dictionary: str | None) -> Scope:
         name, (dictionary_id, _) = self._dictionary(dictionary)
@@ -479,8 +482,8 @@ class FeatureStore:
         )
         return self._rows(query, {"name": name})
 
-    def _columns(self, query: str) -> dict[str, np.ndarray]:
-        return own_columns(self._connection, self.path, query)
+    def _columns(self, query: str, params: Params = None) -> dict[str, np.ndarray]:
+        return own_columns(self._connection, self.path, query, params)
 
     def _rows(self, query: str, params: Params = None) -> list[dict[str, Any]]:
         return run_own(self._connection, self.path, query, params)

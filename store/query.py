@@ -140,10 +140,13 @@ def run_own(
         return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
-def own_columns(connection: duckdb.DuckDBPyConnection, path: Path, query: str) -> dict[str, np.ndarray]:
+def own_columns(
+    connection: duckdb.DuckDBPyConnection, path: Path, query: str, params: Params = None
+) -> dict[str, np.ndarray]:
     """Columns without nulls of a query of saeql's own: for many rows. Raises StoreError as `run_own` does."""
     with _own_cursor(connection, path) as cursor:
-        return {name: np.ma.getdata(values) for name, values in cursor.execute(query).fetchnumpy().items()}
+        found = cursor.execute(query, params) if params else cursor.execute(query)
+        return {name: np.ma.getdata(values) for name, values in found.fetchnumpy().items()}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from .migrations import sql_text
 from .words import WORDS_OF, stem
 
 Ask = Callable[..., list[dict[str, Any]]]
-Columns = Callable[[str], dict[str, np.ndarray]]  # of a query without nulls, for many rows
+Columns = Callable[..., dict[str, np.ndarray]]  # of a query without nulls, for many rows
 Why = dict[str, list[str]]  # what -> the words, tokens or numbers of it
 
 
@@ -99,27 +99,47 @@ def by_words(ask: Ask, columns: Columns, scope: Scope, text: str, limit: int | N
     return [Scored(f, score, matched[f]) for f, score in zip(features, found.scores.tolist(), strict=True)]
 
 
-def by_token(ask: Ask, scope: Scope, token: str) -> list[Scored]:
+@dataclass(frozen=True)
+class TokenScores:
+    """Features that fire on a token, best first: common tokens have tens of thousands, so columns and not objects."""
+
+    token: str
+    columns: dict[str, np.ndarray]  # of the macro `fires_on`
+
+    def why(self, features: Sequence[int]) -> dict[int, Why]:
+        """What speaks for some of the features."""
+        places = np.flatnonzero(np.isin(self.columns["feature"], np.asarray(features, np.int64)))
+        return {
+            int(self.columns["feature"][n]): {
+                f"fires on [{self.token}]": [
+                    f"{self.columns['count'][n]} times",
+                    f"{self.columns['share_of_token'][n]:.0%} of the token's",
+                    f"{self.columns['share_of_feature'][n]:.0%} of its own",
+                ]
+            }
+            for n in places.tolist()
+        }
+
+
+def token_scores(ask: Ask, columns: Columns, scope: Scope, token: str) -> TokenScores:
     """Features that fire on a token, by the F1 of firing and token. Raises StoreError for one that no text has."""
     token = _known_token(ask, token)
-    rows = ask("FROM fires_on($token, dict := $name)", {"token": token, "name": scope.dictionary})
-    return [
-        Scored(
-            row["feature"],
-            row["f1"],
-            {
-                f"fires on [{token}]": [
-                    f"{row['count']} times",
-                    f"{row['share_of_token']:.0%} of the token's",
-                    f"{row['share_of_feature']:.0%} of its own",
-                ]
-            },
-        )
-        for row in rows
-    ]
+    query = (
+        "SELECT feature, count, share_of_token, share_of_feature, f1 FROM fires_on($token, dict := $name) "
+        "ORDER BY f1 DESC, feature"
+    )
+    return TokenScores(token, columns(query, {"token": token, "name": scope.dictionary}))
 
 
-def by_effect(ask: Ask, scope: Scope, token: str) -> list[Scored]:
+def by_token(ask: Ask, columns: Columns, scope: Scope, token: str) -> list[Scored]:
+    """What `token_scores` finds, with its reasons."""
+    found = token_scores(ask, columns, scope, token)
+    features, scores = found.columns["feature"].tolist(), found.columns["f1"].tolist()
+    reasons = found.why(features)
+    return [Scored(f, score, reasons[f]) for f, score in zip(features, scores, strict=True)]
+
+
+def by_effect(ask: Ask, columns: Columns, scope: Scope, token: str) -> list[Scored]:
     """Features that promote a token, by the rise of its logit. Raises StoreError for a token that there is not."""
     token = _known_token(ask, token)
     rows = ask(  # what the macro `promotes` finds, without labels, and planned in a fifth of the time
@@ -142,7 +162,7 @@ def _known_token(ask: Ask, token: str) -> str:
 
 
 #: Ways to search by a text; those of a model are in pipelines.
-METHODS: dict[str, Callable[[Ask, Scope, str], list[Scored]]] = {
+METHODS: dict[str, Callable[[Ask, Columns, Scope, str], list[Scored]]] = {
     "token": by_token,
     "effect": by_effect,
 }

@@ -19,7 +19,14 @@ class ServeError(ValueError):
 
 
 def serve_store(
-    path: Path, *, port: int, host: str, hosts: tuple[str, ...], token: str | None, open_browser: bool
+    path: Path,
+    *,
+    port: int,
+    host: str,
+    hosts: tuple[str, ...],
+    token: str | None,
+    open_browser: bool,
+    memory: str | None = None,
 ) -> None:
     """Serve the store at `path` until SIGINT or SIGTERM.
 
@@ -48,6 +55,7 @@ def serve_store(
         port=listening.getsockname()[1],
         hosts=hosts,
         token=token or secrets.token_urlsafe(24),
+        memory_limit=memory or _engine_memory(store),
     )
     app = create_app(settings)
     with app.state.site.open.reading():
@@ -61,6 +69,12 @@ def serve_store(
 
         webbrowser.open(address)
     uvicorn_server(app).run(sockets=[listening])
+
+
+def _engine_memory(store: Path) -> str:
+    """A sixth of the file: what is kept of it, and what sorting a text of its size takes; 160 MB at least."""
+    size = store.stat().st_size if store.is_file() else sum(file.stat().st_size for file in store.iterdir())
+    return f"{max(160, size // 6_000_000)}MB"
 
 
 def uvicorn_server(app: "FastAPI") -> "Server":

@@ -20,6 +20,9 @@ def serve(
     token: Annotated[
         str | None, Parameter(help="What a browser needs to run models and SQL. Default: a new one each time.")
     ] = None,
+    memory: Annotated[
+        str | None, Parameter(help="Memory of the engine for pages. Default: a sixth of the store, 160MB at least.")
+    ] = None,
     open: Annotated[bool, Parameter(help="Open the address in this machine's web browser.", negative="")] = False,
 ) -> None:
     """Show features in the web browser: lists and search, a page a feature, prompts, steering, SQL.
@@ -28,4 +31,4 @@ def serve(
     """
     from ..browser.serve import serve_store
 
-    serve_store(run, port=port, host=host, hosts=tuple(allow_host or ()), token=token, open_browser=open)
+    serve_store(run, port=port, host=host, hosts=tuple(allow_host or ()), token=token, open_browser=open, memory=memory)
