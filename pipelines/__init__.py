@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from saeql.store.feature_store import FeatureStore
 
     from .config import RunConfig, load_config
+    from .guarding.guard import Guard
     from .models import LanguageModel, ModelConfig, load_model
     from .run import STAGES, Run, RunError
     from .steering.edits import Edit
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Edit": ".steering.edits",
     "FeatureStore": "saeql.store.feature_store",
+    "Guard": ".guarding.guard",
     "LanguageModel": ".models",
     "ModelConfig": ".models",
     "Run": ".run",
@@ -41,6 +43,7 @@ __all__ = [
     "STAGES",
     "Edit",
     "FeatureStore",
+    "Guard",
     "LanguageModel",
     "ModelConfig",
     "Run",

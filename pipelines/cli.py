@@ -11,14 +11,20 @@ from cyclopts import App
 
 from saeql.sae.rank_place import RankPlace, rank_place
 
+from .commands.attribution import why
 from .commands.comparison import compare
 from .commands.control import control
+from .commands.dynamics import dynamics
+from .commands.editing import edit
 from .commands.effects import effect
 from .commands.exchange import export, import_
+from .commands.guarding import guard
 from .commands.jobs import config, demo, hooks, plan, run, submit
 from .commands.judging import judge
 from .commands.probing import probe
+from .commands.pruning import prune
 from .commands.questions import search, show, sql
+from .commands.serving import serve
 from .commands.stages import evaluate, harvest, index, label, report, store, train, verify
 from .commands.steering import steer, vector
 from .commands.tokens import tokens
@@ -42,7 +48,8 @@ app = App(
 )
 for _command in (
     *(demo, run, plan, harvest, train, submit, index, label, evaluate, store, report, verify),
-    *(search, show, sql, steer, vector, effect, compare, control, probe, tokens, judge, export, hooks, config),
+    *(serve, search, show, sql, steer, vector, effect, why, edit, prune, guard, dynamics),
+    *(compare, control, probe, tokens, judge, export, hooks, config),
 ):
     app.command(_command)
 app.command(import_, name="import")

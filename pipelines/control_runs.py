@@ -159,7 +159,7 @@ def make_control(run: Run, kind: str, *, out: Path | None = None) -> Run:
     config = replace(wanted.switch(run), sweep=SweepConfig())
     control = Run.create(place, config)
     if not wanted.has_own_activations and not control.activations.exists():
-        _share_harvest(run, control)
+        share_harvest(run, control)
     write_whole(place / CONTROL_FILE, json.dumps(_record(run, wanted), indent=2) + "\n")  # last: all is there
     return control
 
@@ -211,8 +211,8 @@ def _record(run: Run, kind: ControlKind) -> dict[str, Any]:
     }
 
 
-def _share_harvest(run: Run, control: Run) -> None:
-    """Let a control run read its parent's rows: shards by a link, the small tables of text as the same files."""
+def share_harvest(run: Run, control: Run) -> None:
+    """Let a run read another's rows: shards by a link, the small tables of text as the same files."""
     for table in TABLES_OF_HARVEST:
         for file in run.evidence.files(table):
             copy = control.evidence.folder / file.relative_to(run.evidence.folder)

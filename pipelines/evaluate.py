@@ -179,7 +179,7 @@ class Evaluator:
         """
         base, acts = splicer.run(ids)
         for name, new in self._replacements(dictionary, places, acts, means):
-            yield name, _compare(splicer.again(new) if new else base, base, ids)
+            yield name, compare_logits(splicer.again(new) if new else base, base, ids)
 
     def _replacements(
         self,
@@ -279,7 +279,7 @@ def _parts(widths: dict[str, int], places: Places) -> dict[str, slice]:
     return {name: slice(end - widths[name], end) for name, end in zip(places.writes, ends, strict=True)}
 
 
-def _compare(logits: torch.Tensor, base: torch.Tensor, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def compare_logits(logits: torch.Tensor, base: torch.Tensor, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Next-token cross-entropy of logits [B, T, V] and their KL divergence from `base`, nats, [B, T - 1] each.
 
     `COMPARED_LOGITS` in float32 at a time: blocks as large as a window's would stay with the C library's allocator.

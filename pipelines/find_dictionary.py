@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 #: Metadata keys of other libraries that say where a dictionary reads; with `_out` behind them, where it writes.
-_HOOK_KEYS = ("hook_name", "hf_hook_name", "hook_point")
+HOOK_KEYS = ("hook_name", "hf_hook_name", "hook_point")
 
 
 def find_dictionary(
@@ -34,7 +34,7 @@ def find_dictionary(
     Raises DictionaryError where there is none or it is damaged, ExchangeError for another library's that cannot be
     read, ModelMismatch where it was trained on another model, ConfigError where it does not fit what is harvested.
     """
-    path = _path(run, source)
+    path = dictionary_path(run, source)
     dictionary = load_any(path)
     places = _places(run, dictionary, tuple(reads), tuple(writes))
     _require_fit(run, dictionary, places, source)
@@ -45,7 +45,8 @@ def find_dictionary(
     return path.name, dictionary, places
 
 
-def _path(run: "Run", source: str) -> Path:
+def dictionary_path(run: "Run", source: str) -> Path:
+    """Where `source` lies: a name in the run or its sweep, or a folder or file. Raises DictionaryError for neither."""
     homes = dictionary_homes(run.path)
     for path in (*(home / source for home in homes), Path(source).expanduser()):
         if path.exists():
@@ -77,7 +78,7 @@ def _places(run: "Run", dictionary: SparseAutoencoder, reads: tuple[str, ...], w
 
 def _named_in_metadata(run: "Run", metadata: dict[str, Any], suffix: str) -> tuple[str, ...]:
     """The harvested hook point that another library's metadata means; none where it names none of them."""
-    named = {metadata.get(key + suffix) for key in _HOOK_KEYS} - {None}
+    named = {metadata.get(key + suffix) for key in HOOK_KEYS} - {None}
     if not named:
         return ()
     whole = load_skeleton(run.config.model)

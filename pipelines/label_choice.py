@@ -14,6 +14,7 @@ from .receipts.examples import Examples
 from .receipts.held_out import HeldOut
 from .receipts.scorer import Scorer
 from .receipts.statistics import auroc
+from .receipts.thresholds import THRESHOLDS
 from .split_rows import FeatureRows
 
 #: Active rows, and negatives, for which `min_auroc` is meant.
@@ -43,8 +44,9 @@ def choose(
     Executable candidates are sifted over all rows (`choose_executable`): at most one a feature is left. Where there are
     candidates in words, all are scored on the feature's calibration examples against negatives matched on frequency,
     position and length (N1), and the best AUROC is taken: the executable one, or else the one of fewest words, of those
-    within `executable_margin`. Words need `min_auroc`, and more where there are fewer examples or more candidates in
-    words: the best of many reaches further by chance alone.
+    within `executable_margin`. Where the feature is silent on enough rows of its own tokens (N2) it is the mean of both
+    AUROCs: naming the token is not enough there. Words need `min_auroc` against N1, and more
+    where there are fewer examples or more candidates in words: the best of many reaches further by chance alone.
     """
     executable = choose_executable(rows.calibration, candidates, config, on_progress)
     chosen = {feature: Choice(c.candidate, c.calibration_f1) for feature, c in executable.items()}
@@ -55,25 +57,38 @@ def choose(
     examples = held_out.sample("calibration", sorted(words))
     examples = {f: e for f, e in examples.items() if min(len(e.active), len(e.negatives.get("N1", ()))) >= 2}
     asked = {f: [*([chosen[f].candidate] if f in chosen else []), *words[f]] for f in examples}
-    for feature, scored in _aurocs(rows, asked, examples, scorer).items():
+    for feature, scored in _scored(rows, asked, examples, scorer).items():
         better = _best(scored, _bar(examples[feature], len(words[feature]), config), config)
         if better is not None:
-            candidate, value = better
-            f1 = chosen[feature].f1 if candidate.predicate is not None else None
-            chosen[feature] = Choice(candidate, f1, value)
+            f1 = chosen[feature].f1 if better.candidate.predicate is not None else None
+            chosen[feature] = Choice(better.candidate, f1, better.matched)
     return chosen
 
 
-def _aurocs(
+@dataclass(frozen=True)
+class _Scored:
+    candidate: Candidate
+    matched: float  # AUROC against N1
+    auroc: float  # what it is chosen by
+
+
+def _scored(
     rows: FeatureRows, asked: Mapping[int, Sequence[Candidate]], examples: Mapping[int, Examples], scorer: Scorer
-) -> dict[int, list[tuple[Candidate, float]]]:
+) -> dict[int, list[_Scored]]:
     pairs = [(feature, candidate) for feature, own in asked.items() for candidate in own]
-    both = {f: np.concatenate([e.active, e.negatives["N1"]]) for f, e in examples.items()}
-    found = scorer.score([c for _, c in pairs], [both[f] for f, _ in pairs], rows.calibration)
-    out: dict[int, list[tuple[Candidate, float]]] = {}
+    tokens = rows.calibration.windows.tokens.ravel()
+    same = {f: e.negatives.get("N2", e.active[:0]) for f, e in examples.items()}
+    same = {f: n if len(n) >= THRESHOLDS.contextual_negatives else n[:0] for f, n in same.items()}
+    all_rows = {f: np.concatenate([e.active, e.negatives["N1"], same[f]]) for f, e in examples.items()}
+    found = scorer.score([c for _, c in pairs], [all_rows[f] for f, _ in pairs], rows.calibration)
+    out: dict[int, list[_Scored]] = {}
     for (feature, candidate), scores in zip(pairs, found, strict=True):
-        size = len(examples[feature].active)
-        out.setdefault(feature, []).append((candidate, auroc(scores[:size], scores[size:])))
+        own = examples[feature]
+        active, matched, silent = np.split(scores, np.cumsum([len(own.active), len(own.negatives["N1"])]))
+        value = against_matched = auroc(active, matched)
+        if len(silent):
+            value = (value + auroc(active, silent, tokens[own.active][:, None] == tokens[same[feature]])) / 2
+        out.setdefault(feature, []).append(_Scored(candidate, against_matched, value))
     return out
 
 
@@ -94,13 +109,16 @@ def _bar(examples: Examples, num_words: int, config: LabelConfig) -> float:
     return max(config.min_auroc, 0.5 - NormalDist().inv_cdf(max(by_chance, 1e-12)) * own)
 
 
-def _best(
-    scored: Sequence[tuple[Candidate, float]], words_need: float, config: LabelConfig
-) -> tuple[Candidate, float] | None:
+def _best(scored: Sequence[_Scored], words_need: float, config: LabelConfig) -> _Scored | None:
     """None where nothing is good enough; an executable label has passed its own bar."""
-    good = [(c, value) for c, value in scored if c.predicate is not None or value >= words_need]
+    good = [s for s in scored if s.candidate.predicate is not None or s.matched >= words_need]
     if not good:
         return None
-    bar = max(value for _, value in good) - config.executable_margin
-    near = [(c, value) for c, value in good if value >= bar]
-    return min(near, key=lambda s: (s[0].predicate is None, len(s[0].label.split()), -s[1], s[0].label))
+    bar = max(s.auroc for s in good) - config.executable_margin
+    near = [s for s in good if s.auroc >= bar]
+
+    def order(s: _Scored) -> tuple[bool, int, float, str]:
+        label = s.candidate.label
+        return s.candidate.predicate is None, len(label.split()), -s.auroc, label
+
+    return min(near, key=order)

@@ -23,7 +23,7 @@ class LabelConfig:
     """Calibration F1 given up for a simpler predicate."""
     max_candidates: int = 16
     """Candidates a feature that are tried on calibration."""
-    max_set_size: int = 8
+    max_set_size: int = 16
     """Texts that a 'one of ...' predicate may list."""
     num_bootstrap: int = 400
     """Draws of test documents behind each interval."""

@@ -44,9 +44,11 @@ def choose_executable(
                 proposed.setdefault(candidate.predicate, {}).setdefault(feature, candidate)
     rows_of = calibration.active.by_feature()
     passed: dict[int, list[ExecutableChoice]] = {}
+    holds = np.zeros(calibration.windows.tokens.size, bool)
     for done, (predicate, features) in enumerate(proposed.items()):
-        holds = predicate.rows(calibration.windows).ravel() & calibration.eligible
-        support = int(np.count_nonzero(holds))
+        matches = predicate.matches(calibration.windows)
+        matches = matches[calibration.eligible[matches]]
+        support, holds[matches] = len(matches), True
         for feature, candidate in features.items():
             rows = rows_of[feature]
             hits = int(np.count_nonzero(holds[rows]))
@@ -56,6 +58,7 @@ def choose_executable(
             lift = hits * calibration.num_rows / (support * len(rows))
             if f1 >= config.min_f1 and lift >= config.min_lift:
                 passed.setdefault(feature, []).append(ExecutableChoice(candidate, f1))
+        holds[matches] = False
         if on_progress is not None and (done % 500 == 499 or done + 1 == len(proposed)):
             on_progress(done + 1, len(proposed))
     return {feature: _simplest(choices, config.simplicity_margin) for feature, choices in passed.items()}
@@ -76,11 +79,12 @@ def count_by_document(test: SplitRows, predicates: Sequence[Predicate], features
     num_rows = np.bincount(test.documents[test.eligible], minlength=size)
     out = np.zeros((len(predicates), size, 4))
     for i, (predicate, feature) in enumerate(zip(predicates, features, strict=True)):
-        holds = predicate.rows(test.windows).ravel() & test.eligible
+        matches = predicate.matches(test.windows)
+        matches = matches[test.eligible[matches]]
         rows = rows_of[feature]
         active = np.bincount(test.documents[rows], minlength=size)
-        hits = np.bincount(test.documents[rows[holds[rows]]], minlength=size)
-        claimed = np.bincount(test.documents[holds], minlength=size)
+        hits = np.bincount(test.documents[rows[predicate.at(test.windows, rows)]], minlength=size)
+        claimed = np.bincount(test.documents[matches], minlength=size)
         out[i] = np.stack([hits, claimed - hits, active - hits, num_rows - active - claimed + hits], axis=1)
     return out
 

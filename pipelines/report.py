@@ -7,7 +7,6 @@ is escaped by Jinja2, and characters that do not show (control, bidi, line break
 import base64
 import hashlib
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .atomic import write_whole
+from .charts import density_chart, line_chart
 from .receipts.card import CardLine
+from .shown import number, token_text, visible
 
 HIGHLIGHT_LEVELS = 10
-MAX_CHART_POINTS = 400
 
 
 @dataclass(frozen=True)
@@ -138,42 +138,6 @@ class ReportData:
     """Controls of the dictionary as a whole."""
 
 
-def visible(text: str) -> str:
-    """`text` with characters that would not show, or would reorder others, as [U+XXXX]; line breaks and tabs stay."""
-
-    def hidden(c: str) -> bool:
-        return c not in "\n\t" and (unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
-
-    return "".join(f"[U+{ord(c):04X}]" if hidden(c) else c for c in text)
-
-
-def token_text(token: str, mark_spaces: bool = False) -> str:
-    """One token on one line: line breaks and tabs as arrows; spaces as dots where alone or to be marked."""
-    shown = visible(token.replace("\r\n", "↵").replace("\n", "↵").replace("\r", "↵").replace("\t", "⇥"))
-    if mark_spaces or (token and not token.strip(" \u00a0")):
-        shown = shown.replace(" ", "·").replace("\u00a0", "⍽")
-    return shown
-
-
-def number(value: object, digits: int = 3) -> str:
-    """A number as people read it: thousands separated, `digits` significant digits; an en dash for None or NaN."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "\N{EN DASH}"
-    if isinstance(value, (bool, str)):
-        return str(value)
-    if isinstance(value, (int, np.integer)):
-        return f"{value:,}"
-    if not isinstance(value, (float, np.floating)):
-        return str(value)
-    if value == 0 or math.isinf(value):
-        return f"{value:g}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if abs(value) < 1e-3:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
-
-
 def duration(seconds: float) -> str:
     """Seconds as '850 ms', '12.3 s' or '4 min 05 s'."""
     if seconds < 1:
@@ -182,97 +146,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     return f"{whole // 60} min {whole % 60:02d} s"
-
-
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round values that cover low..high."""
-    span = (high - low) or abs(high) or 1.0
-    raw = span / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first = math.floor(low / step + 1e-9)
-    last = math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, max(last, first + 1) + 1)]
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """Geometry of one chart in a viewBox of `width` x `height`; the plot is `left`..`right` x `top`..`bottom`."""
-
-    x_label: str
-    y_label: str
-    x_ticks: list[tuple[float, str]]  # (pixel, text)
-    y_ticks: list[tuple[float, str]]
-    line: str = ""  # points of a polyline
-    bars: list[tuple[float, float, float, float, str]] = field(default_factory=list)  # x, y, width, height, title
-    width: int = 960
-    height: int = 300
-    left: int = 76
-    top: int = 14
-
-    @property
-    def right(self) -> int:
-        return self.width - 34
-
-    @property
-    def bottom(self) -> int:
-        return self.height - 52
-
-    def x(self, value: float, ticks: Sequence[float]) -> float:
-        return round(self.left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (self.right - self.left), 1)
-
-    def y(self, value: float, ticks: Sequence[float]) -> float:
-        return round(self.bottom - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (self.bottom - self.top), 1)
-
-
-def line_chart(
-    xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str, width: int = 960, height: int = 300
-) -> _Chart | None:
-    """A curve through the finite points, thinned to `MAX_CHART_POINTS`; None where fewer than two are finite."""
-    points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    if len(points) < 2:
-        return None
-    if len(points) > MAX_CHART_POINTS:
-        points = [points[i] for i in np.linspace(0, len(points) - 1, MAX_CHART_POINTS).astype(int)]
-    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points), 5 if width > 600 else 3)
-    y_ticks = _ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
-    chart = _Chart(x_label, y_label, [], [], width=width, height=height)
-    return _Chart(
-        x_label,
-        y_label,
-        [(chart.x(t, x_ticks), number(round(t) if float(t).is_integer() else t)) for t in x_ticks],
-        [(chart.y(t, y_ticks), f"{t:.3g}") for t in y_ticks],
-        line=" ".join(f"{chart.x(x, x_ticks)},{chart.y(y, y_ticks)}" for x, y in points),
-        width=width,
-        height=height,
-    )
-
-
-def density_chart(densities: np.ndarray, bins_per_decade: int = 4) -> _Chart | None:
-    """Histogram of log10(density) over the features that fire at all; None where none does."""
-    alive = densities[np.isfinite(densities) & (densities > 0)]
-    if len(alive) == 0:
-        return None
-    logs = np.log10(alive)
-    low = math.floor(logs.min())
-    high = max(math.ceil(logs.max()), low + 1)
-    edges = np.linspace(low, high, (high - low) * bins_per_decade + 1)
-    counts, _ = np.histogram(logs, edges)
-    x_ticks = [float(t) for t in range(low, high + 1)]
-    y_ticks = _ticks(0, float(counts.max()))
-    chart = _Chart("share of rows on which a feature is active (log scale)", "features", [], [])
-    bars = []
-    for count, start, end in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        x, top = chart.x(start, x_ticks), chart.y(count, y_ticks)
-        title = f"{count:,} features between {number(10.0**start)} and {number(10.0**end)}"
-        bars.append((x + 0.5, top, round(chart.x(end, x_ticks) - x - 1, 1), round(chart.bottom - top, 1), title))
-    return _Chart(
-        chart.x_label,
-        chart.y_label,
-        [(chart.x(t, x_ticks), "100 %" if t == 0 else f"{10.0 ** (t + 2):g} %") for t in x_ticks],
-        [(chart.y(t, y_ticks), number(round(t) if float(t).is_integer() else t)) for t in y_ticks],
-        bars=bars,
-    )
 
 
 def highlight_levels(examples: Sequence[Example]) -> list[list[int]]:

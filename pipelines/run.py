@@ -39,6 +39,9 @@ from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
 from .atomic import remove_folder, remove_leftovers, write_whole
+from .attribution.attributor import Attributor
+from .attribution.causes import Why
+from .attribution.of_run import attributor_of
 from .config import RunConfig, to_toml
 from .dictionaries import SWEEP_FOLDER, DictionarySpec, specify
 from .embedder import Embedder
@@ -59,6 +62,7 @@ from .stages import STAGES, RunError, StageRecord, check_stages
 from .steering.edits import FeatureScale
 from .steering.steerer import Steerer
 from .stopping import leave_if_asked
+from .stores import for_notebooks
 from .train import STOPPED_FILE, train_dictionaries
 from .verify import Verification, recorded, verify_run
 
@@ -176,21 +180,43 @@ class Run:
         path = self.path / "features.duckdb"
         if not path.exists() and (self.path / "features.parquet").is_dir():
             path = self.path / "features.parquet"
-        return FeatureStore.open(path)
+        return for_notebooks(FeatureStore.open(path))
 
-    def steerer(self, *, allow_mismatch: bool = False) -> Steerer:
-        """A steerer over this run's model and dictionary. Raises ModelMismatch where they do not belong together."""
+    @cached_property
+    def exact_language_model(self) -> LanguageModel:
+        """The whole model in float32, for what small differences of predictions tell; loaded on first use."""
+        return load_model(replace(self.config.model, truncate=False, dtype="float32"))
+
+    def steerer(
+        self, *, allow_mismatch: bool = False, exact: bool = False, store: FeatureStore | None = None
+    ) -> Steerer:
+        """A steerer over this run's model (`exact`: in float32) and dictionary; `store` is the run's, where it is open.
+
+        Raises ModelMismatch where they do not belong together.
+        """
         dictionary = self.dictionary()
         metadata = dictionary.metadata["saeql"]
         return Steerer(
-            self.language_model,
+            self.exact_language_model if exact else self.language_model,
             dictionary,
             ModelIdentity(**metadata["identity"]),
             writes=metadata["writes"],
             median_norms=metadata["median_norms"],
-            scales=self._feature_scales(),
+            scales=self._feature_scales(store),
             allow_mismatch=allow_mismatch,
         )
+
+    @cached_property
+    def attributor(self) -> Attributor:
+        """What explains predictions by this run's features, its model in float32; loaded on first use.
+
+        Raises WhyError for a crosscoder, ModelMismatch where the model is another by now.
+        """
+        return attributor_of(self)
+
+    def why(self, prompt: str | Sequence[int], token: str | None = None, **options: Any) -> Why:
+        """Which features caused the next token of a prompt; the options of `Attributor.why`. Raises WhyError."""
+        return self.attributor.why(prompt, token, **options)
 
     def effect(
         self,
@@ -214,12 +240,12 @@ class Run:
         asked = Asked(tuple(features), search, where, top, tuple(words), tuple(vectors))
         return measure_effects(self, asked, config)
 
-    def _feature_scales(self) -> dict[int, FeatureScale]:
+    def _feature_scales(self, opened: FeatureStore | None) -> dict[int, FeatureScale]:
         query = (
             "SELECT feature, p99, density * mean_activation AS mean FROM features "
             "WHERE dictionary = $name AND max_activation > 0"
         )
-        with self.store() as store:
+        with self.store() if opened is None else nullcontext(opened) as store:
             rows = store.trusted_sql(query, {"name": self.spec.name}).to_pylist()
         return {row["feature"]: FeatureScale(row["p99"], row["mean"]) for row in rows}
 

@@ -4,6 +4,7 @@ Layers that no replacement reaches give the same output every time, so that only
 the model for a hook point in its middle. Whether that holds for a model is checked on its first batch.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,12 +19,24 @@ from saeql.sae.hooks import capture, edit
 class Splicer:
     """Inside the block: `run` gives logits and activations of a batch, `again` its logits with some replaced.
 
-    Activations are gathered on `device` (None: where the model has them).
+    Activations are gathered on `device` (None: where the model has them). `last_only`: logits of the last position
+    alone, [B, 1, V]. Gradients are taken where the caller lets them, and reach `new`.
     Raises HookPointError for a hook point that the model does not have.
     """
 
-    def __init__(self, model: Any, reads: Sequence[str], writes: Sequence[str], device: torch.device | None = None):
+    def __init__(
+        self,
+        model: Any,
+        reads: Sequence[str],
+        writes: Sequence[str],
+        device: torch.device | None = None,
+        *,
+        last_only: bool = False,
+    ):
         self.model, self.reads, self.writes, self.device = model, list(reads), list(writes), device
+        self.last_only = last_only
+        can_keep = last_only and "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options = {"use_cache": False} | ({"logits_to_keep": 1} if can_keep else {})
         self._new: Mapping[str, torch.Tensor] = {}
         self._ids: torch.Tensor | None = None
         self._stack = ExitStack()
@@ -51,6 +64,12 @@ class Splicer:
         self._prefix.check(self._forward, logits)
         return logits, acts
 
+    def widen(self, size: int) -> None:
+        """From now on `again` takes `size` rows of the one row of ids of the last `run`, which is not computed anew."""
+        assert self._ids is not None
+        self._ids = self._ids[:1].expand(size, -1)
+        self._prefix.widen(size)
+
     def again(self, new: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Logits of the same ids with `new` [B, T, d] in place at hook points that are written."""
         self._new = new
@@ -61,7 +80,8 @@ class Splicer:
             self._new = {}
 
     def _forward(self) -> torch.Tensor:
-        return self.model(input_ids=self._ids, use_cache=False).logits
+        logits = self.model(input_ids=self._ids, **self._options).logits
+        return logits[:, -1:] if self.last_only else logits
 
 
 class _Prefix:
@@ -70,6 +90,7 @@ class _Prefix:
     def __init__(self, layers: Sequence[nn.Module]):
         self.layers = layers
         self.output: Any = None
+        self._given: Any = None  # what replayed layers give
         self.is_checked = not self.layers
         self._recording = False
 
@@ -85,7 +106,20 @@ class _Prefix:
     def record(self, _module: nn.Module, _args: tuple, output: Any) -> None:
         """Hook of the last layer."""
         if self._recording:
-            self.output = output
+            self.output = self._given = output
+
+    def widen(self, size: int) -> None:
+        """Give back the recorded output of one row as that of `size` equal ones."""
+
+        def wide(part: Any) -> Any:
+            return (
+                part.expand(size, *part.shape[1:]).contiguous()
+                if isinstance(part, torch.Tensor) and len(part) == 1
+                else part
+            )
+
+        whole = self.output
+        self._given = type(whole)(map(wide, whole)) if type(whole) in (tuple, list) else wide(whole)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -93,7 +127,7 @@ class _Prefix:
         before = [layer.__dict__.get("forward") for layer in self.layers]
         try:
             for layer in self.layers:
-                layer.forward = lambda *_args, **_kwargs: self.output
+                layer.forward = lambda *_args, **_kwargs: self._given
             yield
         finally:
             for layer, forward in zip(self.layers, before, strict=True):

@@ -39,8 +39,20 @@ def open_store(path: Path) -> "tuple[FeatureStore, Run | None]":
     from saeql.store.feature_store import FeatureStore
 
     if not (path / "config.toml").is_file():
-        return FeatureStore.open(store_path(path)), None
+        return for_notebooks(FeatureStore.open(store_path(path))), None
     from .run import Run
 
     run = Run.open(path)
     return run.store(), run
+
+
+def for_notebooks(store: "FeatureStore") -> "FeatureStore":
+    """The store, whose features a notebook shows as cards."""
+
+    def draw(store: "FeatureStore", feature: int, dictionary: str) -> str:
+        from .browser.notebook import feature_html
+
+        return feature_html(store, feature, dictionary)
+
+    store.draw = draw
+    return store

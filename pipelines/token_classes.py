@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -86,8 +87,9 @@ class CodeTable:
 
     def mask(self, names: Sequence[str]) -> np.ndarray:
         """[V] bool: tokens whose value is one of `names`; unknown names hold for no token."""
-        known = [self.index[n] for n in names if n in self.index]
-        return np.isin(self.codes, known) if len(known) > 1 else self.codes == (known[0] if known else -2)
+        known = np.zeros(len(self.names) + 1, bool)  # the last: no value
+        known[[self.index[n] for n in names if n in self.index]] = True
+        return known[self.codes]
 
 
 class Vocabulary:
@@ -171,9 +173,30 @@ class RowTable:
         """From column `token_ids` of the evidence table `windows`."""
         return cls(vocabulary, pad_lists(token_ids, vocabulary.lookup))
 
+    @cached_property
+    def segments(self) -> np.ndarray:
+        """[R] int32: rows of one document in one window have one number; a special token begins the next one."""
+        begins = np.append(self.vocabulary.classes["special"], False)[self.tokens]
+        begins[:, :1] = True
+        return np.cumsum(begins.ravel(), dtype=np.int32)
+
+    @cached_property
+    def _by_token(self) -> tuple[np.ndarray, np.ndarray]:
+        """([R] rows by token, ascending; [V + 1] where each token's end; those of no token come first)."""
+        flat = self.tokens.ravel()
+        return np.argsort(flat, kind="stable"), np.cumsum(np.bincount(flat + 1, minlength=len(self.vocabulary) + 1))
+
+    def rows_of(self, tokens: np.ndarray) -> np.ndarray:
+        """[m] rows, ascending, whose token is one of `tokens`."""
+        order, ends = self._by_token
+        own = [order[ends[t] : ends[t + 1]] for t in tokens.tolist()]
+        return np.sort(np.concatenate(own)) if own else np.zeros(0, np.int64)
+
     def neighbour(self, rows: np.ndarray, offset: int) -> np.ndarray:
         """[W, T] bool: `rows` read at position + offset (-1 previous, +1 next); False where there is no such token."""
         out = np.zeros_like(rows)
+        if abs(offset) >= rows.shape[1]:
+            return out
         if offset < 0:
             out[:, -offset:] = rows[:, :offset]
         else:

@@ -85,7 +85,7 @@ def train_dictionaries(
             folder=folder / "checkpoints",
             on_log=log,
             on_step=advance,
-            matmul_dtype=_matmul_dtype(train.matmul_dtype, device),
+            matmul_dtype=matmul_dtype(train.matmul_dtype, device),
             comm=comm,
             reshard=reshard,
             device=device,
@@ -169,5 +169,6 @@ def _width(info: HarvestInfo, hook_points: Sequence[str]) -> int:
     return sum(info.widths[name] for name in hook_points)
 
 
-def _matmul_dtype(name: str, device: torch.device) -> torch.dtype | None:
+def matmul_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """What `train.matmul_dtype` means on a device; None: that of the weights."""
     return fast_matmul_dtype(device) if name == "auto" else getattr(torch, name)

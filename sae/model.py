@@ -142,6 +142,10 @@ class SparseAutoencoder(nn.Module):
         """Sparse latents of rows x [N, d_in] as they are at inference; values are >= 0, padding has value 0."""
         raise NotImplementedError
 
+    def slope(self, latents: torch.Tensor) -> torch.Tensor:
+        """[...] how much these latents (indices [...]) rise with their projection `W_enc x` while active."""
+        return torch.ones_like(latents, dtype=self.W_enc.dtype)
+
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Training forward pass on rows x [N, d_in] with targets y [N, d_out]."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ It is built once from the Parquet evidence (`build.py`) and read-only from then 
 `sql/003_views.sql`. A `dictionary` argument of None means the store's first dictionary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,10 +19,13 @@ from .console import DEFAULT_SECONDS, Console
 from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
+from .feature_rows import effect_rows, feature_row, neighbour_rows
 from .frames import as_frame
+from .listing import Filters, Found, Listing, select
 from .parquet_store import connect_parquet, is_parquet_store
 from .query import Params, connect_read_only, own_columns, run_own, run_statement
-from .search import METHODS, Scope, Scored, SearchHit, by_words, describe
+from .records import SPLITS
+from .search import METHODS, Scope, Scored, SearchHit, by_words, describe, word_places, word_scores
 from .text_rows import TextRows, read_text_rows
 from .vectors import VectorTable, unit_rows
 
@@ -48,6 +51,21 @@ class Example:
     focus: int  # index of the peak in tokens, from 1
 
 
+class FeatureRow(dict[str, Any]):
+    """A row of the view `features`; a notebook shows it as `FeatureStore.draw` draws it."""
+
+    def __init__(self, row: dict[str, Any], store: "FeatureStore"):
+        super().__init__(row)
+        self._store = store
+
+    def _repr_html_(self) -> str | None:
+        draw = self._store.draw
+        return None if draw is None else draw(self._store, self["feature"], self["dictionary"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
 class FeatureStore:
     """Reads one store. Safe to share between threads; close it, or use it as a context manager.
 
@@ -56,6 +74,8 @@ class FeatureStore:
     """
 
     _readers: ClassVar["WeakSet[FeatureStore]"] = WeakSet()
+    draw: "Callable[[FeatureStore, int, str], str] | None" = None
+    """What makes HTML of a feature for notebooks; whoever has templates sets it."""
 
     def __init__(self, path: Path, memory_limit: str, threads: int | None):
         self.path = path
@@ -68,7 +88,8 @@ class FeatureStore:
         self._connection = connect(path, memory_limit=memory_limit, threads=threads)
         try:
             rows = self._rows(
-                "SELECT dictionary, dictionary_id, d_sae FROM evidence.dictionaries ORDER BY dictionary_id"
+                "SELECT dictionary, dictionary_id, d_sae, vocabulary_id FROM evidence.dictionaries "
+                "JOIN evidence.models USING (model_id) ORDER BY dictionary_id"
             )
             segments = self._rows(
                 "SELECT dictionary_id, segment_id, corpus_id, corpus, first_window, num_windows "
@@ -79,6 +100,7 @@ class FeatureStore:
             raise
         self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
         self._segments = {i: [g for g in segments if g["dictionary_id"] == i] for i, _ in self._known.values()}
+        self._vocabularies: dict[int, int] = {r["dictionary_id"]: r["vocabulary_id"] for r in rows}
         self._vectors: dict[str, VectorTable] = {}
         self._embedded: dict[str, np.ndarray] = {}  # what each of them is of: 'label' | 'evidence'
         self._texts: dict[int, TextRows] = {}
@@ -188,7 +210,7 @@ class FeatureStore:
         """
         scope = self._scope(dictionary)
         if by == "words":
-            found = by_words(self._rows, scope, text, limit if where is None else None)
+            found = by_words(self._rows, self._columns, scope, text, limit if where is None else None)
         elif by in METHODS:
             found = METHODS[by](self._rows, scope, text)
         else:
@@ -216,6 +238,51 @@ class FeatureStore:
         params = {"dictionary": self._scope(dictionary).dictionary, "limit": limit}
         return self._console.sql(query, params, conditions=[where])["feature"].to_pylist()
 
+    def listing(
+        self,
+        filters: Filters | None = None,
+        *,
+        found: Found | None = None,
+        where: str | None = None,
+        sort: str | None = None,
+        descending: bool = True,
+        offset: int = 0,
+        limit: int = 50,
+        dictionary: str | None = None,
+    ) -> Listing:
+        """One page of all features that meet `filters`, of those in `found` where a search found some.
+
+        Without `sort` (see `listing.SORTS`) a search is in its own order, else features are by number. `where` is that
+        of `search`. Raises SQLError where it is no condition, StoreError for what cannot be sorted by.
+        """
+        scope = self._scope(dictionary)
+        cards = self._cards_of(scope.dictionary_id)
+        among = None
+        if where is not None:
+            query = f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n)"
+            met = self._console.sql(query, {"dictionary": scope.dictionary}, conditions=[where])
+            among = met["feature"].to_numpy()
+        features = select(cards, filters or Filters(), found=found, among=among, sort=sort, descending=descending)
+        shown = [int(f) for f in features[offset : offset + limit]]
+        scores = {} if found is None else found.scores_of(shown)
+        why = {} if found is None else found.why(shown)
+        scored = [Scored(f, scores.get(f, 0.0), why.get(f, {})) for f in shown]
+        return Listing(len(features), offset, describe(cards, scope, scored))
+
+    def found(self, text: str, *, by: str = "words", dictionary: str | None = None) -> Found:
+        """All that `search` finds, for lists of it. Raises what `search` raises."""
+        scope = self._scope(dictionary)
+        if by == "words":
+            words = word_scores(self._rows, self._columns, scope, text)
+            return Found(
+                words.features,
+                words.scores,
+                lambda features: word_places(self._rows, scope, words.terms, features),
+            )
+        if by not in METHODS:
+            raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
+        return Found.of(METHODS[by](self._rows, scope, text))
+
     def _scope(self, dictionary: str | None) -> Scope:
         name, (dictionary_id, _) = self._dictionary(dictionary)
         segment = self._segment(dictionary_id)
@@ -238,14 +305,24 @@ class FeatureStore:
 
         Raises StoreError where the store has no embeddings.
         """
+        found = self.nearest_in_meaning(vector, limit if where is None else None, dictionary=dictionary)
+        return self.hits(found, limit=limit, where=where, dictionary=dictionary)
+
+    def nearest_in_meaning(
+        self, vector: np.ndarray, limit: int | None, *, dictionary: str | None = None
+    ) -> list[Scored]:
+        """What `search_vector` finds, before labels are read; all features that have an embedding without a limit.
+
+        Raises StoreError where the store has no embeddings.
+        """
         table, sources = self._embeddings(dictionary), self._embedded[self._dictionary(dictionary)[0]]
         # a feature has two embeddings at most, and stands where the nearer one does
-        found = table.nearest_rows(vector, 2 * limit if where is None else len(table.features))
+        found = table.nearest_rows(vector, len(table.features) if limit is None else 2 * limit)
         best: dict[int, Scored] = {}
         for row, cosine in found:
             feature = int(table.features[row])
             best.setdefault(feature, Scored(feature, cosine, {str(sources[row]): [f"cosine {cosine:.3f}"]}))
-        return self.hits(list(best.values()), limit=limit, where=where, dictionary=dictionary)
+        return list(best.values())
 
     def _embeddings(self, dictionary: str | None) -> VectorTable:
         name, (dictionary_id, _) = self._dictionary(dictionary)
@@ -262,9 +339,38 @@ class FeatureStore:
             self._embedded[name] = table["source"].to_numpy()
         return self._vectors[name]
 
-    def feature(self, feature: int, dictionary: str | None = None) -> dict[str, Any]:
-        """The feature's row of the view `features`. Raises FeatureNotFound."""
-        return self._of_feature("SELECT * FROM features WHERE {this}", feature, dictionary)[0]
+    def feature(self, feature: int, dictionary: str | None = None) -> FeatureRow:
+        """The feature's row of the view `features`; in a notebook its card. Raises FeatureNotFound."""
+        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        segment = self._segment(dictionary_id)
+        row = feature_row(self._rows, name, dictionary_id, segment["segment_id"] if segment else -1, int(feature))
+        if row is None:
+            raise FeatureNotFound(f"{self.path} has nothing of {name}'s feature {feature}: index again")
+        return FeatureRow(row, self)
+
+    def cards(self, dictionary: str | None = None) -> Cards:
+        """Label, kind, auroc, density and largest activation of all features, in memory."""
+        return self._cards_of(self._scope(dictionary).dictionary_id)
+
+    def activation_histogram(
+        self, feature: int, *, dictionary: str | None = None, split: str = "train", bins: int = 50
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(counts [bins], edges [bins + 1]) of a feature's activations on its dictionary's first corpus, from 0 to the
+        largest; both empty where it never fires. Raises FeatureNotFound.
+        """
+        _, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        segment = self._segment(dictionary_id)
+        if segment is None or split not in SPLITS:
+            return np.zeros(0, np.int64), np.zeros(0)
+        found = own_columns(
+            self._connection,
+            self.path,
+            "SELECT activation FROM evidence.activations_by_feature "
+            f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND split = '{split}'",
+        )["activation"]
+        if len(found) == 0:
+            return np.zeros(0, np.int64), np.zeros(0)
+        return np.histogram(found, bins, (0.0, float(found.max())))
 
     def examples(
         self,
@@ -272,34 +378,34 @@ class FeatureStore:
         *,
         dictionary: str | None = None,
         split: str = "train",
-        kind: str = "top",
+        kind: str | None = "top",
         limit: int = 10,
         corpus: str | None = None,
     ) -> list[Example]:
-        """Examples of a feature, strongest first; kind 'decile' exists on train only. Raises FeatureNotFound.
+        """Examples of a feature, strongest first; kind 'decile' exists on train only, None takes both, deciles first.
 
-        `corpus` is the dictionary's first unless named.
+        Raises FeatureNotFound. `corpus` is the dictionary's first unless named.
         """
         name, (dictionary_id, _) = self._known_feature(feature, dictionary)
         segment = self._segment(dictionary_id, corpus)
         if segment is None:
             return []
-        rows = self._rows(
-            "SELECT decile, rank, window_id, position, activation, offsets, activations FROM derived.examples "
+        rows = self._rows(  # without LIMIT, with which DuckDB takes twice as long
+            "SELECT kind, decile, rank, window_id, position, activation, offsets, activations FROM derived.examples "
             f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND split = $split "
-            "AND kind = $kind ORDER BY decile DESC, rank LIMIT $limit",
-            {"split": split, "kind": kind, "limit": limit},
+            "AND kind = coalesce($kind, kind) ORDER BY kind, decile DESC, rank",
+            {"split": split, "kind": kind},
         )
-        found = contexts(self._text(segment["corpus_id"]), self._titles, rows)
+        found = contexts(self._text(segment["corpus_id"]), self._titles, rows[:limit])
         return [
-            Example(dictionary=name, feature=int(feature), split=split, kind=kind, corpus=segment["corpus"], **row)
+            Example(dictionary=name, feature=int(feature), split=split, corpus=segment["corpus"], **row)
             for row in found
         ]
 
     def neighbours(self, feature: int, *, dictionary: str | None = None, limit: int = 10) -> list[dict[str, Any]]:
         """Rows of the view `neighbours`, nearest first. Raises FeatureNotFound."""
-        query = "SELECT * FROM neighbours WHERE {this} ORDER BY rank LIMIT $limit"
-        return self._of_feature(query, feature, dictionary, limit=limit)
+        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        return neighbour_rows(self._rows, name, dictionary_id, int(feature), limit, self._cards_of(dictionary_id).label)
 
     def cofirings(self, feature: int, *, dictionary: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
         """Features that are active on the same rows, on the dictionary's first corpus, the view `cofirings`.
@@ -348,11 +454,9 @@ class FeatureStore:
         self, feature: int, *, dictionary: str | None = None, direction: str | None = None, limit: int = 10
     ) -> list[dict[str, Any]]:
         """Rows of the view `logit_effects`, `limit` of each direction, promoted first. Raises FeatureNotFound."""
-        query = (
-            "SELECT * FROM logit_effects WHERE {this} AND rank < $limit "
-            "AND direction = coalesce($direction, direction) ORDER BY direction, rank"
-        )
-        return self._of_feature(query, feature, dictionary, direction=direction, limit=limit)
+        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
+        vocabulary = self._vocabularies[dictionary_id]
+        return effect_rows(self._rows, name, dictionary_id, vocabulary, int(feature), direction, limit)
 
     def receipts(self, feature: int | None, *, dictionary: str | None = None) -> list[dict[str, Any]]:
         """Rows of the view `receipts` about a feature, or with None about the dictionary as a whole."""
@@ -375,14 +479,11 @@ class FeatureStore:
         )
         return self._rows(query, {"name": name})
 
+    def _columns(self, query: str) -> dict[str, np.ndarray]:
+        return own_columns(self._connection, self.path, query)
+
     def _rows(self, query: str, params: Params = None) -> list[dict[str, Any]]:
         return run_own(self._connection, self.path, query, params)
-
-    def _of_feature(self, query: str, feature: int, dictionary: str | None, **params: object) -> list[dict[str, Any]]:
-        """Rows of `query`, in which `{this}` is the condition that names the feature."""
-        name, _ = self._known_feature(feature, dictionary)
-        this = "dictionary = $dictionary AND feature = $feature"
-        return self._rows(query.format(this=this), {"dictionary": name, "feature": int(feature), **params})
 
     def _cards_of(self, dictionary_id: int) -> Cards:
         if dictionary_id not in self._cards:

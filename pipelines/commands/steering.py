@@ -86,7 +86,7 @@ def steer(
     if stream and (json or len(prompt) > 1):
         raise SteerError("--stream prints one text as it is written: leave --json out, and give one --prompt")
     opened = Run.open(run)
-    pattern = Edit(0, mode, strength, to, unit, _positions(positions), schedule, any_strength)
+    pattern = Edit(0, mode, strength, to, unit, parsed_positions(positions), schedule, any_strength)
     with opened.store() as store:
         edits = chosen(
             store,
@@ -165,7 +165,8 @@ def vector(
     print_parts(opened, made, taken_apart(opened, made, features), as_json=json)
 
 
-def _positions(text: str) -> Any:
+def parsed_positions(text: str) -> Any:
+    """Positions as a command line gives them. Raises SteerError for what is none."""
     from ..steering.edits import SteerError
 
     if text in ("all", "prompt", "generated"):

@@ -1,6 +1,7 @@
 """Examples of the held-out splits of one dictionary: samplers that leave out windows which nearly repeat train."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,12 @@ class HeldOut:
             neighbours = neighbour_table(columns, rows.num_features)
         sample = SampleConfig(num=config.num_examples, seed=config.seed)
         return cls(rows, sample, neighbours=neighbours, near=near)
+
+    def reseeded(self, seed: int) -> "HeldOut":
+        """Other examples of the same rows, on rungs N0 to N2; which windows are left out is not found anew."""
+        other = HeldOut(self.rows, replace(self.config, seed=seed))
+        other.left_out = self.left_out
+        return other
 
     @cached_property
     def left_out(self) -> dict[str, np.ndarray]:

@@ -31,7 +31,8 @@ class PredicateScorer:
             if label.predicate is not None:
                 asked.setdefault(label.predicate, []).append(index)
         for predicate, indices in asked.items():
-            holds = predicate.rows(split.windows).ravel()
-            for index in indices:
-                out[index] = holds[rows[index]].astype(np.float64)
+            holds = predicate.at(split.windows, np.concatenate([rows[index] for index in indices])).astype(np.float64)
+            ends = np.cumsum([len(rows[index]) for index in indices])
+            for index, own in zip(indices, np.split(holds, ends[:-1]), strict=True):
+                out[index] = own
         return out

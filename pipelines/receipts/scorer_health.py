@@ -9,7 +9,7 @@ from ..explainers.base import Candidate
 from .control import Labelled
 from .receipt import REPORTED, Receipt, judged
 from .sampler import luck
-from .statistics import auroc, spearman, split_half
+from .statistics import auroc, pearson, spearman, split_half
 from .thresholds import THRESHOLDS
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _BASELINE_FEATURES = 200
 #: The same where every row is asked of a language model.
 _COSTLY_BASELINE_FEATURES = 20
+#: Seeds that examples are drawn with anew, and features that are.
+RESEEDS = 3
+_RESEEDED_FEATURES = 500
 
 
 class ScorerHealth:
@@ -37,7 +40,7 @@ class ScorerHealth:
         return cls(seed=run.config.label.seed)
 
     def check(self, labelled: Labelled) -> Sequence[Receipt]:
-        """Missing answers, constant answers, baselines, correlation with length, split-half reliability."""
+        """Missing answers, constant answers, baselines, correlation with length, split-half reliability, reseeds."""
         scores = {f: s for f, s in labelled.scores.items() if len(s.get("N1", ())) and len(s["active"])}
         if not scores:
             detail = {"missing": "no label could be scored"}
@@ -49,6 +52,7 @@ class ScorerHealth:
             *self._baselines(labelled, sorted(scores)),
             self._length(labelled, aurocs),
             self._reliability(scores),
+            *self._reseeds(labelled, sorted(scores)),
         ]
 
     def _receipt(self, what: str, value: float | None, n: int, bar: float, *, at_least: bool, **detail) -> Receipt:
@@ -123,3 +127,26 @@ class ScorerHealth:
             return Receipt(control=control, value=None, n=len(halves), verdict=REPORTED, detail=detail)
         bar = THRESHOLDS.split_half
         return Receipt(control=control, value=r, threshold=bar, n=len(halves), verdict=judged(r, bar))
+
+    def _reseeds(self, labelled: Labelled, features: list[int]) -> list[Receipt]:
+        """Correlation over features of the AUROC on examples drawn with one seed and with another, of three."""
+        if getattr(labelled.label_scorer, "is_costly", False):
+            return []
+        sample = [features[i] for i in np.argsort(luck(self.seed, "reseeds", np.array(features)))[:_RESEEDED_FEATURES]]
+        drawn = [labelled.source.reseeded(self.seed + 1 + i).sample("test", sample) for i in range(RESEEDS)]
+        sample = [f for f in sample if all(f in own and len(own[f].negatives.get("N1", ())) for own in drawn)]
+        labels, found = [labelled.labels[f] for f in sample], []
+        for own in drawn:
+            rows = [np.concatenate([own[f].active, own[f].negatives["N1"]]) for f in sample]
+            scores = labelled.label_scorer.score(labels, rows, labelled.rows.test)
+            sizes = [len(own[f].active) for f in sample]
+            found.append([auroc(s[:size], s[size:]) for s, size in zip(scores, sizes, strict=True)])
+        by_seed, control = np.array(found), f"{self.code} {self.name} reseeds"
+        pairs = [pearson(by_seed[i], by_seed[j]) for i in range(RESEEDS) for j in range(i)]
+        r = float(np.mean(pairs))
+        if np.isnan(r):
+            detail = {"missing": "fewer than two labels, or all of them score the same"}
+            return [Receipt(control=control, value=None, n=len(sample), verdict=REPORTED, detail=detail)]
+        detail = {"pairs": [round(p, 4) for p in pairs], "median_deviation": float(np.median(by_seed.std(0, ddof=1)))}
+        bar = THRESHOLDS.split_half
+        return [Receipt(control=control, value=r, threshold=bar, n=len(sample), verdict=judged(r, bar), detail=detail)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from ..explainers.base import Candidate
-from ..predicates import TokenPredicate
+from ..predicates import Both, Either, Predicate, TokenPredicate
 from .control import Labelled
 from .receipt import FAILED, PASSED, REPORTED, Receipt
 from .statistics import auroc
@@ -88,7 +88,15 @@ class TokenBaseline:
 
 
 def is_about_the_token(label: Candidate) -> bool:
-    """Whether a label says something of the row's own token only."""
+    """Whether a label says which tokens the row itself may be, alone or where something stands beside them."""
     if label.predicate is not None:
-        return isinstance(label.predicate, TokenPredicate)
+        return _names_tokens(label.predicate)
     return label.kind == "lexical"
+
+
+def _names_tokens(predicate: Predicate) -> bool:
+    if isinstance(predicate, Both):
+        return _names_tokens(predicate.first) or _names_tokens(predicate.second)
+    if isinstance(predicate, Either):
+        return _names_tokens(predicate.first) and _names_tokens(predicate.second)
+    return isinstance(predicate, TokenPredicate)

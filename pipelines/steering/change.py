@@ -44,7 +44,8 @@ class Change:
         if touched is False:
             return None
         flat = acts.reshape(-1, acts.shape[-1])
-        rows = (flat[touched] if isinstance(touched, torch.Tensor) else flat).float()
+        rows = flat[touched] if isinstance(touched, torch.Tensor) else flat
+        rows = rows.to(torch.promote_types(acts.dtype, torch.float32))
         at: dict[int, torch.Tensor | float] = {
             id(e): f[touched] if isinstance(f, torch.Tensor) and isinstance(touched, torch.Tensor) else f
             for e, f in factors
@@ -75,10 +76,10 @@ class Change:
         return some if bool(some.any()) else False
 
     def _summed(self, rows: torch.Tensor, at: dict[int, torch.Tensor | float]) -> torch.Tensor:
-        """rows [N, d] float32 with additions and changed activations."""
+        """rows [N, d] with additions and changed activations."""
         base, latents = rows, None
         if self.dictionary is not None and (not self.keep_error or any(e.edit.mode != "add" for e in self.sums)):
-            latents = self.dictionary.encode(rows)
+            latents = self.dictionary.encode(rows.float())
             base = rows if self.keep_error else self.dictionary.decode(latents)
         for placed in self.sums:
             edit = placed.edit
@@ -111,6 +112,7 @@ def _goal(placed: PlacedEdit, old: torch.Tensor) -> torch.Tensor | float:
 def _projection(placed: PlacedEdit, rows: torch.Tensor) -> torch.Tensor:
     """What brings the component of rows [N, d] along the direction to its goal."""
     direction = placed.row / placed.row.norm()
+    direction = direction.to(rows.dtype)
     component = rows @ direction  # [N]
     goal = placed.edit.goal * placed.median_norm
     if placed.edit.mode == "cap":

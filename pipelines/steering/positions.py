@@ -71,9 +71,9 @@ class Place:
         changed &= index >= 0
         if schedule == "constant":
             return changed.float()
-        since = (index - first).clamp_min(0)
-        table = torch.tensor([schedule_factor(schedule, n) for n in range(int(since.max()) + 1)])
-        return torch.where(changed, table[since], 0.0)
+        counts, which = (index - first).clamp_min(0).unique(return_inverse=True)
+        factors = torch.tensor([schedule_factor(schedule, n) for n in counts.tolist()])
+        return torch.where(changed, factors[which], 0.0)
 
     def _changed(
         self, positions: Positions, index: torch.Tensor, length: torch.Tensor

@@ -70,13 +70,18 @@ class Steerer:
     def _changes(self, edits: list[Edit], place: Place, *, keep_error: bool) -> Iterator[tuple[str, Change]]:
         """The change at every hook point that an edit writes."""
         reads = self.dictionary if not keep_error or any(e.mode in LATENT_MODES for e in edits) else None
-        placed: dict[str, list[PlacedEdit]] = {}
-        for change in edits:
-            for hook_point, one in self._placed(change):
-                placed.setdefault(hook_point, []).append(one)
-        for hook_point, own in placed.items():
+        for hook_point, own in self.placed(edits).items():
             is_written = hook_point in self.writes
             yield hook_point, Change(own, reads if is_written else None, place, keep_error=keep_error or not is_written)
+
+    def placed(self, edits: Sequence[Edit]) -> dict[str, list[PlacedEdit]]:
+        """Edits with what they need, by hook point. Raises SteerError for an edit that cannot be made."""
+        found: dict[str, list[PlacedEdit]] = {}
+        for change in edits:
+            self._check(change)
+            for hook_point, one in self._placed(change):
+                found.setdefault(hook_point, []).append(one)
+        return found
 
     def _placed(self, change: Edit) -> Iterator[tuple[str, PlacedEdit]]:
         """An edit with its direction at each hook point that it writes."""

@@ -42,6 +42,10 @@ class GatedAutoencoder(SparseAutoencoder):
         values = (self.r_mag[indices].exp() * projected + self.b_mag[indices]).relu() * is_open
         return gate.with_values(values)
 
+    def slope(self, latents: torch.Tensor) -> torch.Tensor:
+        """That of the magnitude path."""
+        return self.r_mag.detach()[latents].exp()
+
     def outcome(self, x: torch.Tensor, y: torch.Tensor, *, matmul_dtype: torch.dtype | None = None) -> Outcome:
         """Reconstruction, the gate's L1 penalty, and the gate's own reconstruction through a frozen decoder."""
         gate = self.above(x, 0.0, matmul_dtype=matmul_dtype)

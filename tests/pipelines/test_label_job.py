@@ -21,7 +21,7 @@ from saeql.pipelines.label import label_rows, labels_of
 from saeql.pipelines.label_choice import choose
 from saeql.pipelines.label_config import LabelConfig
 from saeql.pipelines.label_job import LabelError, LabelOptions, label_run
-from saeql.pipelines.predicates import Token
+from saeql.pipelines.predicates import Both, Neighbour, Token, TokenSet
 from saeql.pipelines.receipts.control import ReceiptError
 from saeql.pipelines.receipts.held_out import HeldOut
 from saeql.pipelines.receipts.label_scorer import LabelScorer
@@ -99,6 +99,17 @@ def test_the_best_words_on_calibration_become_the_label(rows):
     found = choice(rows, {feature: [word("man"), word("man year ; day"), word("river bank")]})
     assert found[feature].candidate.label == "man year ; day"
     assert found[feature].auroc > 0.95 and found[feature].f1 is None
+
+
+def test_words_that_name_the_token_lose_to_a_context_that_tells_its_rows_apart(rows):
+    feature = synthetic.feature("comma after number")
+    some = Neighbour(-1, TokenSet(("3", "7", "12", "40", "99", "250")))
+    context = Both(Token(","), some)  # six of the ten numbers that there are
+    made = Candidate(context.describe(), context.kind, "test", context)
+    found = choice(rows, {feature: [made, word(",")]}, replace(CONFIG, executable_margin=0.0))
+    assert found[feature].candidate == made
+    alone = choice(rows, {feature: [word(",")]})[feature]
+    assert alone.auroc > found[feature].auroc  # against matched negatives the comma itself is better
 
 
 def test_an_executable_label_is_taken_within_the_margin_and_beaten_beyond(rows):

@@ -7,10 +7,13 @@ import pytest
 from saeql.pipelines.predicates import (
     Affix,
     Both,
+    Either,
     Neighbour,
+    Not,
     Piece,
     Position,
     Predicate,
+    Recent,
     Stems,
     Token,
     TokenClass,
@@ -53,6 +56,44 @@ CASES: list[tuple[Predicate, str, str, list[str]]] = [
     (Both(Token(","), Neighbour(-1, TokenClass("number"))), 'token "," after a number', "structural", [","]),
     (Both(Token(" bank"), Neighbour(-1, Token(" old"))), 'token " bank" after " old"', "structural", [" bank"]),
     (
+        Either(Token(" bank"), Neighbour(-1, Token(" ("))),
+        'token " bank"; or the token after " ("',
+        "structural",
+        [" bank", "3.5"],
+    ),
+    (Neighbour(-2, Token(" old")), 'the second token after " old"', "structural", [" was"]),
+    (Neighbour(-4, TokenClass("comma")), "the fourth token after a comma", "structural", [" Walk", "."]),
+    (
+        Both(Token(","), Neighbour(-2, TokenSet((" walk", ",")))),
+        'token "," two tokens after one of " walk", ","',
+        "structural",
+        [",", ","],
+    ),
+    (
+        Both(Word("bank"), Not(Neighbour(-1, TokenSet((" old", "the"))))),
+        'word "bank" (any case) not after one of " old", "the"',
+        "structural",
+        [" Bank"],
+    ),
+    (
+        Recent(Stems(("walk",)), 3),
+        'words with stem "walk" among the last 3 tokens',
+        "structural",
+        [" walk", "ing", ",", " Walk", "s", ".", " walked", " (", "3.5"],
+    ),
+    (
+        Both(TokenClass("comma"), Recent(Token(" walk"), 3)),
+        'a comma with token " walk" among the last 3 tokens',
+        "structural",
+        [","],
+    ),
+    (
+        Both(TokenClass("comma"), Not(Recent(Token(" walk"), 3))),
+        'a comma without token " walk" among the last 3 tokens',
+        "structural",
+        [","],
+    ),
+    (
         Both(TokenClass("word"), Position(2)),
         "a word, only where also the first 2 tokens of a window",
         "structural",
@@ -74,6 +115,9 @@ def test_holds_where_the_label_says(predicate, label, kind, holds):
     assert rows.shape == windows.tokens.shape and rows.dtype == bool
     found = [WINDOWS[w][p] for w, p in np.argwhere(rows)]  # IndexError if it held behind the end of a window
     assert found == holds
+    flat = np.random.default_rng(0).permutation(rows.size)
+    np.testing.assert_array_equal(predicate.at(windows, flat), rows.ravel()[flat])
+    np.testing.assert_array_equal(predicate.matches(windows), np.flatnonzero(rows))
     assert (predicate.describe(), predicate.kind) == (label, kind)
     again = Predicate.from_json(predicate.to_json())
     assert again == predicate and hash(again) == hash(predicate) and again.to_json() == predicate.to_json()
@@ -124,8 +168,15 @@ def test_disjoint_classes_are_disjoint_and_every_test_is_total():
         '{"type":"position","first_n":0}',
         '{"type":"position","first_n":true}',
         '{"type":"piece","part":"middle"}',
-        '{"type":"neighbour","offset":-2,"of":{"type":"token","text":"a"}}',
+        '{"type":"neighbour","offset":-5,"of":{"type":"token","text":"a"}}',
+        '{"type":"neighbour","offset":0,"of":{"type":"token","text":"a"}}',
         '{"type":"neighbour","offset":-1,"of":"a"}',
+        '{"type":"recent","of":{"type":"token","text":"a"},"last":1}',
+        '{"type":"recent","of":{"type":"token","text":"a"},"last":true}',
+        '{"type":"recent","of":{"type":"piece","part":"starts"},"last":4}',
+        '{"type":"not","of":{"type":"not","of":{"type":"token","text":"a"}}}',
+        '{"type":"not","of":"a"}',
+        '{"type":"either","first":{"type":"token","text":"a"},"second":"b"}',
         '{"type":"neighbour","offset":-1,"of":{"type":"position","first_n":3}}',
         '{"type":"both","first":{"type":"token","text":"a"},"second":"b"}',
         '{"type":"both","first":{"type":"token","text":"a"},"second":{"type":"both","first":{"type":"token","text":"a"},'
@@ -158,3 +209,23 @@ def test_short_windows_are_padded_and_the_padding_holds_nothing():
 def test_labels_escape_what_would_disturb_a_terminal():
     assert Token("\u202e\n\x1b").describe() == r'token "\u202e\n\u001b"'
     assert Token(" é漢").describe() == 'token " é漢"'
+
+
+def test_recent_tokens_end_with_their_document_and_with_their_window():
+    windows = RowTable.from_texts([["war", "a", "<|endoftext|>", "b", "war", "c"], ["d", "war"]])
+    assert Recent(Token("war"), 4).rows(windows).tolist() == [
+        [True, True, False, False, True, True],
+        [False, True, False, False, False, False],
+    ]
+    at_the_end = Both(TokenSet(("a", "b", "c", "d")), Not(Recent(Token("war"), 4))).rows(windows)
+    assert at_the_end.tolist() == [[False, False, False, True, False, False], [True] + [False] * 5]
+    # A neighbour is looked for in the window alone: packed documents stand side by side in it.
+    assert Neighbour(-4, Token("war")).rows(windows).tolist() == [[False] * 4 + [True, False], [False] * 6]
+
+
+def test_a_label_costs_what_it_says():
+    token, many = Token(" a"), TokenSet((" a", " b", " c"))
+    assert Neighbour(-1, token).complexity < Neighbour(-1, many).complexity
+    assert Neighbour(-1, token).complexity < Neighbour(-2, token).complexity
+    assert token.complexity < Both(token, Neighbour(-1, token)).complexity
+    assert Both(token, Neighbour(-1, token)).complexity < Both(token, Not(Neighbour(-1, token))).complexity

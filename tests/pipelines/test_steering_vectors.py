@@ -1,6 +1,8 @@
 """Steering vectors: planted directions are found by every method, files come back the same, parts are found again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,11 @@ def test_a_vector_from_files_to_steered_text(run: Run, tmp_path: Path, capsys: p
     with pytest.raises(SystemExit):
         main(["vector", str(run.path), "--positive", str(tmp_path / "good.txt")])
     assert "is no {" in capsys.readouterr().err
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="the package of llama.cpp is for Linux")
+def test_llama_cpp_adds_our_control_vector_where_our_hook_does():
+    script = Path(__file__).parents[2] / "scripts" / "check_control_vector.py"
+    told = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert told.returncode == 0 and "writes another text with the vector on 6 of 6" in told.stdout, told.stdout[-2000:]

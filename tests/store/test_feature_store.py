@@ -281,3 +281,24 @@ def test_a_closed_store_says_so(store_path: Path) -> None:
         store.feature(0)
     with pytest.raises(StoreError, match="has been closed"):
         store.sql("SELECT 1")
+
+
+def test_rows_of_a_feature_are_those_of_the_views(store: FeatureStore) -> None:
+    """They are read from tables, because planning the views takes longer than all else; they must not drift apart."""
+    for name in [row["dictionary"] for row in store.dictionaries()]:
+        params = {"name": name}
+        features = store.trusted_sql("SELECT feature FROM features WHERE dictionary = $name ORDER BY 1", params)
+        for feature in features["feature"].to_pylist()[:40]:
+
+            def view(what: str, order: str, name: str = name, feature: int = feature) -> list[dict]:
+                query = f"SELECT * FROM {what} WHERE dictionary = $name AND feature = $feature ORDER BY {order}"
+                return store._rows(query, {"name": name, "feature": feature})
+
+            row = store.feature(feature, name)
+            assert [dict(row)] == view("features", "1") and list(row) == list(view("features", "1")[0])
+            assert store.neighbours(feature, dictionary=name, limit=99) == view("neighbours", "rank")
+            assert store.logit_effects(feature, dictionary=name, limit=99) == view("logit_effects", "direction, rank")
+            for direction in ("promoted", "suppressed"):
+                found = store.logit_effects(feature, dictionary=name, direction=direction, limit=2)
+                every = view("logit_effects", "rank")
+                assert found == [e for e in every if e["direction"] == direction and e["rank"] < 2]

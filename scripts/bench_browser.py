@@ -1,0 +1,180 @@
+"""How long the pages of `saeql serve` take on a large store, what its process holds, and how soon it answers.
+
+    python scripts/bench_browser.py [--features 131072] [--activations 50000000] [--json FILE]
+    python scripts/bench_browser.py --store FOLDER/features.duckdb      a store that is there already
+
+The store is of made-up evidence (see `synthetic_store.py`), with search by meaning left out. The server is a process of
+its own that is asked one request after the other over one connection; every request is about another feature, word or
+token, and the first of each kind is told apart. The file is in the page cache.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from bench_store import machine
+from synthetic_store import Size, word, write_evidence, zipf_table
+
+from saeql.store.evidence import Evidence
+from saeql.store.feature_store import FeatureStore
+
+TOKEN = "bench-bench-bench"
+#: (median, 95th percentile) wanted, ms.
+TARGET = (25, 80)
+FIRST_BYTE_SECONDS, MEMORY_MB = 2.0, 400
+
+
+def addresses(features: int, vocabulary: int) -> dict[str, Callable[[int], str]]:
+    """What is asked; every question takes a number and asks about something else for each."""
+    random = np.random.default_rng(0)
+    any_feature = random.integers(0, features, 4096)
+    words = zipf_table(vocabulary, 1.0, 2**16)[random.integers(0, 2**16, 4096)]  # as often as text has them
+    sorts = ("auroc", "density", "label", "max_activation", "feature")
+    kinds = ("lexical", "structural", "semantic", "none")
+    last = features // 50
+
+    def listed(n: int) -> str:
+        return f"/features?sort={sorts[n % 5]}&kind={kinds[n % 4]}&min_density={(n % 7) * 1e-6:g}&page={1 + n % 40}"
+
+    return {
+        "list, any page": lambda n: f"/features?page={1 + int(any_feature[n]) % last}",
+        "list, filtered and sorted": listed,
+        "words": lambda n: f"/features?q={word(int(words[n]))}",
+        "two words": lambda n: f"/features?q={word(int(words[n]))}+{word(int(words[n + 1000]))}",
+        "token it promotes": lambda n: f"/features?by=effect&q={quote(' ' + word(int(words[n])))}",
+        "token it fires on": lambda n: f"/features?by=token&q={quote(' ' + word(int(words[n])))}",
+        "feature": lambda n: f"/features/{any_feature[n]}",
+        "feature as JSON": lambda n: f"/api/v1/features/{any_feature[n]}",
+    }
+
+
+def serve(store: Path, port: int) -> tuple[subprocess.Popen[bytes], float]:
+    """A fresh server, and the seconds from its start to the first byte of the feature list."""
+    command = [sys.executable, "-m", "saeql.pipelines", "serve", str(store), "--port", str(port), "--token", TOKEN]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while True:
+        if process.poll() is not None:
+            raise SystemExit(f"the server ended with {process.returncode}")
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("GET", "/features")
+            connection.getresponse().read(1)
+            return process, time.perf_counter() - began
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+
+
+def memory_mb(process: subprocess.Popen[bytes]) -> float | None:
+    """Most that the process has held, where the system tells."""
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def measure(port: int, address: Callable[[int], str], repeats: int) -> dict[str, Any]:
+    """Milliseconds until the whole page is there."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    times, sizes = [], []
+    for n in range(repeats + 1):
+        began = time.perf_counter()
+        connection.request("GET", address(n))
+        answer = connection.getresponse()
+        body = answer.read()
+        times.append((time.perf_counter() - began) * 1000)
+        if answer.status not in (200, 400):  # 400: a word that no tokenizer has as a token
+            raise SystemExit(f"{address(n)} was answered with {answer.status}: {body[:200]!r}")
+        sizes.append(len(body))
+    return {
+        "first_ms": round(times[0], 1),
+        "median_ms": round(statistics.median(times[1:]), 1),
+        "p95_ms": round(float(np.quantile(times[1:], 0.95)), 1),
+        "median_bytes": int(statistics.median(sizes)),
+        "n": repeats,
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def build(folder: Path, size: Size) -> Path:
+    """A store of made-up evidence."""
+    write_evidence(folder / "evidence", size)
+    made = FeatureStore.build(folder / "features.duckdb", [Evidence(folder / "evidence")])
+    shutil.rmtree(folder / "evidence")
+    return made
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def main() -> None:
+    """Parse, build where asked, serve, ask."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", type=int, default=Size.features)
+    parser.add_argument("--activations", type=int, default=Size.activations)
+    parser.add_argument("--store", type=Path, help="A store that was made by this script with --keep.")
+    parser.add_argument("--keep", type=Path, help="Folder to leave the store in.")
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="bench-browser-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        store = arguments.store or build(folder, Size(features=arguments.features, activations=arguments.activations))
+        port = free_port()
+        result: dict[str, Any] = {"machine": machine(), "store_bytes": store.stat().st_size, "starts": []}
+        process = None
+        for _ in range(3):
+            if process is not None:
+                process.terminate()
+                process.wait()
+            process, seconds = serve(store, port)
+            result["starts"].append(round(seconds, 2))
+        assert process is not None
+        result["memory_mb_at_start"] = memory_mb(process)
+        try:
+            result["pages"] = {
+                name: measure(port, address, arguments.repeats)
+                for name, address in addresses(arguments.features, Size.vocabulary).items()
+            }
+            result["memory_mb"] = memory_mb(process)
+        finally:
+            process.terminate()
+            process.wait()
+    finally:
+        if arguments.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    report(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def report(result: dict[str, Any]) -> None:
+    """Numbers beside their targets."""
+    print(f"first byte of a fresh server: {min(result['starts'])} s of {result['starts']}   <= {FIRST_BYTE_SECONDS} s")
+    print(f"memory: {result['memory_mb']:.0f} MB, {result['memory_mb_at_start']:.0f} MB at first   <= {MEMORY_MB} MB")
+    for name, found in result["pages"].items():
+        times = f"{found['median_ms']:7.1f} / {found['p95_ms']:7.1f} ms (first {found['first_ms']:.0f})"
+        print(f"{name:<28} {times}   <= {TARGET[0]} / {TARGET[1]} ms   {found['median_bytes']:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Every page in Chromium: it works by mouse and by keyboard, in both themes, from 360 px on, for everybody."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser_server import TOKEN, Browser
+
+pytestmark = pytest.mark.browser
+
+PAGES = {
+    "overview": "/",
+    "features": "/features?sort=density",
+    "search": "/features?q=river",
+    "feature": "/features/7",
+    "prompt": "/prompt?text=the+river+bank+and+the+blue+house",
+    "steer": "/steer?features=3:0.4,7:-0.2",
+    "compare": "/compare",
+    "sql": "/sql?q=SELECT+kind,+count(*)+AS+n+FROM+features+GROUP+BY+kind",
+    "problem": "/features/99999",
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(
+    ("theme", "width"),
+    [
+        ("light", 1280),
+        ("dark", 360),
+        pytest.param("dark", 1280, marks=pytest.mark.full),
+        pytest.param("light", 360, marks=pytest.mark.full),
+    ],
+)
+def test_axe_finds_nothing_serious(chromium: Any, browser: Browser, name: str, theme: str, width: int) -> None:
+    package = pytest.importorskip("axe_playwright_python", reason="NO ACCESSIBILITY TESTS: axe-playwright-python")
+    axe = (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, bypass_csp=True)
+    try:
+        tab = context.new_page()
+        tab.goto(f"{browser.url}/?token={TOKEN}")
+        tab.goto(browser.url + PAGES[name])
+        tab.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
+        tab.evaluate(axe + "; undefined")
+        found = tab.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        bad = [
+            (v["id"], v["help"], [n["html"][:200] + n["failureSummary"][:300] for n in v["nodes"][:3]])
+            for v in found["violations"]
+            if v["impact"] in ("serious", "critical")
+        ]
+        assert bad == [], json.dumps(bad, indent=1)
+        overflows = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert overflows <= 0
+    finally:
+        context.close()
+
+
+def test_search_as_you_type(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/features")
+    before = page.locator("#results").inner_text()
+    page.keyboard.press("/")
+    page.keyboard.type("river", delay=30)
+    page.wait_for_url("**/features?q=river")
+    page.locator("#results .why").first.wait_for()
+    assert page.locator("#results").inner_text() != before
+    found = page.locator("#results tbody tr").count()
+    page.reload()  # the address is the whole state
+    assert page.locator("#results tbody tr").count() == found and page.locator("#f-q").input_value() == "river"
+
+
+def test_rows_by_keyboard(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/features?rows=20")
+    for _ in range(3):
+        page.keyboard.press("j")
+    page.keyboard.press("k")
+    chosen = page.locator("tr.chosen a").inner_text()
+    assert chosen == page.locator("tbody tr a").nth(1).inner_text()
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"**/features/{chosen}")
+    page.keyboard.press("j")  # here the next feature
+    page.wait_for_url(f"**/features/{int(chosen) + 1}")
+    page.keyboard.press("g")
+    page.keyboard.press("f")
+    page.wait_for_url("**/features")
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+
+
+def test_paging_and_back(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/features?rows=20")
+    first = page.locator("tbody tr a").first.inner_text()
+    page.keyboard.press("n")
+    page.wait_for_url("**page=2**")
+    page.locator(".paging", has_text="2 of").wait_for()
+    assert page.locator("tbody tr a").first.inner_text() != first
+    page.go_back()
+    page.locator(".paging", has_text="1 of").wait_for()
+    assert page.locator("tbody tr a").first.inner_text() == first
+
+
+def test_theme_is_kept(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/features/7")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(colour)
+    page.locator("#theme").click()
+    dark = page.evaluate(colour)
+    page.goto(f"{browser.url}/features")
+    assert light != dark == page.evaluate(colour)
+
+
+def test_tokens_say_their_value(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/features/7")
+    mark = page.locator("mark.peak").first
+    assert re.fullmatch(r"[\d.,]+", mark.get_attribute("title"))
+    assert mark.get_attribute("title") in mark.text_content()  # for who does not see the shade
+    assert page.locator("article h1").inner_text().startswith("7 ")
+
+
+def test_snippets_are_copied(page: Any, browser: Browser) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.goto(f"{browser.url}/features/7")
+    page.locator("[data-copy=snippet-2]").click()
+    page.locator("[data-copy=snippet-2]", has_text="Copied").wait_for()
+    assert "store.feature(7" in page.evaluate("navigator.clipboard.readText()")
+
+
+def test_prompt_shows_what_fires(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/prompt")
+    page.locator("#text").fill("the river bank")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_url("**/prompt?text=the+river+bank")
+    assert page.locator(".pick a").count() == 3 and page.locator(".hit mark").count() > 0
+    page.locator(".pick a").nth(1).click()
+    assert page.locator(".by-token").is_visible()
+
+
+def test_steering_streams_plots_and_stops(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/steer?features=3:1.5&prompt=the+river&tokens=20")
+    page.locator("#go").click()
+    page.locator("#state", has_text="done").wait_for()
+    page.locator("#doses svg").wait_for()
+    baseline, steered = (page.locator(f"#{side}").inner_text() for side in ("baseline", "steered"))
+    assert baseline and steered and baseline != steered
+    page.locator("#s3").fill("-1")
+    page.locator("#s3").dispatch_event("change")
+    assert "features=3%3A-1" in page.url and page.locator(".edit output").inner_text() == "-1"
+    page.locator("#add").fill("5")
+    page.locator("#add-button").click()
+    page.wait_for_url("**features=3%3A-1%2C5%3A0.4**")
+    assert page.locator(".edit").count() == 2
+    page.locator("#tokens").fill("200")
+    page.locator("#temperature").fill("1")
+    page.locator("#go").click()
+    page.locator("#stop").click()
+    page.locator("#state", has_text="stopped").wait_for()
+    for _ in range(100):
+        if not browser.site.models.is_busy:
+            break
+        page.wait_for_timeout(50)
+    assert not browser.site.models.is_busy
+
+
+def test_sql_runs_and_is_downloaded(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/sql")
+    page.locator("#query").fill("SELECT kind, count(*) AS n FROM features GROUP BY kind")
+    page.keyboard.press("Control+Enter")
+    page.locator(".result").wait_for()
+    with page.expect_download() as download:
+        page.locator("a", has_text="CSV").click()
+    assert Path(download.value.path()).read_text().startswith("kind,n\n")
+    page.locator("details", has_text="features").first.locator("summary").click()
+    page.goto(f"{browser.url}/sql?q=SELEC")
+    assert "syntax error" in page.locator("[role=alert]").inner_text().lower()
+
+
+def test_without_the_token_pages_say_so(chromium: Any, browser: Browser) -> None:
+    context = chromium.new_context()
+    try:
+        tab = context.new_page()
+        tab.goto(f"{browser.url}/steer?features=3:1")
+        assert tab.locator("#go").is_disabled() and "token" in tab.locator(".notice").inner_text()
+        tab.goto(f"{browser.url}/prompt?text=hello")
+        assert tab.locator(".hit").count() == 0 and "token" in tab.locator(".notice").inner_text()
+    finally:
+        context.close()
+
+
+def test_another_page_reads_and_sends_nothing(chromium: Any, browser: Browser) -> None:
+    """A page of another origin in the same browser, with the cookie there."""
+    context = chromium.new_context()
+    try:
+        tab = context.new_page()
+        tab.goto(f"{browser.url}/?token={TOKEN}")
+        tab.route("http://evil.test/", lambda route: route.fulfill(body="<p>hello</p>", content_type="text/html"))
+        tab.goto("http://evil.test/")
+        for options in ("{}", "{mode: 'no-cors', credentials: 'include'}", "{method: 'POST', body: '{}'}"):
+            read = tab.evaluate(
+                f"fetch('{browser.url}/api/v1/features', {options}).then(a => a.text()).catch(() => '')"
+            )
+            assert read == ""
+    finally:
+        context.close()

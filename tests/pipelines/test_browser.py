@@ -1,0 +1,433 @@
+"""`saeql serve`: pages and API say what the store and the model say, to whom they may, and no more than asked for."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from browser_server import TOKEN, Browser, Page, assert_inert, served
+
+from saeql.pipelines import Run
+from saeql.pipelines.browser.serve import ServeError, serve_store
+from saeql.pipelines.cli import main
+from saeql.pipelines.steering.edits import Edit
+from saeql.store.feature_store import FeatureStore
+from saeql.store.listing import Filters
+
+TEXT = " the river bank and the blue house"
+PAGES = ("/", "/features", "/features?q=river", "/features/7", "/features/7?split=test", "/compare", "/sql", "/prompt",
+         "/steer?features=3:0.5,7:-1")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_copy(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of its own: one program cannot have a store open in two ways."""
+    folder = tmp_path_factory.mktemp("served") / "run"
+    shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(run_copy: Path) -> Iterator[Browser]:
+    with served(run_copy / "features.duckdb", run_copy, new_tokens=120, prompt_tokens=60) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def store(tiny_run: Path) -> Iterator[FeatureStore]:
+    with Run.open(tiny_run).store() as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_stand_alone(browser: Browser, path: str) -> None:
+    answer = browser.ask(path)
+    assert answer.status == 200, answer.text
+    assert_inert(answer.text)
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff" and "server" not in answer.headers
+
+
+def test_list_is_what_sql_says(browser: Browser, store: FeatureStore) -> None:
+    rows = store.trusted_sql("SELECT feature, label, kind, auroc, density, max_activation FROM features").to_pylist()
+    for sort, order in (("density", ""), ("density", "asc"), ("auroc", "desc"), ("max_activation", ""), ("label", "")):
+        found = browser.ask("/api/v1/features", sort=sort, order=order, rows=200).json
+        descending = order == "desc" or (not order and sort != "label")
+
+        def key(row: dict, sort: str = sort, descending: bool = descending) -> tuple:
+            if sort == "label":
+                return row["kind"] == "none", row["label"].lower(), row["feature"]
+            return row[sort] is None, (row[sort] or 0) * (-1 if descending else 1), row["feature"]
+
+        assert [f["feature"] for f in found["features"]] == [r["feature"] for r in sorted(rows, key=key)], sort
+    bounds = sorted(r["density"] for r in rows)[20], sorted(r["density"] for r in rows)[60]
+    filters = {"kind": rows[0]["kind"], "min_density": bounds[0], "max_density": bounds[1]}
+    wanted = [r["feature"] for r in rows if r["kind"] == filters["kind"] and bounds[0] <= r["density"] <= bounds[1]]
+    pages = [
+        browser.ask("/api/v1/features", rows=4, page=n, **filters).json for n in range(1, -(-len(wanted) // 4) + 2)
+    ]
+    assert [f["feature"] for page in pages for f in page["features"]] == wanted and len(wanted) > 4
+    assert all(page["total"] == len(wanted) for page in pages)
+    links = Page(browser.ask("/features", rows=4, page=1, **filters).text).elements
+    assert [a["href"] for t, a in links if t == "a" and re.fullmatch(r"/features/\d+", a.get("href") or "")] == [
+        f"/features/{f}" for f in wanted[:4]
+    ]
+
+
+@pytest.mark.parametrize(("by", "text"), [("words", "river bank"), ("token", " river"), ("effect", " river")])
+def test_searches_are_the_stores(browser: Browser, store: FeatureStore, by: str, text: str) -> None:
+    hits = store.search(text, by=by, limit=100)
+    found = browser.ask("/api/v1/features", q=text, by=by, rows=100).json["features"]
+    assert hits and [(h.feature, h.matched) for h in hits] == [(f["feature"], f["matched"]) for f in found]
+    narrow = [h.feature for h in hits if h.density >= hits[0].density]
+    bound = browser.ask("/api/v1/features", q=text, by=by, rows=100, min_density=hits[0].density).json["features"]
+    assert [f["feature"] for f in bound] == narrow
+
+
+def test_listing_meets_sql_conditions_and_found_features(store: FeatureStore) -> None:
+    condition = "density > 0.01 AND feature % 2 = 0"
+    wanted = store.sql(f"SELECT feature FROM features WHERE {condition} ORDER BY feature")["feature"].to_pylist()
+    found = store.listing(where=condition, limit=1000)
+    assert [h.feature for h in found.hits] == wanted and found.total == len(wanted) > 1
+    assert store.listing(Filters(kind="none such")).total == 0
+    assert store.listing(offset=10_000).hits == []
+
+
+def test_feature_has_what_the_store_has(browser: Browser, store: FeatureStore) -> None:
+    row = store.feature(7)
+    found = browser.ask("/api/v1/features/7").json
+    examples = store.examples(7, limit=20)
+    top = [a for a in found["activations"] if a["decile"] is None]
+    assert [a["tokens"] for a in top] == [e.tokens for e in examples]
+    assert all(a["values"][a["qualifyingTokenIndex"]] == pytest.approx(a["maxValue"], abs=1e-4) for a in top)
+    effects = store.logit_effects(7, limit=10)
+    assert found["pos_str"] == [e["token"] for e in effects if e["direction"] == "promoted"]
+    assert found["neg_values"] == pytest.approx(
+        [e["effect"] for e in effects if e["direction"] == "suppressed"], abs=1e-4
+    )
+    assert found["topkCosSimIndices"] == [n["neighbour"] for n in store.neighbours(7)]
+    assert found["frac_nonzero"] == row["density"] and found["maxActApprox"] == row["max_activation"]
+    num = store.trusted_sql("SELECT num_activations FROM feature_stats WHERE feature = 7 AND split = 'train'")
+    assert sum(found["freq_hist_data_bar_heights"]) == num["num_activations"][0].as_py()
+    page = Page(browser.ask("/features/7").text)
+    for token in examples[0].tokens:
+        assert token.strip() in page.text
+    shades = [a["class"] for t, a in page.elements if t == "mark"]
+    assert any("l10" in (c or "") for c in shades) and len(shades) >= len(top)
+    assert f"store.feature(7, '{row['dictionary']}')" in page.text
+
+
+def test_snippets_run(browser: Browser, store: FeatureStore) -> None:
+    page = browser.ask("/features/7").text
+    code = Page(page.partition('id="snippet-1"')[2].partition("</pre>")[0].partition(">")[2]).text
+    for statement in code.split(";"):
+        if statement.strip():
+            assert store.sql(statement).num_rows > 0, statement
+
+
+def test_overview_has_the_metrics(browser: Browser, store: FeatureStore) -> None:
+    text = Page(browser.ask("/").text).text
+    for metric in ("fvu", "l0", "ce_increase"):
+        assert f" {metric} " in text
+    assert "no control has run" in text or "random" in text
+    compared = Page(browser.ask("/compare").text).text
+    assert "This store has one dictionary" in compared and "fvu" in compared
+
+
+# --- what computes ---------------------------------------------------------------------------------------------------
+
+
+def test_what_computes_needs_the_token(browser: Browser) -> None:
+    edit = {"prompt": "The river", "edits": [{"feature": 3}]}
+    for path, body in (
+        ("/api/v1/sql", {"query": "SELECT 1"}),
+        ("/api/v1/prompt", {"text": "x"}),
+        ("/api/v1/steer", edit),
+        ("/api/v1/doses", edit),
+        ("/steer/doses", edit),
+    ):
+        assert browser.ask(path, body).status == 401, path
+        wrong = browser.ask(path, body, headers={"Authorization": f"Bearer {TOKEN}x"})
+        assert wrong.status == 401 and TOKEN not in wrong.text
+    for path in ("/api/v1/features?where=true", "/api/v1/features?q=x&by=meaning", "/sql.csv?q=SELECT+1"):
+        assert browser.ask(path).status == 401, path
+    assert "needs the token" in browser.ask("/sql?q=SELECT+41%2B1").text
+    assert "needs the token" in browser.ask("/prompt?text=hello").text
+    assert browser.site.models._run is None  # nothing was loaded
+
+
+def test_token_becomes_a_cookie(browser: Browser) -> None:
+    answer = browser.ask(f"/?token={TOKEN}&dictionary=")
+    assert answer.status == 303 and TOKEN not in answer.headers["location"]
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie
+    page = browser.ask("/sql?q=SELECT+41%2B1+AS+n", headers={"Cookie": cookie.partition(";")[0]})
+    assert re.search(r"<td class=n>42</td>", page.text)
+    assert browser.ask("/?token=wrong-wrong-wrong").status == 401
+
+
+def test_prompt_is_what_search_finds(browser: Browser, tiny_run: Path, store: FeatureStore) -> None:
+    from saeql.pipelines.search import search_prompt
+
+    wanted = search_prompt(Run.open(tiny_run), store, TEXT, limit=20)
+    found = browser.ask("/api/v1/prompt", {"text": TEXT}, token=True).json
+    assert found["tokens"] == wanted.tokens
+    assert [f["feature"] for f in found["features"]] == [h.feature for h in wanted.hits]
+    for hit, values in zip(found["features"], found["values"], strict=True):
+        assert len(values) == len(wanted.tokens) and max(values) > 0, hit
+    page = browser.ask(f"/prompt?text={quote(TEXT)}", token=True)
+    assert_inert(page.text)
+    assert f"/features/{wanted.hits[0].feature}" in page.text
+
+
+def events(body: bytes) -> list[dict]:
+    return [json.loads(line.removeprefix("data: ")) for line in body.decode().split("\n\n") if line]
+
+
+def test_steering_streams_what_the_steerer_writes(browser: Browser, tiny_run: Path) -> None:
+    asked = {"prompt": "The river bank", "edits": [{"feature": 3, "strength": 2.0}, {"feature": 5}], "new_tokens": 12}
+    answer = browser.ask("/api/v1/steer", asked, token=True)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    found = events(answer.body)
+    written = {
+        side: "".join(e.get("text", "") for e in found if e.get("side") == side) for side in ("baseline", "steered")
+    }
+    steerer = Run.open(tiny_run).steerer()
+    edits = [Edit(3, "add", 2.0), Edit(5)]
+    assert written["baseline"].strip() == steerer.generate(asked["prompt"], max_new_tokens=12).strip()
+    assert written["steered"].strip() == steerer.generate(asked["prompt"], edits, max_new_tokens=12).strip()
+    assert found[-1] == {"done": True} and written["baseline"] != written["steered"]
+    assert len(found) > 4  # in pieces
+
+
+def test_doses_start_from_nothing(browser: Browser) -> None:
+    asked = {"prompt": "The river bank", "edits": [{"feature": 3, "strength": 1.0}]}
+    found = {d["factor"]: d for d in browser.ask("/api/v1/doses", asked, token=True).json}
+    assert found[0.0]["kl"] == 0 and found[2.0]["kl"] > found[0.5]["kl"] > 0
+    assert browser.ask("/steer/doses", asked, token=True).text.count("<circle") == 2 * len(found)
+
+
+def test_cancelled_writing_frees_the_model(browser: Browser) -> None:
+    """A client that hangs up ends its job: the model is free long before the text could be written."""
+    import http.client
+
+    # long enough that it is cut off: 120 tokens are written twice
+    asked = {"prompt": "The river bank", "edits": [{"feature": 3}], "new_tokens": 120, "temperature": 1.0, "seed": 5}
+    connection = http.client.HTTPConnection("127.0.0.1", browser.port, timeout=60)
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    connection.request("POST", "/api/v1/steer", json.dumps(asked), headers)
+    answer = connection.getresponse()
+    answer.read(8)
+    assert answer.status == 200 and browser.site.models.is_busy
+    connection.sock.close() if connection.sock else None
+    answer.close()
+    connection.close()
+    deadline = time.monotonic() + 10
+    while browser.site.models.is_busy and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not browser.site.models.is_busy
+    from saeql.pipelines.browser.generation import Writing
+
+    assert browser.site.baselines.get("The river bank", Writing(120, 1.0, 5)) is None  # it was not written to its end
+    again = events(browser.ask("/api/v1/steer", {**asked, "new_tokens": 3}, token=True).body)
+    assert again[-1] == {"done": True}
+
+
+def test_jobs_beyond_the_queue_are_refused(browser: Browser) -> None:
+    models = browser.site.models
+    release = threading.Event()
+    waiting = []
+
+    def hold() -> None:
+        with models.turn():
+            release.wait(20)
+
+    for _ in range(models.settings.limits.jobs):
+        waiting.append(threading.Thread(target=hold))
+        waiting[-1].start()
+    while models.free_place() is None:
+        time.sleep(0.01)
+    try:
+        for path, body in (
+            ("/api/v1/prompt", {"text": "x"}),
+            ("/api/v1/steer", {"prompt": "x", "edits": [{"feature": 3}]}),
+            ("/api/v1/doses", {"prompt": "x", "edits": [{"feature": 3}]}),
+        ):
+            answer = browser.ask(path, body, token=True)
+            assert answer.status == 429 and answer.headers["retry-after"] == "1", path
+        assert browser.ask("/features").status == 200  # reading goes on
+    finally:
+        release.set()
+        for thread in waiting:
+            thread.join()
+
+
+def test_sql_page_table_chart_and_csv(browser: Browser, store: FeatureStore) -> None:
+    query = "SELECT kind, count(*) AS n FROM features GROUP BY kind ORDER BY kind"
+    wanted = store.sql(query).to_pylist()
+    page = browser.ask("/sql", q=query, token=True).text
+    assert_inert(page)
+    assert page.count("<td class=n>") == len(wanted) and "features.n_active" not in page
+    rows = list(csv.DictReader(io.StringIO(browser.ask("/sql.csv", q=query, token=True).text)))
+    assert [{"kind": r["kind"], "n": int(r["n"])} for r in rows] == wanted
+    dots = browser.ask("/sql", q="SELECT density, feature FROM features", token=True).text
+    assert dots.count("<circle") == store.trusted_sql("SELECT feature FROM features").num_rows
+    refused = browser.ask("/sql", q="DROP TABLE x", token=True)
+    assert refused.status == 200 and 'role="alert"' in refused.text
+    api = browser.ask("/api/v1/sql", {"query": "SELECT * FROM range(5)", "max_rows": 2}, token=True).json
+    assert api == {"columns": ["range"], "rows": [[0], [1]], "truncated": True}
+    assert browser.ask("/api/v1/sql", {"query": "SELECT 'nan'::FLOAT AS a"}, token=True).json["rows"] == [[None]]
+    refused = browser.ask("/api/v1/sql", {"query": "SELECT * FROM read_text('/etc/passwd')"}, token=True)
+    assert refused.status == 400 and "root:" not in refused.text
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def edits(num: int, **more: object) -> dict:
+    return {"prompt": "x", "edits": [{"feature": n, **more} for n in range(num)]}
+
+
+TOO_MUCH: dict[str, tuple[str, object]] = {
+    "body": ("/api/v1/prompt", b'{"text": "' + b"a" * 70_000 + b'"}'),
+    "prompt characters": ("/api/v1/prompt", {"text": "a" * 5000}),
+    "prompt tokens": ("/api/v1/prompt", {"text": "the river bank " * 60}),
+    "steered features": ("/api/v1/steer", edits(9)),
+    "strength": ("/api/v1/steer", edits(1, strength=4.5)),
+    "negative strength": ("/api/v1/doses", edits(1, strength=-1e30)),
+    "goal": ("/api/v1/steer", edits(1, mode="clamp", to=1e6)),
+    "share": ("/api/v1/doses", edits(1, mode="scale", strength=3.0)),
+    "tokens to write": ("/api/v1/steer", {**edits(1), "new_tokens": 121}),
+    "sql rows": ("/api/v1/sql", {"query": "SELECT 1", "max_rows": 5000}),
+    "sql characters": ("/api/v1/sql", {"query": "SELECT 1 --" + "a" * 17_000}),
+    "page": ("/features?page=99999999", None),
+    "rows of a page": ("/api/v1/features?rows=201", None),
+    "search": ("/features?q=" + "a" * 4001, None),
+    "address": ("/features?q=" + "a" * 20_000, None),
+    "text of a page": ("/prompt?text=" + "a" * 5000, None),
+    "features in an address": ("/steer?features=1,2,3,4,5,6,7,8,9", None),
+    "query of a page": ("/sql?q=" + "a" * 16_100, None),
+}
+
+
+@pytest.mark.parametrize("what", TOO_MUCH)
+def test_too_much_is_413(browser: Browser, what: str) -> None:
+    path, body = TOO_MUCH[what]
+    answer = browser.ask(path, body, token=True)
+    assert answer.status == 413, answer.text
+    if path.startswith("/api"):
+        assert set(answer.json) == {"error"} and "\n" not in answer.json["error"]
+
+
+def test_a_body_that_does_not_say_its_size_is_counted(browser: Browser) -> None:
+    import socket
+
+    with socket.create_connection(("127.0.0.1", browser.port), timeout=20) as connection:
+        connection.sendall(
+            b"POST /api/v1/prompt HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"Authorization: Bearer " + TOKEN.encode() + b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        chunk = b"4000\r\n" + b"a" * 0x4000 + b"\r\n"
+        try:
+            for _ in range(6):
+                connection.sendall(chunk)
+        except OSError:
+            pass  # it hung up before all was sent
+        assert connection.recv(4096).split(b" ")[1] == b"413"
+
+
+def test_requests_beyond_the_limit_are_refused(run_copy: Path) -> None:
+    with served(run_copy / "features.duckdb", requests=0) as found:
+        answer = found.ask("/features")
+        assert answer.status == 429 and answer.headers["retry-after"] == "1"
+
+
+# --- the store and the process ---------------------------------------------------------------------------------------
+
+
+def test_a_published_store_is_opened_anew(run_copy: Path, tmp_path: Path) -> None:
+    path = tmp_path / "features.duckdb"
+    shutil.copy(run_copy / "features.duckdb", path)
+    with served(path) as found:
+        assert found.ask("/features/7").status == 200
+        old = found.site.open._identity
+        shutil.copy(run_copy / "features.duckdb", tmp_path / "new")
+        (tmp_path / "new").replace(path)
+        assert found.ask("/features/7").status == 200 and found.site.open._identity != old
+        (tmp_path / "broken").write_bytes(b"not a store" * 1000)
+        (tmp_path / "broken").replace(path)
+        answer = found.ask("/api/v1/features/7")
+        assert answer.status == 503 and str(tmp_path) not in answer.text
+        shutil.copy(run_copy / "features.duckdb", tmp_path / "new")
+        (tmp_path / "new").replace(path)
+        assert found.ask("/features/7").status == 200
+        path.unlink()  # an unlinked file can still be read
+        assert found.ask("/features/7").status == 200
+
+
+def test_reading_needs_no_torch(run_copy: Path) -> None:
+    code = (
+        "import sys, json\n"
+        "from pathlib import Path\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from browser_server import served\n"
+        "run = Path(sys.argv[1])\n"
+        "with served(run / 'features.duckdb', run) as browser:\n"
+        "    for path in ('/', '/features?q=river', '/features/7', '/compare', '/sql', '/steer'):\n"
+        "        assert browser.ask(path).status == 200, path\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, str(run_copy), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_store_alone_is_served_without_models(run_copy: Path) -> None:
+    with served(run_copy / "features.duckdb") as found:
+        assert "/prompt" not in found.ask("/").text
+        assert "store alone" in found.ask("/prompt").text
+        assert found.ask("/api/v1/prompt", {"text": "x"}, token=True).status == 404
+
+
+def serving_fails(**changed: object) -> str:
+    options = {"port": 0, "host": "127.0.0.1", "hosts": (), "token": None, "open_browser": False, **changed}
+    path = options.pop("path")
+    with pytest.raises(ServeError) as caught:
+        serve_store(path, **options)  # pyright: ignore[reportArgumentType]
+    return str(caught.value)
+
+
+def test_what_serving_lacks_is_one_line(
+    run_copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    browser: Browser,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert f"{browser.port}" in serving_fails(path=run_copy, port=browser.port)
+    assert "--token" in serving_fails(path=run_copy, token="short")
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", str(tmp_path), "--port", "0"])
+    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert "pip install 'saeql[serve]'" in serving_fails(path=run_copy)
+
+
+def test_notebooks_show_the_card(store: FeatureStore) -> None:
+    feature = store.feature(7)
+    html = feature._repr_html_()
+    assert html is not None and html.startswith('<iframe sandbox="" srcdoc="')
+    inside = dict(Page(html).elements[0][1])["srcdoc"] or ""
+    shown = Page(inside)
+    assert "script" not in [tag for tag, _ in shown.elements] and "Strongest examples" in shown.text
+    assert feature["label"] in shown.text and json.loads(json.dumps(feature))["feature"] == 7
