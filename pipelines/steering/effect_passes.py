@@ -21,8 +21,8 @@ from .effect_results import SELF
 from .effect_subjects import Ground, Subject
 from .rival_directions import OWN_METHODS, RivalDirections
 
-#: A KL outside of this is too far from the budget to be read from.
-_NEAR = (0.2, 0.45)
+#: A KL outside of this does not reach the budget, or is too far beyond it to be read from.
+_NEAR = (KL_BUDGET, 0.45)
 _BATCH_WINDOWS = 8
 #: Subject (None: of no concept), method, number within the method.
 Key = tuple[int | None, str, int]
@@ -101,7 +101,7 @@ class EffectPasses:
             strength, _, kl, _ = self._points[key][0]
             cost = max(float(kl.mean()), 1e-4)
             if not _NEAR[0] <= cost <= _NEAR[1]:
-                factor = float(np.clip((KL_BUDGET / cost) ** 0.5, 0.3, 3))
+                factor = float(np.clip(1.05 * (KL_BUDGET / cost) ** 0.5, 0.3, 3))  # a little beyond, to read between
                 jobs.append(_Job(key, strength * factor, row))
         return jobs
 

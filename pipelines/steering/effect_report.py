@@ -188,7 +188,8 @@ def _print_many(study: EffectStudy, summary: Summary) -> None:
     columns += ["perplexity", "distinct-2", "repeats", "hits"]
     print_records(columns, lines, "table", title=f"\n{len(study.subjects)} concepts")
     out = console()
-    out.print(f"\nz above {MIN_Z:g}: {_estimate(summary.share_z)} of features (asked {MIN_SHARE:g})")
+    out.print("\na prompt is read at the KL that it has, and wins only within the budget")
+    out.print(f"z above {MIN_Z:g}: {_estimate(summary.share_z)} of features (asked {MIN_SHARE:g})")
     if summary.ratio is not None:
         out.print(f"own shift beside difference of means: {_estimate(summary.ratio)} (asked {MIN_RATIO:g})")
     out.print(f"other concepts' shift beside the own: {_estimate(summary.others)} (asked at most {MAX_OTHERS:g})")
