@@ -19,9 +19,10 @@ if [[ ${LAUNCHER:-torchrun} == srun ]]; then
   srun --ntasks-per-node="$gpus" "$python" "${train[@]}"
 else
   host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # a port below those that Linux gives to outgoing connections, from 32768 on
   # torchrun passes the signal on to its ranks, and gives them the time that SLURM gives
   srun "$python" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "$gpus" \
-    --rdzv-backend c10d --rdzv-endpoint "$host:$((20000 + SLURM_JOB_ID % 20000))" \
+    --rdzv-backend c10d --rdzv-endpoint "$host:$((20000 + SLURM_JOB_ID % 12000))" \
     --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 150 "${train[@]}"
 fi

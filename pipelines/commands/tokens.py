@@ -37,13 +37,19 @@ def tokens(
 
     from ..run import Run
     from ..token_identity_report import layer_numbers, measure, print_tokens, write_tokens
+    from ..verify import recorded
 
     opened = Run.open(run)
     given = {"train_tokens": train_tokens, "test_tokens": test_tokens, "features": features}
     config = replace(opened.config.token_identity, **{key: value for key, value in given.items() if value is not None})
     report = measure(opened, config, None if layers is None else layer_numbers(layers))
-    write_tokens(report, out or opened.path / "token_identity")
+    folder = out or opened.path / "token_identity"
+    if out is None:
+        with opened.locked(), recorded(opened.path, "tokens"):
+            write_tokens(report, folder)
+    else:
+        write_tokens(report, folder)
     if json:
         print(dumps(report.to_dict(), ensure_ascii=False))
     else:
-        print_tokens(report, out or opened.path / "token_identity")
+        print_tokens(report, folder)

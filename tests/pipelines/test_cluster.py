@@ -15,7 +15,7 @@ from saeql.pipelines import Run
 from saeql.sae.checkpoint import checkpoints
 
 sys.path.insert(0, str(Path(__file__).parent))
-from train_processes import settle_copy, wait_for_step, weights
+from train_processes import free_port, settle_copy, wait_for_step, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,19 +49,21 @@ def test_the_slurm_script_queues_a_stopped_training_again(tiny_run: Path, tmp_pa
     (tools / "scontrol").write_text(f'#!/bin/bash\n[[ $1 == show ]] && echo localhost || echo "$*" >> {tools}/asked\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost",
+    job_id = free_port(range(20000, 32000)) - 20000
+    job = {"SLURM_JOB_ID": str(job_id), "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost",
            "SLURM_GPUS_ON_NODE": "2", "SAEQL_PYTHON": sys.executable}  # fmt: skip
     environment = {**os.environ, **job, "PATH": f"{tools}:{os.environ['PATH']}"}
 
     def sbatch() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([ROOT / "scripts" / "slurm_train.sh", run], env=environment, stderr=subprocess.DEVNULL)
+        with (tmp_path / "job.log").open("a") as log:  # kept by pytest where the test fails
+            return subprocess.Popen([ROOT / "scripts" / "slurm_train.sh", run], env=environment, stderr=log)
 
     script = sbatch()
-    wait_for_step(run, 25)
+    wait_for_step(run, 25, of=script)
     (launcher,) = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
     os.kill(int(launcher), signal.SIGUSR1)  # SLURM signals what srun started
     assert script.wait(timeout=300) == 75
-    assert (tools / "asked").read_text() == f"requeue {os.getpid()}\n"
+    assert (tools / "asked").read_text() == f"requeue {job_id}\n"
     stopped = json.loads((run / "stopped.json").read_text())["step"]
     assert checkpoints(run / "checkpoints")[-1].name == f"step-{stopped:08d}"
     (run / "stopped.json").unlink()

@@ -1,6 +1,7 @@
 """Token identity by depth and the masked-token test: exact where the answer is known, else against plain ridge."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,14 @@ def test_the_command(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     main([*arguments, "--features", "0", "--out", str(tmp_path / "out")])
     shown = capsys.readouterr().out
     assert "resid_post.1 *" in shown and "masking" not in shown
+
+
+def test_what_it_leaves_in_a_run_has_its_hash(tiny_run: Path, tmp_path: Path):
+    run = Run.open(shutil.copytree(tiny_run, tmp_path / "run"))
+    for tokens in ("2000", "1500"):  # the second time other bytes, which are no damage
+        main(["tokens", str(run.path), "--layers", "0", "--train-tokens", tokens, "--features", "0"])
+        found = run.verify()
+        assert found.damage == [] and found.unrecorded == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Runs that `saeql train` works on in processes of its own, which tests may kill."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -59,9 +61,20 @@ def ends(process: subprocess.Popen[str], within: float = 600) -> tuple[int, list
     return process.returncode, [line for line in errors.splitlines() if line.startswith("saeql: ")]
 
 
-def wait_for_step(run: Path, step: int, within: float = 300) -> None:
+def free_port(of: range) -> int:
+    """The first port that nothing listens on; another process's own job begins elsewhere."""
+    for port in itertools.islice(itertools.cycle(of), os.getpid() % len(of), os.getpid() % len(of) + len(of)):
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("", port))
+            return port
+    raise OSError(f"no free port from {of.start} to {of.stop}")
+
+
+def wait_for_step(run: Path, step: int, within: float = 300, of: subprocess.Popen | None = None) -> None:
+    """Until a checkpoint of that step is there; `of` is what should write it."""
     deadline = time.monotonic() + within
     while not any(int(p.name[5:]) >= step for p in checkpoints(run / "checkpoints")):
+        assert of is None or of.poll() is None, f"ended with {of.returncode} before a checkpoint"
         assert time.monotonic() < deadline, "no checkpoint"
         time.sleep(0.02)
 
