@@ -194,12 +194,22 @@ class Not(Predicate):
 
 
 @dataclass(frozen=True)
-class Both(Predicate):
+class _Pair(Predicate):
+    """Two predicates taken together: lexical where both are."""
+
+    first: Predicate
+    second: Predicate
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]  # depends on the parts
+        return "lexical" if {self.first.kind, self.second.kind} == {"lexical"} else "structural"
+
+
+@dataclass(frozen=True)
+class Both(_Pair):
     """`first` and `second` hold; neither is itself a conjunction or an alternative."""
 
     name: ClassVar[str] = "both"
-    first: Predicate
-    second: Predicate
 
     def __post_init__(self):
         for part in (self.first, self.second):
@@ -207,10 +217,6 @@ class Both(Predicate):
                 raise ValueError(
                     f"a conjunction takes two predicates that are no conjunctions or alternatives, not {part!r}"
                 )
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]  # depends on the parts
-        return "lexical" if {self.first.kind, self.second.kind} == {"lexical"} else "structural"
 
     def rows(self, windows: RowTable) -> np.ndarray:
         return self.first.rows(windows) & self.second.rows(windows)
@@ -239,21 +245,15 @@ class Both(Predicate):
 
 
 @dataclass(frozen=True)
-class Either(Predicate):
+class Either(_Pair):
     """`first` or `second` holds; neither is itself an alternative."""
 
     name: ClassVar[str] = "either"
-    first: Predicate
-    second: Predicate
 
     def __post_init__(self):
         for part in (self.first, self.second):
             if not isinstance(part, Predicate) or isinstance(part, Either):
                 raise ValueError(f"an alternative takes two predicates that are not alternatives, not {part!r}")
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]  # depends on the parts
-        return "lexical" if {self.first.kind, self.second.kind} == {"lexical"} else "structural"
 
     def rows(self, windows: RowTable) -> np.ndarray:
         return self.first.rows(windows) | self.second.rows(windows)

@@ -17,6 +17,18 @@ Text = Annotated[
     ),
 ]
 StorePath = Annotated[Path, Parameter(help="Run directory, a folder that was imported, or a store: a file or Parquet.")]
+#: Features that an edit is about, as `named_edits` of `steering` takes them.
+FeatureStrengths = Annotated[
+    list[str] | None, Parameter(help="Feature id, or id:strength; as often as wanted.", negative="")
+]
+Search = Annotated[str | None, Parameter(help="Features that these words find (--top of them).")]
+Where = Annotated[
+    str | None, Parameter(help="Features that meet this SQL condition on the view features (--top of them).")
+]
+Vectors = Annotated[
+    list[Path] | None,
+    Parameter(help="Steering vector, of `saeql vector` (.safetensors) or llama.cpp (.gguf).", negative=""),
+]
 Truncate = Annotated[
     bool,
     Parameter(help="Harvest without the layers after the deepest hook point in memory (model.truncate).", negative=""),
@@ -30,6 +42,12 @@ def execute(path: Path, config: Any, *, report_to: str, resume: bool) -> Any:
     made = Run.create(path, config)
     report_stages(made.execute(resume=resume, report_to=report_to))
     return made
+
+
+def writing_options(tokens: int, temperature: float, repetition_penalty: float) -> dict[str, Any]:
+    """Options of `generate`: the likeliest token at a temperature of 0, else drawn."""
+    drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    return {"max_new_tokens": tokens, "repetition_penalty": repetition_penalty, **drawn}
 
 
 def report_stages(stages: Any, *, quiet: bool = False) -> None:

@@ -6,23 +6,18 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from .common import FeatureStrengths, Search, Vectors, Where
+
 
 def edit(
     run: Annotated[Path | None, Parameter(help="Run directory.")] = None,
     *,
     out: Annotated[Path, Parameter(help="Folder to write: a checkpoint for transformers.")],
-    feature: Annotated[
-        list[str] | None, Parameter(help="Feature id, or id:strength; as often as wanted.", negative="")
-    ] = None,
-    search: Annotated[str | None, Parameter(help="Features that these words find (--top of them).")] = None,
-    where: Annotated[
-        str | None, Parameter(help="Features that meet this SQL condition on the view features (--top of them).")
-    ] = None,
+    feature: FeatureStrengths = None,
+    search: Search = None,
+    where: Where = None,
     top: Annotated[int, Parameter(help="Features taken of --search and --where.")] = 1,
-    vector: Annotated[
-        list[Path] | None,
-        Parameter(help="Steering vector, of `saeql vector` (.safetensors) or llama.cpp (.gguf).", negative=""),
-    ] = None,
+    vector: Vectors = None,
     mode: Annotated[str, Parameter(help="add, replace or ablate_direction: what weights can hold.")] = "add",
     strength: Annotated[
         float | None, Parameter(help="add: multiples of --unit, 0.4; other modes: share of the way, 1.")
@@ -60,9 +55,7 @@ def edit(
     from ..editing.checkpoint import undo as restore
     from ..run import Run
     from ..steering.edits import Edit
-    from ..steering.selection import chosen
-    from ..steering.vector_files import load_vector
-    from .steering import parsed_positions
+    from .steering import named_edits, parsed_positions
 
     if undo is not None:
         if run is not None or feature or search or where or vector:
@@ -76,16 +69,7 @@ def edit(
 
     opened = Run.open(run)
     pattern = Edit(0, mode, strength, to, unit, parsed_positions(positions), schedule, any_strength)
-    with opened.store() as store:
-        edits = chosen(
-            store,
-            pattern,
-            features=feature or (),
-            search=search,
-            where=where,
-            top=top,
-            vectors=[load_vector(file) for file in vector or ()],
-        )
+    edits = named_edits(opened, pattern, feature, search, where, top, vector)
     baked = bake(opened, edits, out, everywhere=everywhere, dtype=dtype, num_windows=windows, tolerance=tolerance)
     print_baked(baked, as_json=json)
     if not baked.moved.is_equal:

@@ -5,17 +5,15 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from .common import RunPath, refuse_ranks
+from .common import RunPath, Search, Where, refuse_ranks
 
 
 def effect(
     run: RunPath,
     *,
     feature: Annotated[list[int] | None, Parameter(help="Feature id; as often as wanted.", negative="")] = None,
-    search: Annotated[str | None, Parameter(help="Features that these words find (--top of them).")] = None,
-    where: Annotated[
-        str | None, Parameter(help="Features that meet this SQL condition on the view features (--top of them).")
-    ] = None,
+    search: Search = None,
+    where: Where = None,
     top: Annotated[
         int | None,
         Parameter(help="Alone: the features with the best output scores on calibration text. Else see --search."),

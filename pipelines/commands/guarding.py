@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from .common import RunPath
+from .common import RunPath, writing_options
 
 guard = App(
     name="guard",
@@ -52,14 +52,12 @@ def learn(
     from ..output import note
     from ..progress import progress
     from ..run import Run
-    from ..steering.edits import Edit
-    from ..steering.selection import chosen
+    from ..steering.selection import chosen_features
 
     opened, named = Run.open(run), []
     if features or search is not None or where is not None:
         with opened.store() as store:
-            found = chosen(store, Edit(0), features=features or (), search=search, where=where, top=top)
-        named = [edit.feature for edit in found if isinstance(edit.feature, int)]
+            named = chosen_features(store, features or (), search=search, where=where, top=top)
     options = GuardOptions(false_positives, tuple(named), tuple(window or WINDOWS), max_tokens=max_tokens,
                            text_column=text_column)  # fmt: skip
     with progress("texts", None, "texts") as advance:
@@ -111,9 +109,7 @@ def run_guard(
         raise GuardError("--stream prints text as it is written: leave --json out")
     loaded = Guard.load(guard)
     steerer = Run.open(run).steerer(allow_mismatch=allow_mismatch)
-    options: dict[str, object] = {"max_new_tokens": tokens, "repetition_penalty": repetition_penalty}
-    if temperature > 0:
-        options |= {"do_sample": True, "temperature": temperature}
+    options = writing_options(tokens, temperature, repetition_penalty)
     try:
         file_or_none = nullcontext() if log is None else log.open("a", encoding="utf-8")
     except OSError as error:

@@ -61,8 +61,7 @@ def prune(
     from ..pruning.report import print_curve
     from ..pruning.units import PruneError
     from ..run import Run
-    from ..steering.edits import Edit
-    from ..steering.selection import chosen
+    from ..steering.selection import chosen_features
 
     refuse_ranks()
     try:
@@ -75,8 +74,8 @@ def prune(
     if not features and search is None and where is None:
         where = "kind != 'none'"
     with opened.store() as store:
-        found = chosen(store, Edit(0), features=features or (), search=search, where=where, top=top)
-        kept = tuple(dict.fromkeys(edit.feature for edit in found if isinstance(edit.feature, int)))
+        found = chosen_features(store, features or (), search=search, where=where, top=top)
+    kept = tuple(dict.fromkeys(found))
     options = PruneOptions(
         kept, what, numbers, tuple(methods.split(",")), across, random_seeds, calibration_windows, loss_windows,
         feature_windows, task, level, seed,

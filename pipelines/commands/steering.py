@@ -2,29 +2,26 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from .common import RunPath
+from .common import FeatureStrengths, RunPath, Search, Vectors, Where, writing_options
+
+if TYPE_CHECKING:
+    from ..run import Run
+    from ..steering.edits import Edit
 
 
 def steer(
     run: RunPath,
     *,
     prompt: Annotated[list[str], Parameter(help="Text to continue; several are continued in one batch.", negative="")],
-    feature: Annotated[
-        list[str] | None, Parameter(help="Feature id, or id:strength; as often as wanted.", negative="")
-    ] = None,
-    search: Annotated[str | None, Parameter(help="Features that these words find (--top of them).")] = None,
-    where: Annotated[
-        str | None, Parameter(help="Features that meet this SQL condition on the view features (--top of them).")
-    ] = None,
+    feature: FeatureStrengths = None,
+    search: Search = None,
+    where: Where = None,
     top: Annotated[int, Parameter(help="Features taken of --search and --where.")] = 1,
-    vector: Annotated[
-        list[Path] | None,
-        Parameter(help="Steering vector, of `saeql vector` (.safetensors) or llama.cpp (.gguf).", negative=""),
-    ] = None,
+    vector: Vectors = None,
     mode: Annotated[
         str,
         Parameter(
@@ -80,29 +77,16 @@ def steer(
     from ..output import print_steering
     from ..run import Run
     from ..steering.edits import Edit, SteerError
-    from ..steering.selection import chosen
-    from ..steering.vector_files import load_vector
 
     if stream and (json or len(prompt) > 1):
         raise SteerError("--stream prints one text as it is written: leave --json out, and give one --prompt")
     opened = Run.open(run)
     pattern = Edit(0, mode, strength, to, unit, parsed_positions(positions), schedule, any_strength)
-    with opened.store() as store:
-        edits = chosen(
-            store,
-            pattern,
-            features=feature or (),
-            search=search,
-            where=where,
-            top=top,
-            vectors=[load_vector(file) for file in vector or ()],
-        )
+    edits = named_edits(opened, pattern, feature, search, where, top, vector)
     for change in edits:
         change.check()
     steerer = opened.steerer(allow_mismatch=allow_mismatch)
-    options = {"max_new_tokens": tokens, "repetition_penalty": repetition_penalty}
-    if temperature > 0:
-        options |= {"do_sample": True, "temperature": temperature}
+    options = writing_options(tokens, temperature, repetition_penalty)
 
     def write(changes: list[Edit], **more: object) -> list[str]:
         import torch
@@ -163,6 +147,24 @@ def vector(
         save_vector(made, out, opened.language_model)
         print(f"saeql: wrote {out}", file=sys.stderr)
     print_parts(opened, made, taken_apart(opened, made, features), as_json=json)
+
+
+def named_edits(
+    run: "Run",
+    pattern: "Edit",
+    features: list[str] | None,
+    search: str | None,
+    where: str | None,
+    top: int,
+    vectors: list[Path] | None,
+) -> "list[Edit]":
+    """One edit like `pattern` for every feature and vector that the parameters name. Raises what `chosen` raises."""
+    from ..steering.selection import chosen
+    from ..steering.vector_files import load_vector
+
+    with run.store() as store:
+        loaded = [load_vector(file) for file in vectors or ()]
+        return chosen(store, pattern, features=features or (), search=search, where=where, top=top, vectors=loaded)
 
 
 def parsed_positions(text: str) -> Any:

@@ -40,6 +40,14 @@ def chosen(
     return found
 
 
+def chosen_features(
+    store: FeatureStore, features: Sequence[str], *, search: str | None, where: str | None, top: int
+) -> list[int]:
+    """Ids of the features named, as `chosen` takes them. Raises what it raises."""
+    found = chosen(store, Edit(0), features=features, search=search, where=where, top=top)
+    return [edit.feature for edit in found if isinstance(edit.feature, int)]
+
+
 def _parsed(text: str, edit: Edit) -> Edit:
     number, colon, strength = text.partition(":")
     try:
