@@ -20,6 +20,7 @@ from .explainers.predicates import PredicateExplainer
 from .label_choice import Choice, choose
 from .label_config import LabelConfig
 from .label_parts import LabelParts
+from .part_of_speech import Tagger
 from .predicate_scores import score_executable
 from .predicates import Predicate
 from .progress import OnProgress
@@ -78,7 +79,7 @@ def label_rows(
 
 
 def _blocks(explainer: Explainer, rows: FeatureRows, features: list[int]) -> list[list[int]]:
-    """`features` in blocks that are proposed for one after the other, where the explainer says that this is the same."""
+    """`features` in blocks to propose for one after the other, where the explainer says that this is the same."""
     if not getattr(explainer, "in_blocks", False):
         return [features]
     before = np.cumsum(rows.train.active.counts[features]) // ACTIVE_AT_ONCE
@@ -160,7 +161,8 @@ def label_dictionary(
     Reads windows, vocabulary, dictionaries and activations; writes nothing. Raises EvidenceError where the evidence is
     missing or inconsistent.
     """
-    rows = read_feature_rows(evidence, dictionary, active_fraction=config.active_fraction)
+    tagger = Tagger.of(config.part_of_speech)
+    rows = read_feature_rows(evidence, dictionary, active_fraction=config.active_fraction, tagger=tagger)
     return label_rows(
         rows,
         config,

@@ -19,6 +19,7 @@ from .label_config import LabelConfig
 from .label_parts import LabelParts, hash_of
 from .model_config import ModelError
 from .output import note
+from .part_of_speech import Tagger
 from .progress import progress
 from .receipts.control import Control, Labelled
 from .receipts.examples import NearRows
@@ -73,7 +74,8 @@ def label_run(run: "Run", options: LabelOptions | None = None) -> None:
     made = [explainer.of(run) for explainer in explainers(config.explainers)]
     checks = [] if config.receipts == "none" else _checks(run)
     check_documents(evidence)
-    rows = read_feature_rows(evidence, name, active_fraction=config.active_fraction)
+    tagger = Tagger.of(config.part_of_speech)
+    rows = read_feature_rows(evidence, name, active_fraction=config.active_fraction, tagger=tagger)
     before = _before(evidence, rows, options.only)
     parts = LabelParts.of(run, options.only)
     features = None if options.only is None else parts.features(partial(_selected, options.only, before, rows))
