@@ -6,6 +6,7 @@ belong to training. Nothing here imports torch. Unknown keys and values of the w
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -180,10 +181,17 @@ class TrainConfig:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.decay_share <= 1:
             raise ConfigError(f"train.decay_share must lie between 0 and 1, got {self.decay_share}")
-        if self.resample_every_steps < 0:
-            raise ConfigError(f"train.resample_every_steps must be at least 0, got {self.resample_every_steps}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ConfigError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
+        for name in ("resample_every_steps", "warmup_steps", "sparsity_warmup_steps", "auxk_coefficient"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("lr", "max_grad_norm", "dead_after_tokens"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"train.{name} must be above 0, got {value}")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ConfigError(f"train.adam_betas must lie between 0 and 1, got {list(self.adam_betas)}")
+        if not 0 <= self.max_skipped_share <= 1:
+            raise ConfigError(f"train.max_skipped_share must lie between 0 and 1, got {self.max_skipped_share}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay must lie between 0 and 1, got {self.ema_decay}")
         _check_choice("train.source", self.source, ("shards", "live"))
@@ -254,7 +262,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if len(hints) != len(value):
             raise ConfigError(f'"{key}" must have {len(hints)} entries, got {len(value)}')
         return tuple(_convert(h, v, key) for h, v in zip(hints, value, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f'"{key}" must be a finite number, got {value}')
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f'"{key}" must be {_TYPE_NAMES.get(hint, hint)}, got {value!r}')
