@@ -304,9 +304,11 @@ def neighbours(dictionary: SparseAutoencoder, name: str, num: int) -> pa.Table:
     rows = torch.nn.functional.normalize(dictionary.W_dec, dim=1)
     num = min(num, len(rows) - 1)
     cosines, others = [], []
-    size = max(1, NEIGHBOUR_COSINES // len(rows))
+    size = min(len(rows), max(1, NEIGHBOUR_COSINES // len(rows)))
+    room = rows.new_empty(size, len(rows))  # a new tensor a block would have two of them in memory
     for start in range(0, len(rows), size):
-        block = rows[start : start + size] @ rows.t()
+        some = rows[start : start + size]
+        block = torch.mm(some, rows.t(), out=room[: len(some)])
         block[torch.arange(len(block)), torch.arange(start, start + len(block))] = -2
         cosine, other = block.topk(num)
         cosines.append(cosine.cpu())

@@ -30,7 +30,7 @@ import pyarrow as pa
 
 from saeql.sae.comm import ALONE, Comm
 from saeql.sae.config import from_dict, to_dict
-from saeql.sae.files import load_dictionary, save_dictionary
+from saeql.sae.files import load_dictionary, save_density
 from saeql.sae.model import SparseAutoencoder
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
@@ -438,7 +438,7 @@ class Run:
         """Evidence table runs, and how often latents fire beside the dictionary."""
         runs = provenance(self.path.name, indexer.name, self.config, indexer.info, self.evidence)
         self.evidence.write("runs", runs)
-        save_dictionary(indexer.dictionary, self.dictionary_path, density=result.density)
+        save_density(self.dictionary_path, result.density)
 
     def label(self, options: LabelOptions | None = None) -> None:
         """evidence -> labels with their held-out scores, and receipts."""
