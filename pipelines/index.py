@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from saeql.sae.config import check_least
 from saeql.sae.files import saelens_config
 from saeql.sae.model import SparseAutoencoder
 from saeql.store.evidence import Evidence, PartWriter
@@ -45,6 +46,9 @@ class IndexConfig:
     """Promoted and suppressed tokens kept for every feature."""
     num_neighbours: int = 10
     """Nearest features kept for every feature."""
+
+    def __post_init__(self):
+        check_least(self, "index", batch_tokens=1, rows_per_part=1, num_logit_effects=1, num_neighbours=1)
 
 
 @dataclass(frozen=True)
