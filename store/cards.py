@@ -74,10 +74,14 @@ class Cards:
 
     def of(self, feature: int) -> dict[str, Any] | None:
         """label, kind, auroc and density of a feature; None for one that is not there."""
-        (row,) = self.rows([feature])
-        return None if row < 0 else {name: column[int(row)].as_py() for name, column in self._columns.items()}
+        row = self._row(feature)
+        return None if row is None else {name: column[row].as_py() for name, column in self._columns.items()}
 
     def label(self, feature: int) -> str:
         """Its label, 'unexplained' where there is none."""
-        card = self.of(feature)
-        return "unexplained" if card is None else card["label"]
+        row = self._row(feature)
+        return "unexplained" if row is None else self._columns["label"][row].as_py()
+
+    def _row(self, feature: int) -> int | None:
+        row = int(np.searchsorted(self.features, feature))
+        return row if row < len(self.features) and self.features[row] == feature else None

@@ -19,14 +19,14 @@ from .console import DEFAULT_SECONDS, Console
 from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
-from .feature_rows import effect_rows, feature_row, neighbour_rows
+from .feature_rows import cofiring_rows, effect_rows, example_rows, feature_row, neighbour_rows, receipt_rows
 from .frames import as_frame
 from .listing import Filters, Found, Listing, select
 from .parquet_store import connect_parquet, is_parquet_store
-from .query import Params, connect_read_only, own_columns, run_own, run_statement
+from .query import Params, connect_read_only, own_columns, own_cursor, run_own, run_statement
 from .records import SPLITS
 from .search import METHODS, Scope, Scored, SearchHit, by_words, describe, token_scores, word_places, word_scores
-from .text_rows import TextRows, read_text_rows
+from .text_rows import TextRows, read_text_rows, read_vocabulary
 from .vectors import VectorTable, unit_rows
 
 
@@ -100,11 +100,13 @@ class FeatureStore:
             raise
         self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
         self._segments = {i: [g for g in segments if g["dictionary_id"] == i] for i, _ in self._known.values()}
-        self._vocabularies: dict[int, int] = {r["dictionary_id"]: r["vocabulary_id"] for r in rows}
+        self._vocabulary_ids: dict[int, int] = {r["dictionary_id"]: r["vocabulary_id"] for r in rows}
+        self._vocabularies: dict[int, np.ndarray] = {}
         self._vectors: dict[str, VectorTable] = {}
         self._embedded: dict[str, np.ndarray] = {}  # what each of them is of: 'label' | 'evidence'
         self._texts: dict[int, TextRows] = {}
         self._cards: dict[int, Cards] = {}
+        self._filled: dict[tuple[str, int], bool] = {}
         FeatureStore._readers.add(self)
 
     @classmethod
@@ -346,7 +348,16 @@ class FeatureStore:
         """The feature's row of the view `features`; in a notebook its card. Raises FeatureNotFound."""
         name, (dictionary_id, _) = self._known_feature(feature, dictionary)
         segment = self._segment(dictionary_id)
-        row = feature_row(self._rows, name, dictionary_id, segment["segment_id"] if segment else -1, int(feature))
+        row = feature_row(
+            self._rows,
+            name,
+            dictionary_id,
+            segment["segment_id"] if segment else -1,
+            int(feature),
+            vocabulary=self._vocabulary(dictionary_id),
+            card=self._cards[dictionary_id].of(int(feature)) if dictionary_id in self._cards else None,
+            is_compared=self._has("stability", dictionary_id),
+        )
         if row is None:
             raise FeatureNotFound(f"{self.path} has nothing of {name}'s feature {feature}: index again")
         return FeatureRow(row, self)
@@ -393,12 +404,9 @@ class FeatureStore:
         segment = self._segment(dictionary_id, corpus)
         if segment is None:
             return []
-        rows = self._rows(  # without LIMIT, with which DuckDB takes twice as long
-            "SELECT kind, decile, rank, window_id, position, activation, offsets, activations FROM derived.examples "
-            f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND split = $split "
-            "AND kind = coalesce($kind, kind) ORDER BY kind, decile DESC, rank",
-            {"split": split, "kind": kind},
-        )
+        if split not in SPLITS:
+            return []
+        rows = example_rows(self._rows, segment["segment_id"], int(feature), split, kind)
         found = contexts(self._text(segment["corpus_id"]), self._titles, rows[:limit])
         return [
             Example(dictionary=name, feature=int(feature), split=split, corpus=segment["corpus"], **row)
@@ -419,13 +427,8 @@ class FeatureStore:
         segment = self._segment(dictionary_id)
         if segment is None:
             return []
-        cards = self._cards_of(dictionary_id)
-        rows = self._rows(
-            "SELECT rank, partner, count, num_sampled, pmi FROM derived.cofirings "
-            f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND rank <= $limit ORDER BY rank",
-            {"limit": limit},
-        )
-        return [row | {"partner_label": cards.label(row["partner"])} for row in rows]
+        label = self._cards_of(dictionary_id).label
+        return cofiring_rows(self._rows, segment["segment_id"], int(feature), limit, label)
 
     def document_features(
         self, document_id: int, *, dictionary: str | None = None, limit: int = 50
@@ -458,17 +461,15 @@ class FeatureStore:
     ) -> list[dict[str, Any]]:
         """Rows of the view `logit_effects`, `limit` of each direction, promoted first. Raises FeatureNotFound."""
         name, (dictionary_id, _) = self._known_feature(feature, dictionary)
-        vocabulary = self._vocabularies[dictionary_id]
+        vocabulary = self._vocabulary(dictionary_id)
         return effect_rows(self._rows, name, dictionary_id, vocabulary, int(feature), direction, limit)
 
     def receipts(self, feature: int | None, *, dictionary: str | None = None) -> list[dict[str, Any]]:
         """Rows of the view `receipts` about a feature, or with None about the dictionary as a whole."""
-        params = {"dictionary": self._scope(dictionary).dictionary, "feature": feature}
-        query = (
-            "SELECT * FROM receipts WHERE dictionary = $dictionary AND feature IS NOT DISTINCT FROM $feature::INTEGER "
-            "ORDER BY control"
-        )
-        return self._rows(query, params)
+        name, (dictionary_id, _) = self._dictionary(dictionary)
+        if not self._has("receipts", dictionary_id):
+            return []
+        return receipt_rows(self._rows, name, dictionary_id, None if feature is None else int(feature))
 
     def dictionaries(self) -> list[dict[str, Any]]:
         """Rows of the view `dictionaries`, in the store's order."""
@@ -498,11 +499,27 @@ class FeatureStore:
             )
         return self._cards[dictionary_id]
 
+    def _has(self, table: str, dictionary_id: int) -> bool:
+        """Whether a table of the evidence has anything of a dictionary."""
+        key = (table, dictionary_id)
+        if key not in self._filled:
+            rows = self._rows(f"SELECT 1 AS found FROM evidence.{table} WHERE dictionary_id = {dictionary_id} LIMIT 1")
+            self._filled[key] = bool(rows)
+        return self._filled[key]
+
+    def _vocabulary(self, dictionary_id: int) -> np.ndarray:
+        """Text of every token id of a dictionary's tokenizer: DuckDB takes two milliseconds to tell twenty of them."""
+        vocabulary_id = self._vocabulary_ids[dictionary_id]
+        if vocabulary_id not in self._vocabularies:
+            with own_cursor(self._connection, self.path) as cursor:
+                self._vocabularies[vocabulary_id] = read_vocabulary(cursor, vocabulary_id)
+        return self._vocabularies[vocabulary_id]
+
     def _text(self, corpus_id: int) -> TextRows:
         """A corpus in memory, 20 bytes a token: DuckDB would read lists of all windows to show twenty of them."""
         if corpus_id not in self._texts:
-            with self._connection.cursor() as cursor:
-                self._texts[corpus_id] = read_text_rows(cursor, corpus_id)
+            with own_cursor(self._connection, self.path) as cursor:
+                self._texts[corpus_id] = read_text_rows(cursor, corpus_id, self._vocabularies)
         return self._texts[corpus_id]
 
     def _titles(self, document_ids: Sequence[int]) -> dict[int, str | None]:
