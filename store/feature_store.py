@@ -214,7 +214,7 @@ class FeatureStore:
         if by == "words":
             found = by_words(self._rows, self._columns, scope, text, limit if where is None else None)
         elif by in METHODS:
-            found = METHODS[by](self._rows, self._columns, scope, text)
+            found = METHODS[by](self._rows, self._columns, scope, text, limit if where is None else None)
         else:
             raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
         return self.hits(found, limit=limit, where=where, dictionary=dictionary)
@@ -255,8 +255,12 @@ class FeatureStore:
         """One page of all features that meet `filters`, of those in `found` where a search found some.
 
         Without `sort` (see `listing.SORTS`) a search is in its own order, else features are by number. `where` is that
-        of `search`. Raises SQLError where it is no condition, StoreError for what cannot be sorted by.
+        of `search`. Raises SQLError where it is no condition, StoreError for what cannot be sorted by, and for the best
+        of a search where more of it is asked.
         """
+        narrowed = sort is not None or where is not None or (filters or Filters()).asks
+        if found is not None and not found.is_whole and (narrowed or offset + limit > len(found.features)):
+            raise StoreError("these are only the best of a search: ask `found` for all")
         scope = self._scope(dictionary)
         cards = self._cards_of(scope.dictionary_id)
         among = None
@@ -269,10 +273,14 @@ class FeatureStore:
         scores = {} if found is None else found.scores_of(shown)
         why = {} if found is None else found.why(shown)
         scored = [Scored(f, scores.get(f, 0.0), why.get(f, {})) for f in shown]
-        return Listing(len(features), offset, describe(cards, scope, scored))
+        total = len(features) if found is None or found.is_whole or found.total is None else found.total
+        return Listing(total, offset, describe(cards, scope, scored))
 
-    def found(self, text: str, *, by: str = "words", dictionary: str | None = None) -> Found:
-        """All that `search` finds, for lists of it. Raises what `search` raises."""
+    def found(self, text: str, *, by: str = "words", dictionary: str | None = None, limit: int | None = None) -> Found:
+        """What `search` finds, for lists of it: all, or with `limit` at least so many of the best.
+
+        Raises what `search` raises.
+        """
         scope = self._scope(dictionary)
         if by == "words":
             words = word_scores(self._rows, self._columns, scope, text)
@@ -282,16 +290,22 @@ class FeatureStore:
                 lambda features: word_places(self._rows, scope, words.terms, features),
             )
         if by == "token":
-            fires = token_scores(self._rows, self._columns, scope, text)
-            return Found(fires.columns["feature"], fires.columns["f1"], fires.why)
+            fires = token_scores(self._rows, self._columns, scope, text, limit)
+            return Found(fires.columns["feature"], fires.columns["f1"], fires.why, fires.total)
         if by not in METHODS:
             raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
-        return Found.of(METHODS[by](self._rows, self._columns, scope, text))
+        return Found.of(METHODS[by](self._rows, self._columns, scope, text, None))
 
     def _scope(self, dictionary: str | None) -> Scope:
         name, (dictionary_id, _) = self._dictionary(dictionary)
-        segment = self._segment(dictionary_id)
-        return Scope(name, dictionary_id, segment["segment_id"] if segment else -1)
+        segments = self._segments[dictionary_id]
+        return Scope(
+            name,
+            dictionary_id,
+            segments[0]["segment_id"] if segments else -1,
+            len(segments),
+            self._vocabulary_ids[dictionary_id],
+        )
 
     def embedding_model(self, dictionary: str | None = None) -> str | None:
         """What made the sentence embeddings of a dictionary's labels and evidence; None where it has none."""

@@ -82,9 +82,9 @@ class Site:
         """What the store finds, the last few kept: pages and filters of a search do not search again."""
         kept: dict[tuple[Any, ...], Found] = self.open.once("searches", dict)
         key = (question.dictionary, question.by, question.q)
-        found = kept.get(key)
-        if found is None:
-            found = store.found(question.q, by=question.by, dictionary=question.dictionary)
+        found, needed = kept.get(key), question.best_needed
+        if found is None or not (found.is_whole or (needed is not None and needed <= len(found.features))):
+            found = store.found(question.q, by=question.by, dictionary=question.dictionary, limit=needed)
             if len(kept) >= NUM_SEARCHES:
                 kept.clear()
             kept[key] = found
