@@ -15,7 +15,7 @@ class Cards:
     """Label, kind, auroc, density and largest train activation by feature."""
 
     def __init__(self, table: pa.Table):
-        self.features = table["feature"].to_numpy()  # ascending
+        self.features = table["feature"].to_numpy().astype(np.int64)  # ascending
         self._columns = {name: table[name].combine_chunks() for name in ("label", "kind", "auroc", "density")}
         self.max_activation = table["max_activation"].to_numpy()
         self._orders: dict[tuple[str, bool], np.ndarray] = {}

@@ -106,6 +106,7 @@ class FeatureStore:
         self._embedded: dict[str, np.ndarray] = {}  # what each of them is of: 'label' | 'evidence'
         self._texts: dict[int, TextRows] = {}
         self._cards: dict[int, Cards] = {}
+        self._totals: dict[int, np.ndarray] = {}  # by segment
         self._filled: dict[tuple[str, int], bool] = {}
         FeatureStore._readers.add(self)
 
@@ -297,15 +298,27 @@ class FeatureStore:
         return Found.of(METHODS[by](self._rows, self._columns, scope, text, None))
 
     def _scope(self, dictionary: str | None) -> Scope:
-        name, (dictionary_id, _) = self._dictionary(dictionary)
+        name, (dictionary_id, d_sae) = self._dictionary(dictionary)
         segments = self._segments[dictionary_id]
+        segment_id = segments[0]["segment_id"] if segments else -1
         return Scope(
             name,
             dictionary_id,
-            segments[0]["segment_id"] if segments else -1,
+            segment_id,
             len(segments),
             self._vocabulary_ids[dictionary_id],
+            lambda: self._num_activations(segment_id, d_sae),
         )
+
+    def _num_activations(self, segment_id: int, d_sae: int) -> np.ndarray:
+        """[d_sae] int64: how often every feature fires, all splits."""
+        if segment_id not in self._totals:
+            found = self._columns(
+                f"SELECT feature, num_activations FROM derived.feature_stats WHERE segment_id = {segment_id}"
+            )
+            total = np.bincount(found["feature"], weights=found["num_activations"], minlength=d_sae)
+            self._totals[segment_id] = total.astype(np.int64)
+        return self._totals[segment_id]
 
     def embedding_model(self, dictionary: str | None = None) -> str | None:
         """What made the sentence embeddings of a dictionary's labels and evidence; None where it has none."""

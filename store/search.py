@@ -47,7 +47,8 @@ class Scored:
 class Scope:
     """The dictionary that is searched; its activations on its first corpus, -1 where there are none.
 
-    `num_segments` are the corpora that it has activations on, `vocabulary_id` is its tokenizer.
+    `num_segments` are the corpora that it has activations on, `vocabulary_id` is its tokenizer; `num_activations`
+    tells how often features fire on the first of them, [F] int64.
     """
 
     dictionary: str
@@ -55,6 +56,7 @@ class Scope:
     segment_id: int
     num_segments: int
     vocabulary_id: int
+    num_activations: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -170,13 +172,7 @@ def _best_on_token(ask: Ask, columns: Columns, scope: Scope, token: str, token_i
     best = columns(f"SELECT feature, count FROM derived.token_features {where}")
     seen = ask(f"SELECT num_rows, num_features FROM derived.token_counts {where}")
     feature, count = best["feature"].astype(np.int64), best["count"]
-    rows = columns(
-        "SELECT feature, num_activations FROM derived.feature_stats "
-        f"WHERE segment_id = {scope.segment_id} AND feature IN ({_list(feature.tolist())})"
-    )
-    order = np.argsort(feature)
-    total = np.zeros(len(feature), np.int64)
-    np.add.at(total, order[np.searchsorted(feature[order], rows["feature"])], rows["num_activations"])
+    total = scope.num_activations()[feature]
     num_rows = seen[0]["num_rows"] if seen else 0
     found = {
         "feature": feature,

@@ -1,20 +1,23 @@
 -- fires_on asks what the build found; fires_on_exact counts every row.
 CREATE OR REPLACE MACRO fires_on(word, dict := NULL) AS TABLE
-SELECT d.dictionary, c.corpus, f.feature, coalesce(l.label, 'unexplained') AS label, f.count,
-       f.count / n.num_rows AS share_of_token, f.count / t.total AS share_of_feature,
-       2 * f.count / (t.total + n.num_rows) AS f1, n.num_features
-FROM evidence.dictionaries d
-JOIN evidence.segments g USING (dictionary_id)
-JOIN evidence.corpora c USING (corpus_id)
-JOIN evidence.vocabulary v ON v.vocabulary_id = c.vocabulary_id AND v.token = word
-JOIN derived.token_counts n ON n.segment_id = g.segment_id AND n.token_id = v.token_id
-JOIN derived.token_features f ON f.segment_id = g.segment_id AND f.token_id = v.token_id
-JOIN (
-    SELECT segment_id, feature, sum(num_activations) AS total FROM derived.feature_stats GROUP BY segment_id, feature
-) t ON t.segment_id = g.segment_id AND t.feature = f.feature
-LEFT JOIN evidence.labels l ON l.dictionary_id = d.dictionary_id AND l.feature = f.feature
-WHERE d.dictionary = coalesce(dict, first_dictionary())
-ORDER BY f1 DESC, f.feature;
+WITH best AS (
+    SELECT d.dictionary_id, d.dictionary, c.corpus, f.token_id, f.feature, f.count, n.num_rows, n.num_features,
+           sum(t.num_activations) AS total
+    FROM evidence.dictionaries d
+    JOIN evidence.segments g USING (dictionary_id)
+    JOIN evidence.corpora c USING (corpus_id)
+    JOIN evidence.vocabulary v ON v.vocabulary_id = c.vocabulary_id AND v.token = word
+    JOIN derived.token_counts n ON n.segment_id = g.segment_id AND n.token_id = v.token_id
+    JOIN derived.token_features f ON f.segment_id = g.segment_id AND f.token_id = v.token_id
+    JOIN derived.feature_stats t ON t.segment_id = g.segment_id AND t.feature = f.feature
+    WHERE d.dictionary = coalesce(dict, first_dictionary())
+    GROUP BY ALL
+)
+SELECT b.dictionary, b.corpus, b.feature, coalesce(l.label, 'unexplained') AS label, b.count,
+       b.count / b.num_rows AS share_of_token, b.count / b.total AS share_of_feature,
+       2 * b.count / (b.total + b.num_rows) AS f1, b.num_features
+FROM best b LEFT JOIN evidence.labels l ON l.dictionary_id = b.dictionary_id AND l.feature = b.feature
+ORDER BY f1 DESC, b.feature;
 COMMENT ON MACRO TABLE fires_on IS 'The 64 features that stand for a token best (F1 of active and token), on each corpus: FROM fires_on('' bank'') LIMIT 10. num_features are active on it in all; fires_on_exact tells every one.';
 
 CREATE OR REPLACE MACRO fires_on_exact(word, dict := NULL) AS TABLE
