@@ -92,7 +92,7 @@ class FeatureStore:
                 "JOIN evidence.models USING (model_id) ORDER BY dictionary_id"
             )
             segments = self._rows(
-                "SELECT dictionary_id, segment_id, corpus_id, corpus, first_window, num_windows "
+                "SELECT dictionary_id, segment_id, corpus_id, corpus, first_document, num_documents "
                 "FROM evidence.segments JOIN evidence.corpora USING (corpus_id) ORDER BY segment_id"
             )
         except StoreError:
@@ -465,20 +465,29 @@ class FeatureStore:
         Those nearest to their largest activation come first. Raises FeatureNotFound for a document that is not there.
         """
         _, (dictionary_id, _) = self._dictionary(dictionary)
-        rows = self._rows(f"SELECT corpus_id FROM evidence.documents WHERE document_id = {int(document_id)}")
-        if not rows:
-            raise FeatureNotFound(f"{self.path} has no document {document_id}: the view documents lists them")
-        segment = next((g for g in self._segments[dictionary_id] if g["corpus_id"] == rows[0]["corpus_id"]), None)
-        text = self._text(rows[0]["corpus_id"])
-        inside = text.windows_of(document_id)
-        if segment is None or len(inside) == 0:  # none: all of it fell to an incomplete last window
-            return []
-        windows = ", ".join(map(str, inside.tolist()))
+        segment = next(
+            (
+                g
+                for g in self._segments[dictionary_id]
+                if 0 <= document_id - g["first_document"] < (g["num_documents"] or 0)
+            ),
+            None,
+        )
+        text = None if segment is None else self._text(segment["corpus_id"])
+        inside = np.zeros(0, np.int32) if text is None else text.windows_of(document_id)
+        if segment is None or text is None or len(inside) == 0:
+            if not self._rows(f"SELECT 1 AS found FROM evidence.documents WHERE document_id = {int(document_id)}"):
+                raise FeatureNotFound(f"{self.path} has no document {document_id}: the view documents lists them")
+            return []  # of another text, or all of it fell to an incomplete last window
+        first, last = int(inside[0]), int(inside[-1])
+        which = f"BETWEEN {first} AND {last}"  # quicker than a list, where it reads little else
+        if last - first > 2 * len(inside):
+            which = f"IN ({', '.join(map(str, inside.tolist()))})"
         found = own_columns(
             self._connection,
             self.path,
             "SELECT feature, window_id, position, activation FROM evidence.activations_by_document "
-            f"WHERE segment_id = {segment['segment_id']} AND window_id IN ({windows})",
+            f"WHERE segment_id = {segment['segment_id']} AND window_id {which}",
         )
         mine = text.document_ids[text.rows(found["window_id"], found["position"])] == document_id
         return _strongest(self._cards_of(dictionary_id), found["feature"][mine], found["activation"][mine], limit)
