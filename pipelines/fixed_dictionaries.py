@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-
 from saeql.sae.architectures.jumprelu import JumpReluAutoencoder
 from saeql.sae.comm import CommError
 from saeql.sae.config import DictionaryConfig
