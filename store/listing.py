@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
 
 from .cards import Cards
 from .errors import StoreError
@@ -31,11 +30,20 @@ class Filters:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: features with their scores, best first, and why, asked for those that are shown."""
+    """What a search found: features with their scores, best first, and why, asked for those that are shown.
+
+    Where the search was asked for its best only, `total` says how many there are.
+    """
 
     features: np.ndarray  # [N] int
     scores: np.ndarray  # [N] float
     why: Callable[[Sequence[int]], dict[int, Why]]
+    total: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all."""
+        return self.total is None or self.total == len(self.features)
 
     @classmethod
     def of(cls, scored: Sequence[Scored]) -> "Found":
@@ -99,8 +107,7 @@ def _mask(cards: Cards, filters: Filters) -> np.ndarray:
     """[F] bool of the cards' rows."""
     keep = np.ones(len(cards.features), bool)
     if filters.kind is not None:
-        same = pc.equal(cards.column("kind"), filters.kind)  # pyright: ignore[reportAttributeAccessIssue]
-        keep &= same.to_numpy(zero_copy_only=False)
+        keep &= cards.of_kind(filters.kind)
     density, auroc = cards.numbers("density"), cards.numbers("auroc")
     if filters.min_density is not None:
         keep &= density >= filters.min_density

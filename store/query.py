@@ -134,7 +134,7 @@ def run_own(
 
     Raises StoreError for a damaged or closed file.
     """
-    with _own_cursor(connection, path) as cursor:
+    with own_cursor(connection, path) as cursor:
         found = cursor.execute(query, params) if params else cursor.execute(query)
         names = [column[0] for column in found.description or ()]
         return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
@@ -144,13 +144,14 @@ def own_columns(
     connection: duckdb.DuckDBPyConnection, path: Path, query: str, params: Params = None
 ) -> dict[str, np.ndarray]:
     """Columns without nulls of a query of saeql's own: for many rows. Raises StoreError as `run_own` does."""
-    with _own_cursor(connection, path) as cursor:
+    with own_cursor(connection, path) as cursor:
         found = cursor.execute(query, params) if params else cursor.execute(query)
         return {name: np.ma.getdata(values) for name, values in found.fetchnumpy().items()}
 
 
 @contextmanager
-def _own_cursor(connection: duckdb.DuckDBPyConnection, path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def own_cursor(connection: duckdb.DuckDBPyConnection, path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A cursor for saeql's own reading. Raises StoreError as `run_own` does."""
     try:
         with connection.cursor() as cursor:
             yield cursor
@@ -193,6 +194,13 @@ def arrow_reader(relation: duckdb.DuckDBPyRelation) -> pa.RecordBatchReader:
     if hasattr(relation, "to_arrow_reader"):
         return relation.to_arrow_reader(_BATCH_ROWS)
     return relation.fetch_record_batch(_BATCH_ROWS)
+
+
+def plain_numbers(column: pa.Array, kind: Any) -> np.ndarray:
+    """The numbers of a column without nulls, of the numpy type that they have. Arrow's own way would import pandas."""
+    if len(column) == 0:
+        return np.zeros(0, kind)
+    return np.frombuffer(column.buffers()[1], kind)[column.offset : column.offset + len(column)]
 
 
 class _Deadline:
