@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from saeql.store.feature_batch import FeatureBatch
 from saeql.store.feature_store import Example, FeatureStore
 
 from ..charts import Chart, density_chart, histogram_chart
@@ -69,7 +70,7 @@ class FeaturePage:
 
 
 def feature_page(
-    store: FeatureStore,
+    store: FeatureStore | FeatureBatch,
     feature: int,
     *,
     dictionary: str | None = None,
