@@ -16,7 +16,9 @@ class Addresses:
     def __call__(self, path: str, **fields: object) -> str:
         kept = {name: value for name, value in fields.items() if value not in (None, "", [])}
         if path == "/compare":
-            one, other = (self._number(kept.pop(field, None), n) for n, field in enumerate(("one", "other")))
+            one, other = (self._number(kept.get(field), n) for n, field in enumerate(("one", "other")))
+            if one == other:  # nothing is compared with itself
+                other = int(one == 0)
             return f"compare.{one}.{other}.html"
         page = "index" if path == "/" else "features"
         if path.startswith("/features/"):

@@ -55,7 +55,7 @@ def export_site(
 ) -> WrittenSite:
     """Write the store at `source` (a run, or a store alone) as a site into folder `out`.
 
-    Args: the names of what to show in `dictionary`, all unless named; `only` a SQL condition on the view `features`; `top` as many
+    `dictionary` names those to show, all unless named; `only` is a SQL condition on the view `features`; `top` as many
     features, those of the best labels. Raises SiteError for a folder in use or nothing to show, StoreError and
     FeatureNotFound for what the store has not, SQLError for a condition that is none.
     """

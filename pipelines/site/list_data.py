@@ -25,7 +25,7 @@ def write_list_data(files: SiteFiles, place: str, cards: Cards, features: np.nda
         files.data(
             f"{place}/c{start // LIST_FEATURES}",
             {
-                "kinds": list(kinds),
+                "kinds": [visible(name) for name in kinds],
                 "label": [visible(label) for label in labels[part]],
                 "auroc_text": [fixed(None if np.isnan(x) else x) for x in numbers["auroc"][part].tolist()],
                 "density_text": [share(x) for x in numbers["density"][part].tolist()],
