@@ -101,17 +101,32 @@ def line_chart(
     )
 
 
+def density_bins(densities: np.ndarray, per_decade: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """(counts [n], edges [n + 1] of log10) of the features that fire at all, whole decades; empty where none does."""
+    alive = densities[np.isfinite(densities) & (densities > 0)]
+    if len(alive) == 0:
+        return np.zeros(0, np.int64), np.zeros(0)
+    logs = np.log10(alive)
+    low = math.floor(logs.min())
+    high = max(math.ceil(logs.max()), low + 1)
+    return np.histogram(logs, (high - low) * per_decade, (low, high))
+
+
 def density_chart(
     densities: np.ndarray, bins_per_decade: int = 4, mark: float | None = None, width: int = 960, height: int = 300
 ) -> Chart | None:
     """Histogram of log10(density) over the features that fire at all, with a stroke at `mark`; None where none does."""
-    alive = densities[np.isfinite(densities) & (densities > 0)]
-    if len(alive) == 0:
+    return bins_chart(density_bins(densities, bins_per_decade), mark, width, height)
+
+
+def bins_chart(
+    bins: tuple[np.ndarray, np.ndarray], mark: float | None = None, width: int = 960, height: int = 300
+) -> Chart | None:
+    """The chart of `density_bins`."""
+    counts, edges = bins
+    if len(counts) == 0:
         return None
-    logs = np.log10(alive)
-    low = math.floor(logs.min())
-    high = max(math.ceil(logs.max()), low + 1)
-    counts, edges = np.histogram(logs, (high - low) * bins_per_decade, (low, high))
+    low, high = round(edges[0]), round(edges[-1])
     x_ticks = [float(t) for t in range(low, high + 1)]
     chart = Chart(
         "share of rows on which a feature is active (log scale)", "features", [], [], width=width, height=height

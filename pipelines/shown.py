@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,6 +18,7 @@ def visible(text: str) -> str:
     return "".join(f"[U+{ord(c):04X}]" if hidden(c) else c for c in text)
 
 
+@lru_cache(8192)
 def token_text(token: str, mark_spaces: bool = False) -> str:
     """One token on one line: line breaks and tabs as arrows; spaces as dots where alone or to be marked."""
     shown = visible(token.replace("\r\n", "↵").replace("\n", "↵").replace("\r", "↵").replace("\t", "⇥"))

@@ -28,7 +28,7 @@ from .load import (
 from .publish import find_store_damage, writing
 from .query import read_beside
 from .search_index import index_words
-from .segment import derive_segment, load_by_document
+from .segment import derive_segment, derive_token_features, load_by_document
 
 OnStep = Callable[[str, int, int], None]
 Step = tuple[str, Callable[[], None]]
@@ -109,6 +109,8 @@ def upgrade_store(path: str | Path, *, threads: int | None = None, memory_limit:
             applied = migrations.apply(connection)
             if any(step.name == "keyed" for step in applied):  # what that migration dropped
                 _Writer(connection, Path(f"{temporary}.spill")).derive_new()
+            if any(step.name == "token_features" for step in applied):
+                _Writer(connection, Path(f"{temporary}.spill")).derive_token_features()
             return [step.name for step in applied]
     except duckdb.Error as error:
         raise StoreError(
@@ -283,6 +285,11 @@ class _Writer:
                 derive_segment(self.connection, segment_id, self.spool / "cofirings", only_cofirings=True)
             finally:
                 shutil.rmtree(self.spool / "cofirings", ignore_errors=True)
+
+    def derive_token_features(self) -> None:
+        """What stands for every token, of all segments."""
+        for (segment_id,) in self.connection.execute("SELECT segment_id FROM evidence.segments").fetchall():
+            derive_token_features(self.connection, segment_id)
 
     def replace_tables(self, evidence: Evidence, names: Sequence[str], tables: Sequence[str]) -> None:
         load_small_tables(self.connection, evidence, names, tables)

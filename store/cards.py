@@ -15,7 +15,8 @@ class Cards:
     """Label, kind, auroc, density and largest train activation by feature."""
 
     def __init__(self, table: pa.Table):
-        self.features = table["feature"].to_numpy()  # ascending
+        self.features = table["feature"].to_numpy().astype(np.int64)  # ascending
+        self._is_dense = bool(len(self.features)) and int(self.features[-1]) == len(self.features) - 1  # 0, 1, 2, ...
         self._columns = {name: table[name].combine_chunks() for name in ("label", "kind", "auroc", "density")}
         self.max_activation = table["max_activation"].to_numpy()
         self._orders: dict[tuple[str, bool], np.ndarray] = {}
@@ -69,15 +70,23 @@ class Cards:
         features = np.asarray(features, np.int64)
         if len(self.features) == 0:
             return np.full(len(features), -1)
+        if self._is_dense:
+            return np.where((features >= 0) & (features < len(self.features)), features, -1)
         place = np.minimum(np.searchsorted(self.features, features), len(self.features) - 1)
         return np.where(self.features[place] == features, place, -1)
 
     def of(self, feature: int) -> dict[str, Any] | None:
         """label, kind, auroc and density of a feature; None for one that is not there."""
-        (row,) = self.rows([feature])
-        return None if row < 0 else {name: column[int(row)].as_py() for name, column in self._columns.items()}
+        row = self._row(feature)
+        return None if row is None else {name: column[row].as_py() for name, column in self._columns.items()}
 
     def label(self, feature: int) -> str:
         """Its label, 'unexplained' where there is none."""
-        card = self.of(feature)
-        return "unexplained" if card is None else card["label"]
+        row = self._row(feature)
+        return "unexplained" if row is None else self._columns["label"][row].as_py()
+
+    def _row(self, feature: int) -> int | None:
+        if self._is_dense:
+            return feature if 0 <= feature < len(self.features) else None
+        row = int(np.searchsorted(self.features, feature))
+        return row if row < len(self.features) and self.features[row] == feature else None

@@ -44,12 +44,26 @@ class Chunk:
 
     @cached_property
     def token_runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(group, count, token id) of every token that a group fires on."""
-        keys = np.sort(_keys(self.groups, self.text.token_ids[self.rows]))
+        """(group, count, token id) of every token that a group fires on, by feature, token and split."""
+        feature, split = np.divmod(self.groups, NUM_SPLITS)
+        keys = feature.astype(np.uint64) << np.uint64(34)
+        keys |= self.text.token_ids[self.rows].astype(np.uint64) << np.uint64(2)
+        keys |= split.astype(np.uint64)
+        keys.sort()
         starts = run_starts(keys)
         count = np.diff(np.append(starts, len(keys)))
         found = keys[starts]
-        return (found >> np.uint64(32)).astype(np.int64), count, (found & _LOW).astype(np.int64)
+        group = (found >> np.uint64(34)).astype(np.int64) * NUM_SPLITS + (found & np.uint64(3)).astype(np.int64)
+        return group, count, ((found >> np.uint64(2)) & _LOW).astype(np.int64)
+
+    def token_pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(feature, token id, count) of every token that a feature fires on, over all splits."""
+        group, count, token = self.token_runs
+        feature = group // NUM_SPLITS
+        starts = run_starts((feature << 32) | token)
+        if len(starts) == 0:
+            return feature, token, count
+        return self.first + feature[starts], token[starts], np.add.reduceat(count, starts)
 
 
 def make_chunk(segment_id: int, first: int, num_features: int, text: TextRows, records: np.ndarray) -> Chunk:

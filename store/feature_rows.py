@@ -1,11 +1,14 @@
 """Rows of one feature as the views `features`, `neighbours` and `logit_effects` have them, read from their tables.
 
 To ask the views costs DuckDB five to thirteen milliseconds of planning, however little they then read: too much for a
-page. `tests/store/test_feature_store.py` holds these rows against the views.
+page. Nor is anything sorted or cast here by DuckDB, which doubles the half millisecond that such a question takes.
+`tests/store/test_feature_store.py` holds these rows against the views.
 """
 
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from .search import Ask
 
@@ -13,26 +16,42 @@ Rows = list[dict[str, Any]]
 
 _STATISTICS = "density, mean_activation, max_activation, p50, p90, p99, token_entropy, num_documents"
 _SCORES = ("auroc", "auroc_low", "auroc_high", "f1", "n_active", "n_inactive")
+_EFFECTS = "SELECT feature, direction, rank, token_id, effect FROM evidence.logit_effects"
 
 
-def feature_row(ask: Ask, name: str, dictionary_id: int, segment_id: int, feature: int) -> dict[str, Any] | None:
-    """The feature's row of `features`; None where it has no statistics."""
+def feature_row(
+    ask: Ask,
+    name: str,
+    dictionary_id: int,
+    segment_id: int,
+    feature: int,
+    *,
+    vocabulary: np.ndarray,
+    card: dict[str, Any] | None,
+    is_compared: bool,
+) -> dict[str, Any] | None:
+    """The feature's row of `features`; None where it has no statistics.
+
+    `vocabulary` is that of `text_rows.read_vocabulary`, `card` the feature's of `Cards` where those are in memory, and
+    `is_compared` whether the dictionary has rows in `stability`.
+    """
     of_segment = f"segment_id = {segment_id} AND feature = {feature}"
     of_dictionary = f"dictionary_id = {dictionary_id} AND feature = {feature}"
     by_split = {
         row.pop("split"): row
-        for row in ask(
-            f"SELECT split::VARCHAR AS split, {_STATISTICS} FROM derived.feature_stats "
-            f"WHERE {of_segment} AND split IN ('train', 'test')"
-        )
+        for row in ask(f"SELECT split, {_STATISTICS} FROM derived.feature_stats WHERE {of_segment}")
     }
     if "train" not in by_split:
         return None
     train = by_split["train"]
-    label = _first(ask(f"SELECT label, kind, {', '.join(_SCORES)} FROM evidence.labels WHERE {of_dictionary}"))
+    text = "" if card else "label, kind, "  # to decode labels takes as long as all of the rest
+    label = _first(ask(f"SELECT {text}{', '.join(_SCORES)} FROM evidence.labels WHERE {of_dictionary}"))
+    label |= card or {}
     tokens = _first(ask(f"SELECT top_tokens FROM derived.feature_tokens WHERE {of_segment}"))
-    logits = _first(ask(f"SELECT promotes, suppresses FROM derived.feature_logits WHERE {of_dictionary}"))
-    seen = _first(ask(f"SELECT stability, first_seen FROM evidence.stability WHERE {of_dictionary}"))
+    moved = _in_order(ask(f"{_EFFECTS} WHERE {of_dictionary}"))  # derived.feature_logits decodes seven times as long
+    seen = {}
+    if is_compared:
+        seen = _first(ask(f"SELECT stability, first_seen FROM evidence.stability WHERE {of_dictionary}"))
     return {
         "dictionary": name,
         "feature": feature,
@@ -43,8 +62,8 @@ def feature_row(ask: Ask, name: str, dictionary_id: int, segment_id: int, featur
         "test_density": by_split.get("test", {}).get("density"),
         **train,
         "top_tokens": tokens.get("top_tokens") or [],
-        "promotes": logits.get("promotes") or [],
-        "suppresses": logits.get("suppresses") or [],
+        "promotes": _texts(moved, "promoted", vocabulary),
+        "suppresses": _texts(moved, "suppressed", vocabulary),
         "stability": seen.get("stability"),
         "first_seen": seen.get("first_seen"),
     }
@@ -56,32 +75,65 @@ def neighbour_rows(
     """The first rows of `neighbours`; `label` tells a feature's."""
     rows = ask(
         "SELECT feature, rank, neighbour, cosine FROM evidence.neighbours "
-        f"WHERE dictionary_id = {dictionary_id} AND feature = {feature} ORDER BY rank LIMIT {int(limit)}"
+        f"WHERE dictionary_id = {dictionary_id} AND feature = {feature}"
     )
+    rows = sorted(rows, key=lambda row: row["rank"])[: max(limit, 0)]
     return [{"dictionary": name, **row, "neighbour_label": label(row["neighbour"])} for row in rows]
 
 
-def effect_rows(
-    ask: Ask, name: str, dictionary_id: int, vocabulary_id: int, feature: int, direction: str | None, limit: int
-) -> Rows:
-    """Rows of `logit_effects`, `limit` of each direction, promoted first."""
+def cofiring_rows(ask: Ask, segment_id: int, feature: int, limit: int, label: Callable[[int], str]) -> Rows:
+    """The first rows of `cofirings` on one corpus."""
     rows = ask(
-        "SELECT feature, direction::VARCHAR AS direction, rank, token_id, effect FROM evidence.logit_effects "
-        f"WHERE dictionary_id = {dictionary_id} AND feature = {feature} AND rank < $limit "
-        "AND direction = coalesce($direction, direction) ORDER BY direction, rank",
-        {"limit": limit, "direction": direction},
+        "SELECT rank, partner, count, num_sampled, pmi FROM derived.cofirings "
+        f"WHERE segment_id = {segment_id} AND feature = {feature}"
     )
-    ids = ", ".join(str(row["token_id"]) for row in rows) or "NULL"
-    texts = {
-        row["token_id"]: row["token"]
-        for row in ask(
-            f"SELECT token_id, token FROM evidence.vocabulary WHERE vocabulary_id = {vocabulary_id} "
-            f"AND token_id IN ({ids})"
-        )
-    }
+    rows = sorted((row for row in rows if row["rank"] <= limit), key=lambda row: row["rank"])
+    return [row | {"partner_label": label(row["partner"])} for row in rows]
+
+
+def effect_rows(
+    ask: Ask, name: str, dictionary_id: int, vocabulary: np.ndarray, feature: int, direction: str | None, limit: int
+) -> Rows:
+    """Rows of `logit_effects`, `limit` of each direction, promoted first; `vocabulary` as in `feature_row`."""
+    rows = _in_order(ask(f"{_EFFECTS} WHERE dictionary_id = {dictionary_id} AND feature = {feature}"))
     return [
-        {"dictionary": name, **row, "token": texts.get(row["token_id"]), "effect": row.pop("effect")} for row in rows
+        {"dictionary": name, **row, "token": _text(row, vocabulary), "effect": row.pop("effect")}
+        for row in rows
+        if row["rank"] < limit and direction in (None, row["direction"])
     ]
+
+
+def receipt_rows(ask: Ask, name: str, dictionary_id: int, feature: int | None) -> Rows:
+    """Rows of `receipts` about a feature, or with None about the dictionary as a whole, by control."""
+    which = "IS NULL" if feature is None else f"= {feature}"
+    rows = ask(f"SELECT * FROM evidence.receipts WHERE dictionary_id = {dictionary_id} AND feature {which}")
+    for row in rows:
+        del row["dictionary_id"]
+    return [{"dictionary": name, **row} for row in sorted(rows, key=lambda row: row["control"])]
+
+
+def example_rows(ask: Ask, segment_id: int, feature: int, split: str, kind: str | None) -> Rows:
+    """Rows of derived.examples on one split, deciles first, then the strongest; `kind` None takes both."""
+    rows = ask(
+        "SELECT kind, decile, rank, window_id, position, activation, offsets, activations FROM derived.examples "
+        f"WHERE segment_id = {segment_id} AND feature = {feature} AND split = '{split}'"
+    )
+    rows = [row for row in rows if kind in (None, row["kind"])]
+    return sorted(rows, key=lambda row: (row["kind"], -(row["decile"] or 0), row["rank"]))
+
+
+def _in_order(effects: Rows) -> Rows:
+    return sorted(effects, key=lambda row: (row["direction"], row["rank"]))
+
+
+def _text(effect: dict[str, Any], vocabulary: np.ndarray) -> str | None:
+    return vocabulary[effect["token_id"]] if 0 <= effect["token_id"] < len(vocabulary) else None
+
+
+def _texts(effects: Rows, direction: str, vocabulary: np.ndarray) -> list[str]:
+    """The tokens that a vocabulary has of one direction, strongest first."""
+    texts = (_text(row, vocabulary) for row in effects if row["direction"] == direction)
+    return [text for text in texts if text is not None]
 
 
 def _first(rows: Rows) -> dict[str, Any]:

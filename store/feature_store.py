@@ -19,14 +19,14 @@ from .console import DEFAULT_SECONDS, Console
 from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
-from .feature_rows import effect_rows, feature_row, neighbour_rows
+from .feature_rows import cofiring_rows, effect_rows, example_rows, feature_row, neighbour_rows, receipt_rows
 from .frames import as_frame
 from .listing import Filters, Found, Listing, select
 from .parquet_store import connect_parquet, is_parquet_store
-from .query import Params, connect_read_only, own_columns, run_own, run_statement
+from .query import Params, connect_read_only, own_columns, own_cursor, run_own, run_statement
 from .records import SPLITS
 from .search import METHODS, Scope, Scored, SearchHit, by_words, describe, token_scores, word_places, word_scores
-from .text_rows import TextRows, read_text_rows
+from .text_rows import TextRows, read_text_rows, read_vocabulary
 from .vectors import VectorTable, unit_rows
 
 
@@ -92,7 +92,7 @@ class FeatureStore:
                 "JOIN evidence.models USING (model_id) ORDER BY dictionary_id"
             )
             segments = self._rows(
-                "SELECT dictionary_id, segment_id, corpus_id, corpus, first_window, num_windows "
+                "SELECT dictionary_id, segment_id, corpus_id, corpus, first_document, num_documents "
                 "FROM evidence.segments JOIN evidence.corpora USING (corpus_id) ORDER BY segment_id"
             )
         except StoreError:
@@ -100,11 +100,14 @@ class FeatureStore:
             raise
         self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
         self._segments = {i: [g for g in segments if g["dictionary_id"] == i] for i, _ in self._known.values()}
-        self._vocabularies: dict[int, int] = {r["dictionary_id"]: r["vocabulary_id"] for r in rows}
+        self._vocabulary_ids: dict[int, int] = {r["dictionary_id"]: r["vocabulary_id"] for r in rows}
+        self._vocabularies: dict[int, np.ndarray] = {}
         self._vectors: dict[str, VectorTable] = {}
         self._embedded: dict[str, np.ndarray] = {}  # what each of them is of: 'label' | 'evidence'
         self._texts: dict[int, TextRows] = {}
         self._cards: dict[int, Cards] = {}
+        self._totals: dict[int, np.ndarray] = {}  # by segment
+        self._filled: dict[tuple[str, int], bool] = {}
         FeatureStore._readers.add(self)
 
     @classmethod
@@ -212,7 +215,7 @@ class FeatureStore:
         if by == "words":
             found = by_words(self._rows, self._columns, scope, text, limit if where is None else None)
         elif by in METHODS:
-            found = METHODS[by](self._rows, self._columns, scope, text)
+            found = METHODS[by](self._rows, self._columns, scope, text, limit if where is None else None)
         else:
             raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
         return self.hits(found, limit=limit, where=where, dictionary=dictionary)
@@ -253,8 +256,12 @@ class FeatureStore:
         """One page of all features that meet `filters`, of those in `found` where a search found some.
 
         Without `sort` (see `listing.SORTS`) a search is in its own order, else features are by number. `where` is that
-        of `search`. Raises SQLError where it is no condition, StoreError for what cannot be sorted by.
+        of `search`. Raises SQLError where it is no condition, StoreError for what cannot be sorted by, and for the best
+        of a search where more of it is asked.
         """
+        narrowed = sort is not None or where is not None or (filters or Filters()).asks
+        if found is not None and not found.is_whole and (narrowed or offset + limit > len(found.features)):
+            raise StoreError("these are only the best of a search: ask `found` for all")
         scope = self._scope(dictionary)
         cards = self._cards_of(scope.dictionary_id)
         among = None
@@ -267,10 +274,14 @@ class FeatureStore:
         scores = {} if found is None else found.scores_of(shown)
         why = {} if found is None else found.why(shown)
         scored = [Scored(f, scores.get(f, 0.0), why.get(f, {})) for f in shown]
-        return Listing(len(features), offset, describe(cards, scope, scored))
+        total = len(features) if found is None or found.is_whole or found.total is None else found.total
+        return Listing(total, offset, describe(cards, scope, scored))
 
-    def found(self, text: str, *, by: str = "words", dictionary: str | None = None) -> Found:
-        """All that `search` finds, for lists of it. Raises what `search` raises."""
+    def found(self, text: str, *, by: str = "words", dictionary: str | None = None, limit: int | None = None) -> Found:
+        """What `search` finds, for lists of it: all, or with `limit` at least so many of the best.
+
+        Raises what `search` raises.
+        """
         scope = self._scope(dictionary)
         if by == "words":
             words = word_scores(self._rows, self._columns, scope, text)
@@ -280,16 +291,34 @@ class FeatureStore:
                 lambda features: word_places(self._rows, scope, words.terms, features),
             )
         if by == "token":
-            fires = token_scores(self._rows, self._columns, scope, text)
-            return Found(fires.columns["feature"], fires.columns["f1"], fires.why)
+            fires = token_scores(self._rows, self._columns, scope, text, limit)
+            return Found(fires.columns["feature"], fires.columns["f1"], fires.why, fires.total)
         if by not in METHODS:
             raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
-        return Found.of(METHODS[by](self._rows, self._columns, scope, text))
+        return Found.of(METHODS[by](self._rows, self._columns, scope, text, None))
 
     def _scope(self, dictionary: str | None) -> Scope:
-        name, (dictionary_id, _) = self._dictionary(dictionary)
-        segment = self._segment(dictionary_id)
-        return Scope(name, dictionary_id, segment["segment_id"] if segment else -1)
+        name, (dictionary_id, d_sae) = self._dictionary(dictionary)
+        segments = self._segments[dictionary_id]
+        segment_id = segments[0]["segment_id"] if segments else -1
+        return Scope(
+            name,
+            dictionary_id,
+            segment_id,
+            len(segments),
+            self._vocabulary_ids[dictionary_id],
+            lambda: self._num_activations(segment_id, d_sae),
+        )
+
+    def _num_activations(self, segment_id: int, d_sae: int) -> np.ndarray:
+        """[d_sae] int64: how often every feature fires, all splits."""
+        if segment_id not in self._totals:
+            found = self._columns(
+                f"SELECT feature, num_activations FROM derived.feature_stats WHERE segment_id = {segment_id}"
+            )
+            total = np.bincount(found["feature"], weights=found["num_activations"], minlength=d_sae)
+            self._totals[segment_id] = total.astype(np.int64)
+        return self._totals[segment_id]
 
     def embedding_model(self, dictionary: str | None = None) -> str | None:
         """What made the sentence embeddings of a dictionary's labels and evidence; None where it has none."""
@@ -346,7 +375,16 @@ class FeatureStore:
         """The feature's row of the view `features`; in a notebook its card. Raises FeatureNotFound."""
         name, (dictionary_id, _) = self._known_feature(feature, dictionary)
         segment = self._segment(dictionary_id)
-        row = feature_row(self._rows, name, dictionary_id, segment["segment_id"] if segment else -1, int(feature))
+        row = feature_row(
+            self._rows,
+            name,
+            dictionary_id,
+            segment["segment_id"] if segment else -1,
+            int(feature),
+            vocabulary=self._vocabulary(dictionary_id),
+            card=self._cards[dictionary_id].of(int(feature)) if dictionary_id in self._cards else None,
+            is_compared=self._has("stability", dictionary_id),
+        )
         if row is None:
             raise FeatureNotFound(f"{self.path} has nothing of {name}'s feature {feature}: index again")
         return FeatureRow(row, self)
@@ -393,12 +431,9 @@ class FeatureStore:
         segment = self._segment(dictionary_id, corpus)
         if segment is None:
             return []
-        rows = self._rows(  # without LIMIT, with which DuckDB takes twice as long
-            "SELECT kind, decile, rank, window_id, position, activation, offsets, activations FROM derived.examples "
-            f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND split = $split "
-            "AND kind = coalesce($kind, kind) ORDER BY kind, decile DESC, rank",
-            {"split": split, "kind": kind},
-        )
+        if split not in SPLITS:
+            return []
+        rows = example_rows(self._rows, segment["segment_id"], int(feature), split, kind)
         found = contexts(self._text(segment["corpus_id"]), self._titles, rows[:limit])
         return [
             Example(dictionary=name, feature=int(feature), split=split, corpus=segment["corpus"], **row)
@@ -419,13 +454,8 @@ class FeatureStore:
         segment = self._segment(dictionary_id)
         if segment is None:
             return []
-        cards = self._cards_of(dictionary_id)
-        rows = self._rows(
-            "SELECT rank, partner, count, num_sampled, pmi FROM derived.cofirings "
-            f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND rank <= $limit ORDER BY rank",
-            {"limit": limit},
-        )
-        return [row | {"partner_label": cards.label(row["partner"])} for row in rows]
+        label = self._cards_of(dictionary_id).label
+        return cofiring_rows(self._rows, segment["segment_id"], int(feature), limit, label)
 
     def document_features(
         self, document_id: int, *, dictionary: str | None = None, limit: int = 50
@@ -435,20 +465,29 @@ class FeatureStore:
         Those nearest to their largest activation come first. Raises FeatureNotFound for a document that is not there.
         """
         _, (dictionary_id, _) = self._dictionary(dictionary)
-        rows = self._rows(f"SELECT corpus_id FROM evidence.documents WHERE document_id = {int(document_id)}")
-        if not rows:
-            raise FeatureNotFound(f"{self.path} has no document {document_id}: the view documents lists them")
-        segment = next((g for g in self._segments[dictionary_id] if g["corpus_id"] == rows[0]["corpus_id"]), None)
-        text = self._text(rows[0]["corpus_id"])
-        inside = text.windows_of(document_id)
-        if segment is None or len(inside) == 0:  # none: all of it fell to an incomplete last window
-            return []
-        windows = ", ".join(map(str, inside.tolist()))
+        segment = next(
+            (
+                g
+                for g in self._segments[dictionary_id]
+                if 0 <= document_id - g["first_document"] < (g["num_documents"] or 0)
+            ),
+            None,
+        )
+        text = None if segment is None else self._text(segment["corpus_id"])
+        inside = np.zeros(0, np.int32) if text is None else text.windows_of(document_id)
+        if segment is None or text is None or len(inside) == 0:
+            if not self._rows(f"SELECT 1 AS found FROM evidence.documents WHERE document_id = {int(document_id)}"):
+                raise FeatureNotFound(f"{self.path} has no document {document_id}: the view documents lists them")
+            return []  # of another text, or all of it fell to an incomplete last window
+        first, last = int(inside[0]), int(inside[-1])
+        which = f"BETWEEN {first} AND {last}"  # quicker than a list, where it reads little else
+        if last - first > 2 * len(inside):
+            which = f"IN ({', '.join(map(str, inside.tolist()))})"
         found = own_columns(
             self._connection,
             self.path,
             "SELECT feature, window_id, position, activation FROM evidence.activations_by_document "
-            f"WHERE segment_id = {segment['segment_id']} AND window_id IN ({windows})",
+            f"WHERE segment_id = {segment['segment_id']} AND window_id {which}",
         )
         mine = text.document_ids[text.rows(found["window_id"], found["position"])] == document_id
         return _strongest(self._cards_of(dictionary_id), found["feature"][mine], found["activation"][mine], limit)
@@ -458,17 +497,15 @@ class FeatureStore:
     ) -> list[dict[str, Any]]:
         """Rows of the view `logit_effects`, `limit` of each direction, promoted first. Raises FeatureNotFound."""
         name, (dictionary_id, _) = self._known_feature(feature, dictionary)
-        vocabulary = self._vocabularies[dictionary_id]
+        vocabulary = self._vocabulary(dictionary_id)
         return effect_rows(self._rows, name, dictionary_id, vocabulary, int(feature), direction, limit)
 
     def receipts(self, feature: int | None, *, dictionary: str | None = None) -> list[dict[str, Any]]:
         """Rows of the view `receipts` about a feature, or with None about the dictionary as a whole."""
-        params = {"dictionary": self._scope(dictionary).dictionary, "feature": feature}
-        query = (
-            "SELECT * FROM receipts WHERE dictionary = $dictionary AND feature IS NOT DISTINCT FROM $feature::INTEGER "
-            "ORDER BY control"
-        )
-        return self._rows(query, params)
+        name, (dictionary_id, _) = self._dictionary(dictionary)
+        if not self._has("receipts", dictionary_id):
+            return []
+        return receipt_rows(self._rows, name, dictionary_id, None if feature is None else int(feature))
 
     def dictionaries(self) -> list[dict[str, Any]]:
         """Rows of the view `dictionaries`, in the store's order."""
@@ -498,11 +535,27 @@ class FeatureStore:
             )
         return self._cards[dictionary_id]
 
+    def _has(self, table: str, dictionary_id: int) -> bool:
+        """Whether a table of the evidence has anything of a dictionary."""
+        key = (table, dictionary_id)
+        if key not in self._filled:
+            rows = self._rows(f"SELECT 1 AS found FROM evidence.{table} WHERE dictionary_id = {dictionary_id} LIMIT 1")
+            self._filled[key] = bool(rows)
+        return self._filled[key]
+
+    def _vocabulary(self, dictionary_id: int) -> np.ndarray:
+        """Text of every token id of a dictionary's tokenizer: DuckDB takes two milliseconds to tell twenty of them."""
+        vocabulary_id = self._vocabulary_ids[dictionary_id]
+        if vocabulary_id not in self._vocabularies:
+            with own_cursor(self._connection, self.path) as cursor:
+                self._vocabularies[vocabulary_id] = read_vocabulary(cursor, vocabulary_id)
+        return self._vocabularies[vocabulary_id]
+
     def _text(self, corpus_id: int) -> TextRows:
         """A corpus in memory, 20 bytes a token: DuckDB would read lists of all windows to show twenty of them."""
         if corpus_id not in self._texts:
-            with self._connection.cursor() as cursor:
-                self._texts[corpus_id] = read_text_rows(cursor, corpus_id)
+            with own_cursor(self._connection, self.path) as cursor:
+                self._texts[corpus_id] = read_text_rows(cursor, corpus_id, self._vocabularies)
         return self._texts[corpus_id]
 
     def _titles(self, document_ids: Sequence[int]) -> dict[int, str | None]:

@@ -31,11 +31,20 @@ class Filters:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: features with their scores, best first, and why, asked for those that are shown."""
+    """What a search found: features with their scores, best first, and why, asked for those that are shown.
+
+    Where the search was asked for its best only, `total` says how many there are.
+    """
 
     features: np.ndarray  # [N] int
     scores: np.ndarray  # [N] float
     why: Callable[[Sequence[int]], dict[int, Why]]
+    total: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all."""
+        return self.total is None or self.total == len(self.features)
 
     @classmethod
     def of(cls, scored: Sequence[Scored]) -> "Found":

@@ -85,7 +85,14 @@ def create_views(connection: duckdb.DuckDBPyConnection, tables: dict[str, str]) 
         connection.execute(f"CREATE SCHEMA {schema}")
     for name, relation in tables.items():
         connection.execute(f"CREATE VIEW {name} AS SELECT * FROM {relation}")
-    for name in ("005_views", "006_questions", "009_comparison_views", "011_cards", "013_steering_views"):
+    for name in (
+        "005_views",
+        "006_questions",
+        "009_comparison_views",
+        "011_cards",
+        "013_steering_views",
+        "015_token_questions",
+    ):
         connection.execute(migrations.sql_text(name))
 
 

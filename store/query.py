@@ -134,7 +134,7 @@ def run_own(
 
     Raises StoreError for a damaged or closed file.
     """
-    with _own_cursor(connection, path) as cursor:
+    with own_cursor(connection, path) as cursor:
         found = cursor.execute(query, params) if params else cursor.execute(query)
         names = [column[0] for column in found.description or ()]
         return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
@@ -144,13 +144,14 @@ def own_columns(
     connection: duckdb.DuckDBPyConnection, path: Path, query: str, params: Params = None
 ) -> dict[str, np.ndarray]:
     """Columns without nulls of a query of saeql's own: for many rows. Raises StoreError as `run_own` does."""
-    with _own_cursor(connection, path) as cursor:
+    with own_cursor(connection, path) as cursor:
         found = cursor.execute(query, params) if params else cursor.execute(query)
         return {name: np.ma.getdata(values) for name, values in found.fetchnumpy().items()}
 
 
 @contextmanager
-def _own_cursor(connection: duckdb.DuckDBPyConnection, path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def own_cursor(connection: duckdb.DuckDBPyConnection, path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A cursor for saeql's own reading. Raises StoreError as `run_own` does."""
     try:
         with connection.cursor() as cursor:
             yield cursor

@@ -9,6 +9,7 @@ is then sorted and summarised by itself, two at a time while DuckDB stores the o
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +23,8 @@ from .errors import StoreError
 from .evidence import Evidence
 from .feature_chunk import NUM_SPLITS, RECORD, make_chunk
 from .load import files
-from .text_rows import TextRows, read_text_rows
+from .text_rows import TextRows, columns, read_text_rows, run_starts
+from .token_features import Pairs, TokenFeatures
 
 CHUNK_ROWS = 4_000_000
 _BATCH_ROWS = 1_000_000
@@ -58,30 +60,57 @@ def derive_segment(
 
     Raises StoreError for a feature or place that the dictionary or the text does not have.
     """
-    name, d_sae, corpus_id = connection.execute(
-        "SELECT dictionary, d_sae, corpus_id FROM evidence.segments JOIN evidence.dictionaries USING (dictionary_id) "
-        f"WHERE segment_id = {segment_id}"
-    ).fetchall()[0]
+    name, d_sae, corpus_id = _about(connection, segment_id)
     text = read_text_rows(connection, corpus_id)
     spooled = _spool(connection, segment_id, name, d_sae, text, spool)
 
-    def work(number: int) -> dict[str, pa.Table]:
+    best = TokenFeatures(segment_id, text, spooled.of_rows.num_activations)
+
+    def work(number: int) -> tuple[dict[str, pa.Table], tuple[Pairs, np.ndarray] | None]:
         first, last = spooled.bounds[number], spooled.bounds[number + 1]
         chunk = make_chunk(segment_id, first, last - first, text, spooled.read(number))
         cofirings = cofirings_table(chunk, spooled.of_rows)
         if only_cofirings:
-            return {"derived.cofirings": cofirings}
-        return {
+            return {"derived.cofirings": cofirings}, None
+        tables = {
             "evidence.activations_by_feature": feature_chunk.by_feature_table(chunk),
             "derived.feature_stats": feature_chunk.stats_table(chunk),
             "derived.feature_tokens": feature_chunk.top_tokens_table(chunk),
             "derived.examples": feature_chunk.examples_table(chunk),
             "derived.cofirings": cofirings,
         }
+        return tables, best.candidates(*chunk.token_pairs())
 
-    for tables in _in_order(work, range(len(spooled.bounds) - 1)):
+    for tables, pairs in _in_order(work, range(len(spooled.bounds) - 1)):
         for table, rows in tables.items():
             insert(connection, table, rows)
+        if pairs is not None:
+            best.add(pairs)
+    if not only_cofirings:
+        for table, rows in best.tables().items():
+            insert(connection, table, rows)
+
+
+def derive_token_features(connection: duckdb.DuckDBPyConnection, segment_id: int) -> None:
+    """What stands for every token, of a stored segment that has all else."""
+    name, d_sae, corpus_id = _about(connection, segment_id)
+    text = read_text_rows(connection, corpus_id)
+    counts = _counts(connection, segment_id, name, d_sae)
+    best = TokenFeatures(segment_id, text, counts)
+    bounds = chunk_bounds(counts)
+    for first, last in pairwise(bounds):
+        found = columns(
+            connection,
+            "SELECT feature, window_id, position FROM evidence.activations_by_feature "
+            f"WHERE segment_id = {segment_id} AND feature BETWEEN {first} AND {last - 1}",
+        )
+        token = text.token_ids[text.rows(found["window_id"], found["position"])].astype(np.int64)
+        keys = np.sort((found["feature"].astype(np.int64) << 32) | token)
+        starts = run_starts(keys)
+        count = np.diff(np.append(starts, len(keys)))
+        best.add(best.candidates(keys[starts] >> 32, keys[starts] & (2**32 - 1), count))
+    for table, rows in best.tables().items():
+        insert(connection, table, rows)
 
 
 def insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
@@ -171,6 +200,14 @@ def _spool(
     assert at == total, f"{at} of {total} activations of {name} were read"
     features = np.memmap(features_file, np.int32, "r") if total else np.zeros(0, np.int32)
     return _Spooled(bounds, RowFeatures(features, np.cumsum(row_counts), counts), folder)
+
+
+def _about(connection: duckdb.DuckDBPyConnection, segment_id: int) -> tuple[str, int, int]:
+    """(dictionary, d_sae, corpus id) of a segment."""
+    return connection.execute(
+        "SELECT dictionary, d_sae, corpus_id FROM evidence.segments JOIN evidence.dictionaries USING (dictionary_id) "
+        f"WHERE segment_id = {segment_id}"
+    ).fetchall()[0]
 
 
 def _counts(connection: duckdb.DuckDBPyConnection, segment_id: int, name: str, d_sae: int) -> np.ndarray:

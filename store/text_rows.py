@@ -67,8 +67,21 @@ class TextRows:
         return True
 
 
-def read_text_rows(connection: duckdb.DuckDBPyConnection, corpus_id: int) -> TextRows:
-    """The rows of a corpus that is loaded."""
+def read_vocabulary(connection: duckdb.DuckDBPyConnection, vocabulary_id: int) -> np.ndarray:
+    """[V] object: text of every token id, None for one that has none."""
+    texts = connection.execute(
+        f"SELECT token_id, token FROM evidence.vocabulary WHERE vocabulary_id = {vocabulary_id}"
+    ).fetchall()
+    vocabulary = np.full(max((token_id for token_id, _ in texts), default=-1) + 1, None, object)
+    for token_id, text in texts:
+        vocabulary[token_id] = text
+    return vocabulary
+
+
+def read_text_rows(
+    connection: duckdb.DuckDBPyConnection, corpus_id: int, known: dict[int, np.ndarray] | None = None
+) -> TextRows:
+    """The rows of a corpus that is loaded; vocabularies by id are taken from `known`, and put there when read."""
     first, count, vocabulary_id = connection.execute(
         "SELECT first_window, num_windows, vocabulary_id FROM evidence.corpora WHERE corpus_id = ?", [corpus_id]
     ).fetchall()[0]
@@ -89,13 +102,12 @@ def read_text_rows(connection: duckdb.DuckDBPyConnection, corpus_id: int) -> Tex
             f"SELECT split, num_kept_rows FROM evidence.split_rows WHERE corpus_id = {corpus_id}"
         ).fetchall()
     )
-    texts = connection.execute(
-        f"SELECT token_id, token FROM evidence.vocabulary WHERE vocabulary_id = {vocabulary_id}"
-    ).fetchall()
-    largest = max([int(tokens["token_id"].max(initial=0)), *(t for t, _ in texts)])
-    vocabulary = np.full(largest + 1, "", object)
-    for token_id, text in texts:
-        vocabulary[token_id] = text or ""
+    known = {} if known is None else known
+    if vocabulary_id not in known:
+        known[vocabulary_id] = read_vocabulary(connection, vocabulary_id)
+    texts = known[vocabulary_id]
+    vocabulary = np.full(max(int(tokens["token_id"].max(initial=0)) + 1, len(texts)), "", object)
+    vocabulary[: len(texts)] = np.where(texts == None, "", texts)  # noqa: E711
     return TextRows(
         first_window=first,
         starts=np.concatenate([[0], np.cumsum(lengths)]),

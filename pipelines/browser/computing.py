@@ -62,7 +62,7 @@ def computing_routes(site: Site) -> APIRouter:
             cards = store.cards(name)
             chosen = [
                 {"feature": number, "strength": strength, "label": cards.label(number)}
-                for number, strength in _chosen(site, given.get("features", ""))
+                for number, strength in _chosen(site, given.get("features", ""), given.get("strength") or "0.4")
                 if 0 <= number < len(cards.features)
             ]
             return site.page(
@@ -111,7 +111,7 @@ def computing_routes(site: Site) -> APIRouter:
             with site.open.reading() as store, site.models.turn(cancelled):
                 steerer = site.models.steerer(store)
                 site.models.check_prompt(steerer, asked.prompt)
-                write_both(steerer, asked.prompt, edits, writing, site.baselines, cancelled, emit)
+                write_both(steerer, asked.prompt, edits, writing, cancelled, emit)
 
         first = site.models.free_place()  # refused before anything is sent
         if first is not None:
@@ -242,8 +242,8 @@ def _check_text(site: Site, text: str) -> None:
         raise Refused(413, f"a prompt has at most {site.settings.limits.text_chars} characters")
 
 
-def _chosen(site: Site, text: str) -> list[tuple[int, float]]:
-    """(feature, strength) of "12:0.4,45". Raises Refused."""
+def _chosen(site: Site, text: str, usual: str) -> list[tuple[int, float]]:
+    """(feature, strength) of "12:0.4,45", of the `usual` strength where there is none. Raises Refused."""
     parts = [part for part in text.split(",") if part.strip()]
     most = site.settings.limits.steered_features
     if len(parts) > most:
@@ -251,5 +251,5 @@ def _chosen(site: Site, text: str) -> list[tuple[int, float]]:
     found = []
     for part in parts:
         number, _, strength = part.strip().partition(":")
-        found.append((whole_of("a feature", number), number_of("a strength", strength or "0.4")))
+        found.append((whole_of("a feature", number), number_of("a strength", strength or usual)))
     return found

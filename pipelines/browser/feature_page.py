@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from saeql.store.cards import Cards
 from saeql.store.feature_batch import FeatureBatch
 from saeql.store.feature_store import Example, FeatureStore
 
-from ..charts import Chart, density_chart, histogram_chart
+from ..charts import Chart, bins_chart, density_bins, histogram_chart
 from ..receipts.card import CardLine, card_lines
 from ..receipts.token_identity_control import attributes_to_token
 from .shading import Piece, pieces
@@ -19,6 +21,9 @@ NUM_OF_DECILE = 2
 NUM_READ = 300  # examples of both kinds, more than there are
 NUM_EFFECTS = 10
 NUM_NEAR = 10
+
+#: Densities of all features in bins, counted once for the cards of an open store.
+_BINS: "WeakKeyDictionary[Cards, tuple[np.ndarray, np.ndarray]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class FeaturePage:
     cofirings: list[dict[str, Any]]
     counts: np.ndarray  # of activations, and the edges of their bins
     edges: np.ndarray
-    densities: np.ndarray
+    densities: tuple[np.ndarray, np.ndarray]  # of all features, see charts.density_bins
     split: str
     shade: bool
 
@@ -61,7 +66,7 @@ class FeaturePage:
     @cached_property
     def density_chart(self) -> Chart | None:
         """All features by density, with a stroke at this one."""
-        return density_chart(self.densities, mark=self.row["density"] or None, width=470, height=240)
+        return bins_chart(self.densities, mark=self.row["density"] or None, width=470, height=240)
 
     @cached_property
     def largest_effect(self) -> float:
@@ -119,10 +124,16 @@ def feature_page(
         cofirings=store.cofirings(feature, dictionary=name, limit=NUM_NEAR),
         counts=counts,
         edges=edges,
-        densities=store.cards(name).numbers("density"),
+        densities=_bins(store.cards(name)),
         split=split,
         shade=shade,
     )
+
+
+def _bins(cards: Cards) -> tuple[np.ndarray, np.ndarray]:
+    if cards not in _BINS:
+        _BINS[cards] = density_bins(cards.numbers("density"))
+    return _BINS[cards]
 
 
 def snippets(page: FeaturePage, shown_run: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A prompt continued with and without edits, word by word, until it is done or nobody wants it any more."""
+"""A prompt continued with and without edits, side by side, until it is done or nobody wants it any more."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from ..steering.steerer import Steerer
 
 Emit = Callable[[dict[str, Any]], None]
+
+#: In the order of the batch.
+SIDES = ("baseline", "steered")
 
 
 @dataclass(frozen=True)
@@ -29,75 +32,94 @@ class Writing:
         return {"max_new_tokens": self.new_tokens, "do_sample": True, "temperature": self.temperature}
 
 
-class Baselines:
-    """Unsteered continuations, the last few: moving a slider does not write them again."""
-
-    def __init__(self, size: int = 32):
-        self._size = size
-        self._kept: dict[tuple[str, Writing], str] = {}
-
-    def get(self, prompt: str, writing: Writing) -> str | None:
-        """The continuation, where it was written to its end."""
-        return self._kept.get((prompt, writing))
-
-    def put(self, prompt: str, writing: Writing, text: str) -> None:
-        """Keep one, and let the oldest go."""
-        self._kept[prompt, writing] = text
-        while len(self._kept) > self._size:
-            self._kept.pop(next(iter(self._kept)))
-
-
 def write_both(
     steerer: "Steerer",
     prompt: str,
     edits: "Sequence[Edit]",
     writing: Writing,
-    baselines: Baselines,
     cancelled: threading.Event,
     emit: Emit,
 ) -> None:
-    """Emit {"side", "text"} pieces of the baseline and of the steered continuation, and {"side", "end"} after each.
+    """Emit {"side", "text"} pieces of the baseline and of the steered continuation, token by token of both, and
+    {"side", "end"} where one ends.
 
+    Both are rows of one batch: it takes the time of one, and no edit changes what is drawn for the baseline.
     Raises SteerError for edits that cannot be made, Refused (409) where it was cancelled in between.
     """
-    known = baselines.get(prompt, writing)
-    if known is None:
-        known = _write(steerer, "baseline", prompt, [], writing, cancelled, emit)
-        baselines.put(prompt, writing, known)
-    else:
-        emit({"side": "baseline", "text": known})
-    emit({"side": "baseline", "end": True})
-    _write(steerer, "steered", prompt, edits, writing, cancelled, emit)
-    emit({"side": "steered", "end": True})
-
-
-def _write(
-    steerer: "Steerer",
-    side: str,
-    prompt: str,
-    edits: "Sequence[Edit]",
-    writing: Writing,
-    cancelled: threading.Event,
-    emit: Emit,
-) -> str:
     import torch
-    from transformers import StoppingCriteriaList, TextStreamer
+    from transformers import StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
 
-    written: list[str] = []
+    last = _end_tokens(steerer)
 
-    class Pieces(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                written.append(text)
-                emit({"side": side, "text": text})
+    class Both(BaseStreamer):
+        """What transformers streams, row by row; its own streamers take one row only."""
+
+        def __init__(self) -> None:
+            self.sides = [_Side(name, steerer.lm.tokenizer, emit) for name in SIDES]
+            self.is_prompt = True
+
+        def put(self, value: "torch.Tensor") -> None:
+            if not self.is_prompt:
+                for side, token in zip(self.sides, value.tolist(), strict=True):
+                    side.put(token, is_last=token in last)
+            self.is_prompt = False
+
+        def end(self) -> None:
+            for side in self.sides:
+                side.close()
 
     def stop(ids: "torch.Tensor", scores: Any, **rest: Any) -> "torch.Tensor":
         return torch.full((ids.shape[0],), cancelled.is_set(), dtype=torch.bool, device=ids.device)
 
     torch.manual_seed(writing.seed)
-    pieces = Pieces(steerer.lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stopping = StoppingCriteriaList([stop])  # pyright: ignore[reportArgumentType]
-    steerer.generate(prompt, edits, streamer=pieces, stopping_criteria=stopping, **writing.options())
+    steerer.generate_all(
+        [prompt, prompt],
+        edits,
+        only=[False, True],
+        streamer=Both(),
+        stopping_criteria=StoppingCriteriaList([stop]),  # pyright: ignore[reportArgumentType]
+        **writing.options(),
+    )
     if cancelled.is_set():
         raise Refused(409, "cancelled")
-    return "".join(written)
+
+
+class _Side:
+    """One text as it grows: whole characters are told as soon as they are there."""
+
+    def __init__(self, name: str, tokenizer: Any, emit: Emit):
+        self.name, self.tokenizer, self.emit = name, tokenizer, emit
+        self.ids: list[int] = []
+        self.told = ""
+        self.is_open = True
+
+    def put(self, token: int, *, is_last: bool) -> None:
+        if not self.is_open:
+            return  # padding, while the other one is written
+        self.ids.append(token)
+        text = self._text()
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._tell(text)
+        if is_last:
+            self.close()
+
+    def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self._tell(self._text())
+            self.emit({"side": self.name, "end": True})
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _tell(self, text: str) -> None:
+        if len(text) > len(self.told):
+            self.emit({"side": self.name, "text": text[len(self.told) :]})
+            self.told = text
+
+
+def _end_tokens(steerer: "Steerer") -> set[int]:
+    """Tokens that end a text."""
+    ids = steerer.lm.model.generation_config.eos_token_id
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)

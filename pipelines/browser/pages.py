@@ -76,6 +76,7 @@ def page_routes(site: Site) -> APIRouter:
                 names=site.names(store),
                 name=name,
                 f=found,
+                can_steer=site.can_ask_model(name),
                 num_features=len(store.cards(name).features),
                 snippets=snippets(found, site.settings.shown),
             )

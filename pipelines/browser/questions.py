@@ -66,6 +66,11 @@ class ListQuestion:
         return Filters(self.kind or None, self.min_density, self.max_density, self.min_auroc)
 
     @property
+    def best_needed(self) -> int | None:
+        """How many of the best a search must find to draw this page; None where it must find all."""
+        return None if self.filters.asks or self.where or self.sort else self.page * self.rows
+
+    @property
     def narrowed(self) -> bool:
         """Whether a filter is set that a page need not always show."""
         bounds = (self.min_density, self.max_density, self.min_auroc)

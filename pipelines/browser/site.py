@@ -13,7 +13,6 @@ from saeql.store.feature_store import FeatureStore
 from saeql.store.listing import Found
 
 from .access import may_compute, require_token, take_token
-from .generation import Baselines
 from .models import Models
 from .open_store import OpenStore
 from .questions import WAYS, ListQuestion
@@ -34,7 +33,6 @@ class Site:
         self.settings = settings
         self.open = OpenStore(settings)
         self.models = Models(settings)
-        self.baselines = Baselines()
 
     @cached_property
     def templates(self) -> Environment:
@@ -76,16 +74,16 @@ class Site:
         return self.open.once(("receipts", name), lambda: store.receipts(None, dictionary=name))
 
     def can_ask_model(self, name: str | None = None) -> bool:
-        """Whether there is a run whose model can be asked."""
-        return self.settings.run is not None
+        """Whether there is a run whose model can be asked, of dictionary `name` where one is named."""
+        return self.settings.run is not None and (name is None or self.own_dictionary() in ("", name))
 
     def search(self, store: FeatureStore, question: ListQuestion) -> Found:
         """What the store finds, the last few kept: pages and filters of a search do not search again."""
         kept: dict[tuple[Any, ...], Found] = self.open.once("searches", dict)
         key = (question.dictionary, question.by, question.q)
-        found = kept.get(key)
-        if found is None:
-            found = store.found(question.q, by=question.by, dictionary=question.dictionary)
+        found, needed = kept.get(key), question.best_needed
+        if found is None or not (found.is_whole or (needed is not None and needed <= len(found.features))):
+            found = store.found(question.q, by=question.by, dictionary=question.dictionary, limit=needed)
             if len(kept) >= NUM_SEARCHES:
                 kept.clear()
             kept[key] = found

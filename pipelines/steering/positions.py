@@ -55,12 +55,14 @@ class Place:
     """Columns of the prompt, padding included."""
     padding: torch.Tensor | None = None
     """[B] padding tokens before each row's first; None: no padding."""
+    only: torch.Tensor | None = None
+    """[B] bool: texts of the batch that are changed; None: all."""
 
     def factors(
         self, positions: Positions, schedule: Schedule | Callable[[int], float], shape: torch.Size
     ) -> torch.Tensor | float:
         """How much of an edit is made at every token of a forward pass [B, T]: one number where all are alike."""
-        if positions == "all" and schedule == "constant":
+        if positions == "all" and schedule == "constant" and self.only is None:
             return 1.0
         num_rows, num_tokens = shape[0], shape[1]
         columns = torch.arange(self.past, self.past + num_tokens)
@@ -69,6 +71,8 @@ class Place:
         length = self.prompt - padding[:, None]  # [B, 1] of the prompt
         changed, first = self._changed(positions, index, length)
         changed &= index >= 0
+        if self.only is not None:
+            changed &= self.only[:, None]
         if schedule == "constant":
             return changed.float()
         counts, which = (index - first).clamp_min(0).unique(return_inverse=True)

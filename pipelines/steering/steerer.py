@@ -48,11 +48,14 @@ class Steerer:
         self.writes, self.median_norms, self.scales = writes, median_norms, scales
 
     @contextmanager
-    def applied(self, edits: Sequence[Edit], *, keep_error: bool = True) -> Iterator[None]:
+    def applied(
+        self, edits: Sequence[Edit], *, keep_error: bool = True, only: Sequence[bool] | None = None
+    ) -> Iterator[None]:
         """Apply edits to every forward pass of the model inside the block; afterwards the model is as it was.
 
         `keep_error` leaves what the dictionary does not reconstruct in place; False puts its reconstruction, changed,
-        in place of the activations at every token that an edit touches.
+        in place of the activations at every token that an edit touches. `only` says which texts of a batch are changed,
+        None all of them.
         Raises SteerError for an edit that cannot be made.
         """
         for change in edits:
@@ -63,6 +66,7 @@ class Steerer:
         with ExitStack() as stack:
             if made:
                 place = stack.enter_context(followed(self.lm.model))
+                place.only = None if only is None else torch.tensor(only, dtype=torch.bool)
                 for hook_point, change in self._changes(made, place, keep_error=keep_error):
                     stack.enter_context(edit_activations(self.lm.model, hook_point, change, self.lm.device))
             yield
@@ -135,10 +139,17 @@ class Steerer:
 
     @torch.no_grad()
     def generate_all(
-        self, prompts: Sequence[str], edits: Sequence[Edit] = (), *, keep_error: bool = True, **options: Any
+        self,
+        prompts: Sequence[str],
+        edits: Sequence[Edit] = (),
+        *,
+        keep_error: bool = True,
+        only: Sequence[bool] | None = None,
+        **options: Any,
     ) -> list[str]:
         """Continuations of several prompts in one batch under `edits`, without the prompts themselves.
 
+        `only` says which of them are changed, None all: a baseline can be written in the batch of what it is for.
         `options` go to `generate` of transformers as they are (a `streamer` too), over `WRITING`.
         Raises SteerError for an encoder, which writes no text (`applied` works on it), and for a prompt that does not
         fit the model's context together with what is to be written.
@@ -152,7 +163,7 @@ class Steerer:
         pad = self.lm.separator_id
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=self.lm.input_device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=ids.device)
-        with self.applied(edits, keep_error=keep_error):
+        with self.applied(edits, keep_error=keep_error, only=only):
             output = self.lm.model.generate(ids, attention_mask=mask, pad_token_id=pad, **options)
         return self.lm.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 

@@ -161,6 +161,52 @@ def test_steering_streams_plots_and_stops(page: Any, browser: Browser) -> None:
     assert not browser.site.models.is_busy
 
 
+def test_a_feature_is_steered_on_its_own_page(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/features/3")
+    both = page.locator("#box-baseline"), page.locator("#box-steered")
+    assert not page.locator("#steer-texts").is_visible()
+    page.locator("#steer-prompt").fill("the river")
+    page.locator("#steer-strength").fill("1.5")
+    assert page.locator("#steer-box output").inner_text() == "1.5"
+    assert "features=3%3A1.5" in page.locator("#steer-more").get_attribute("href")
+    page.evaluate(
+        """() => {
+            window.order = [];
+            for (const side of ["baseline", "steered"])
+                new MutationObserver(() => window.order.push(side)).observe(
+                    document.getElementById("box-" + side), {childList: true, characterData: true, subtree: true});
+        }"""
+    )
+    page.locator("#steer-go").click()
+    page.locator("#steer-state", has_text="done").wait_for()
+    baseline, steered = (side.inner_text() for side in both)
+    assert baseline and steered and baseline != steered
+    order = page.evaluate("window.order")
+    assert order.index("steered") < len(order) - 1 - order[::-1].index("baseline")  # neither waits for the other
+    assert "/features/3" in page.url
+    page.evaluate("for (const button of ['steer-go', 'steer-stop']) document.getElementById(button).click()")
+    page.locator("#steer-state", has_text="stopped").wait_for()
+    for _ in range(100):
+        if not browser.site.models.is_busy:
+            break
+        page.wait_for_timeout(50)
+    assert not browser.site.models.is_busy and page.locator("#steer-stop").is_disabled()
+
+
+def test_without_a_script_the_box_leads_to_steering(chromium: Any, browser: Browser) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    try:
+        tab = context.new_page()
+        tab.goto(f"{browser.url}/?token={TOKEN}")
+        tab.goto(f"{browser.url}/features/3")
+        tab.locator("#steer-prompt").fill("a house")
+        tab.locator("#steer-go").click()
+        assert "/steer?" in tab.url and tab.locator("#prompt").input_value() == "a house"
+        assert tab.locator(".edit a").inner_text() == "3" and tab.locator(".edit output").inner_text() == "0.4"
+    finally:
+        context.close()
+
+
 def test_sql_runs_and_is_downloaded(page: Any, browser: Browser) -> None:
     page.goto(f"{browser.url}/sql")
     page.locator("#query").fill("SELECT kind, count(*) AS n FROM features GROUP BY kind")

@@ -207,7 +207,31 @@ def test_steering_streams_what_the_steerer_writes(browser: Browser, tiny_run: Pa
     assert written["baseline"].strip() == steerer.generate(asked["prompt"], max_new_tokens=12).strip()
     assert written["steered"].strip() == steerer.generate(asked["prompt"], edits, max_new_tokens=12).strip()
     assert found[-1] == {"done": True} and written["baseline"] != written["steered"]
-    assert len(found) > 4  # in pieces
+    sides = [e["side"] for e in found if e.get("text")]
+    assert len(sides) > 12  # in pieces, and both as they are written
+    assert sides.index("steered") < len(sides) - 1 - sides[::-1].index("baseline")
+    assert [e["side"] for e in found if e.get("end")] in (["baseline", "steered"], ["steered", "baseline"])
+
+
+def test_no_edit_changes_what_is_drawn_for_the_baseline(browser: Browser) -> None:
+    def drawn(strength: float, seed: int) -> dict[str, str]:
+        asked = {"prompt": "The river", "edits": [{"feature": 3, "strength": strength}], "new_tokens": 12}
+        found = events(browser.ask("/api/v1/steer", {**asked, "temperature": 1.0, "seed": seed}, token=True).body)
+        return {s: "".join(e.get("text", "") for e in found if e.get("side") == s) for s in ("baseline", "steered")}
+
+    strong, weak, again, other = drawn(2.0, 5), drawn(-2.0, 5), drawn(2.0, 5), drawn(2.0, 6)
+    assert strong == again and strong["baseline"] == weak["baseline"] != other["baseline"]
+    assert strong["steered"] != weak["steered"]
+
+
+def test_a_feature_page_steers_only_with_the_model_of_its_dictionary(browser: Browser) -> None:
+    page = browser.ask("/features/3", token=True).text
+    assert 'id="steer-box"' in page and 'data-feature="3"' in page
+    without = browser.ask("/features/3").text  # leads to /steer, which says that it needs the token
+    assert 'id="steer-box"' in without and "data-feature" not in without and "steer-texts" not in without
+    filled = browser.ask("/steer?features=3&strength=-0.5&prompt=a+river", token=True).text
+    assert 'data-feature="3"' in filled and 'value="-0.5"' in filled and ">a river</textarea>" in filled
+    assert browser.ask("/steer?features=3&strength=x").status == 400
 
 
 def test_doses_start_from_nothing(browser: Browser) -> None:
@@ -221,7 +245,7 @@ def test_cancelled_writing_frees_the_model(browser: Browser) -> None:
     """A client that hangs up ends its job: the model is free long before the text could be written."""
     import http.client
 
-    # long enough that it is cut off: 120 tokens are written twice
+    # long enough that it is cut off
     asked = {"prompt": "The river bank", "edits": [{"feature": 3}], "new_tokens": 120, "temperature": 1.0, "seed": 5}
     connection = http.client.HTTPConnection("127.0.0.1", browser.port, timeout=60)
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
@@ -236,9 +260,6 @@ def test_cancelled_writing_frees_the_model(browser: Browser) -> None:
     while browser.site.models.is_busy and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not browser.site.models.is_busy
-    from saeql.pipelines.browser.generation import Writing
-
-    assert browser.site.baselines.get("The river bank", Writing(120, 1.0, 5)) is None  # it was not written to its end
     again = events(browser.ask("/api/v1/steer", {**asked, "new_tokens": 3}, token=True).body)
     assert again[-1] == {"done": True}
 

@@ -157,6 +157,9 @@ def test_a_batch_is_its_rows_one_by_one(steerer: Steerer, features: list[int]):
     edits = [Edit(features[0], "add", 0.5, positions=(-1,)), Edit(features[1], "scale", to=2.0, positions="generated")]
     together = steerer.generate_all(prompts, edits, max_new_tokens=8)
     assert together == [steerer.generate(p, edits, max_new_tokens=8) for p in prompts]
+    for changed in (edits, [Edit(features[0], "add", 0.5)], [Edit(features[1], "clamp", to=1.0, schedule="fade:4")]):
+        half = steerer.generate_all(prompts, changed, only=[False, True], max_new_tokens=8)
+        assert half == [steerer.generate(p, e, max_new_tokens=8) for p, e in zip(prompts, ([], changed), strict=True)]
 
 
 def test_schedules(steerer: Steerer, features: list[int]):

@@ -30,7 +30,7 @@ def places(evidence: Evidence) -> dict[int, set[tuple[int, int]]]:
 def test_fires_on_counts_every_row(store: FeatureStore, evidence: Evidence, places: dict) -> None:
     tokens = evidence.read("windows")["token_ids"].to_pylist()
     on = {(w, p) for w, row in enumerate(tokens) for p, t in enumerate(row) if t == 1}  # ' London'
-    got = store.sql("FROM fires_on(' London')").to_pylist()
+    got = store.sql("FROM fires_on_exact(' London')").to_pylist()
     assert {r["feature"]: r["count"] for r in got} == {f: len(p & on) for f, p in places.items() if p & on}
     for r in got:
         both, own = len(places[r["feature"]] & on), len(places[r["feature"]])
@@ -40,7 +40,7 @@ def test_fires_on_counts_every_row(store: FeatureStore, evidence: Evidence, plac
         assert r["f1"] == pytest.approx(2 * both / (own + len(on)))
     assert [r["f1"] for r in got] == sorted((r["f1"] for r in got), reverse=True)
     assert store.sql("FROM fires_on(' river') LIMIT 1")["feature"].to_pylist() == [3]
-    assert store.sql("FROM fires_on(' nosuch')").num_rows == 0
+    assert store.sql("FROM fires_on(' nosuch')").num_rows == store.sql("FROM fires_on_exact(' nosuch')").num_rows == 0
 
 
 def test_cofires_exact_counts_every_row(store: FeatureStore, places: dict) -> None:
@@ -101,7 +101,13 @@ def test_a_store_on_parquet_answers_the_same(store: FeatureStore, store_path: Pa
                 f"SELECT * FROM {v} ORDER BY ALL"
                 for v in ("features", "examples", "activations", "cofirings", "tokens")
             ),
-            *("FROM fires_on(' river')", "FROM cofires_exact(4)", "FROM dead", "DESCRIBE features"),
+            *(
+                "FROM fires_on(' river')",
+                "FROM fires_on_exact(' river')",
+                "FROM cofires_exact(4)",
+                "FROM dead",
+                "DESCRIBE features",
+            ),
         ):
             assert other.sql(query).to_pylist() == store.sql(query).to_pylist()
         assert other.examples(3) == store.examples(3) and other.search("river token") == store.search("river token")

@@ -130,12 +130,52 @@ document.addEventListener("click", async (event) => {
 
 // --- steering --------------------------------------------------------------------------------------------------------
 
+const post = (path, value, signal) => fetch(path, { method: "POST", signal, headers: { "content-type": "application/json" }, body: JSON.stringify(value) });
+let writing = null;
+
+// Both texts into target.baseline and target.steered as they are written; true where they came to their end.
+async function writeBoth(asked, target, stop, state) {
+  writing?.abort();
+  const mine = writing = new AbortController();
+  let done = false;
+  all("[data-prompt]").forEach((place) => { place.textContent = asked.prompt; });
+  Object.values(target).forEach((place) => { place.textContent = ""; place.classList.add("cursor"); });
+  stop.disabled = false;
+  state("the model writes…");
+  try {
+    const answer = await post("/api/v1/steer", asked, mine.signal);
+    if (!answer.ok) { state((await answer.json()).error); return false; }
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const { done: over, value } = await reader.read();
+      if (over) break;
+      const events = (rest + value).split("\n\n");
+      rest = events.pop();
+      for (const event of events.map((text) => JSON.parse(text.slice(6)))) {
+        if (event.text) target[event.side].textContent += event.text;
+        if (event.end) target[event.side].classList.remove("cursor");
+        if (event.error) state(event.error);
+        if (event.done) { state("done"); done = true; }
+      }
+    }
+  } catch (error) {
+    if (writing === mine) state(error.name === "AbortError" ? "stopped" : "the server did not answer");
+  } finally {
+    if (writing === mine) {
+      stop.disabled = true;
+      Object.values(target).forEach((place) => place.classList.remove("cursor"));
+    }
+  }
+  return done;
+}
+
 const steer = $("#steer");
 if (steer) {
   const edits = () => all(".edit", steer).map((row) => ({ feature: Number(row.dataset.feature), strength: Number($("input", row).value), mode: $("#mode").value }));
   const state = (text) => { $("#state").textContent = text; };
   const target = { baseline: $("#baseline"), steered: $("#steered") };
-  let writing = null, plotting = null, timer = 0;
+  let plotting = null, timer = 0;
 
   const address = (more = []) => {
     const chosen = [...edits().map((e) => `${e.feature}:${e.strength}`), ...more];
@@ -147,7 +187,6 @@ if (steer) {
     const strong = edits().map((e) => (["add"].includes(e.mode) ? e : { ...e, strength: Math.max(-2, Math.min(2, e.strength)) }));
     return { prompt: $("#prompt").value, edits: strong };
   };
-  const post = (path, value, signal) => fetch(path, { method: "POST", signal, headers: { "content-type": "application/json" }, body: JSON.stringify(value) });
 
   async function plot() {
     plotting?.abort();
@@ -162,39 +201,9 @@ if (steer) {
   }
 
   async function write() {
-    writing?.abort();
-    const mine = writing = new AbortController();
     history.replaceState(null, "", address());
-    all("[data-prompt]").forEach((place) => { place.textContent = $("#prompt").value; });
-    Object.values(target).forEach((place) => { place.textContent = ""; place.classList.add("cursor"); });
-    $("#stop").disabled = false;
-    state("the model writes…");
-    try {
-      const asked = { ...body(), new_tokens: Number($("#tokens").value), temperature: Number($("#temperature").value), seed: Number($("#seed").value) };
-      const answer = await post("/api/v1/steer", asked, mine.signal);
-      if (!answer.ok) { state((await answer.json()).error); return; }
-      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-      let rest = "";
-      for (;;) {
-        const { done, value } = await reader.read();
-        if (done) break;
-        const events = (rest + value).split("\n\n");
-        rest = events.pop();
-        for (const event of events.map((text) => JSON.parse(text.slice(6)))) {
-          if (event.text) target[event.side].textContent += event.text;
-          if (event.end) target[event.side].classList.remove("cursor");
-          if (event.error) state(event.error);
-          if (event.done) { state("done"); plot(); }
-        }
-      }
-    } catch (error) {
-      state(error.name === "AbortError" ? "stopped" : "the server did not answer");
-    } finally {
-      if (writing === mine) {
-        $("#stop").disabled = true;
-        Object.values(target).forEach((place) => place.classList.remove("cursor"));
-      }
-    }
+    const asked = { ...body(), new_tokens: Number($("#tokens").value), temperature: Number($("#temperature").value), seed: Number($("#seed").value) };
+    if (await writeBoth(asked, target, $("#stop"), state)) plot();
   }
 
   steer.addEventListener("submit", (event) => { event.preventDefault(); if (!$("#go").disabled) write(); });
@@ -216,4 +225,26 @@ if (steer) {
   const add = () => { if (/^\d{1,10}$/.test($("#add").value)) location.assign(address([`${$("#add").value}:0.4`])); };
   $("#add-button").addEventListener("click", add);
   $("#add").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); add(); } });
+}
+
+const box = $("#steer-box");
+if (box) {
+  const strength = $("#steer-strength"), prompt = $("#steer-prompt");
+  const state = (text) => { $("#steer-state").textContent = text; };
+  const feature = box.dataset.feature ?? $("[name=features]", box).value;
+  const changed = () => {
+    $("output", box).textContent = strength.value;
+    $("#steer-more").href = "/steer?" + new URLSearchParams({ prompt: prompt.value, features: `${feature}:${strength.value}` });
+  };
+  box.addEventListener("input", changed);
+  changed(); // a browser may have kept what was typed
+  if (box.dataset.feature) {
+    box.addEventListener("submit", (event) => {
+      event.preventDefault();
+      $("#steer-texts").hidden = false;
+      const asked = { prompt: prompt.value, edits: [{ feature: Number(feature), strength: Number(strength.value) }] };
+      writeBoth(asked, { baseline: $("#box-baseline"), steered: $("#box-steered") }, $("#steer-stop"), state);
+    });
+    $("#steer-stop").addEventListener("click", () => writing?.abort());
+  }
 }
