@@ -5,7 +5,6 @@ To ask `FeatureStore` about one feature after the other costs nine questions eac
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,18 +14,8 @@ from .contexts import contexts
 from .errors import FeatureNotFound
 from .feature_store import Example, FeatureStore
 from .query import own_columns
-from .text_rows import TextRows
 
 Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class BatchActivations:
-    """Where features of a batch are active on one corpus, all splits: N entries, by feature."""
-
-    text: TextRows
-    features: np.ndarray  # [N] int32
-    rows: np.ndarray  # [N] int64, of `text`
 
 
 class FeatureBatch:
@@ -40,7 +29,6 @@ class FeatureBatch:
         self.store, self.features, self.dictionary = store, list(features), dictionary
         self._these = _condition(self.features)
         self._scope = store._scope(dictionary)
-        self._segments = store._segments[self._scope.dictionary_id]
         self._first = store._segment(self._scope.dictionary_id)
         rows = self._ask("SELECT * FROM features WHERE {these} ORDER BY feature")
         self._features = {row["feature"]: row for row in rows}
@@ -109,20 +97,6 @@ class FeatureBatch:
         if len(found) == 0:
             return np.zeros(0, np.int64), np.zeros(0)
         return np.histogram(found, bins, (0.0, float(found.max())))
-
-    def promoted(self) -> Rows:
-        """All rows of `logit_effects` that promote a token."""
-        return [row for f in self.features for row in self._effects[f] if row["direction"] == "promoted"]
-
-    def places(self) -> list[BatchActivations]:
-        """All activations of the batch, a part a corpus."""
-        found = []
-        for segment in self._segments:
-            columns = self._columns("feature, window_id, position", segment["segment_id"])
-            text = self.store._text(segment["corpus_id"])
-            rows = text.rows(columns["window_id"], columns["position"])
-            found.append(BatchActivations(text, columns["feature"], rows))
-        return found
 
     def _ask(self, query: str) -> Rows:
         these = f"dictionary = $name AND {self._these}"

@@ -18,7 +18,7 @@ from ..stores import store_path
 from .files import MARK, SiteError, SiteFiles, new_folder
 from .list_data import write_list_data
 from .pages import Shown, SitePages
-from .token_index import TokenIndex
+from .token_index import write_token_index
 from .word_index import write_word_index
 
 #: Features that are read at once.
@@ -75,6 +75,7 @@ def export_site(
         for number, one in enumerate(shown):
             write_list_data(files, str(number), store.cards(one.name), one.features, one.kinds)
             write_word_index(files, str(number), store, one.name, one.features)
+            write_token_index(files, str(number), store, one.name, one.features)
             _write_features(files, str(number), store, pages, one)
         pages.write_static(files)
         pages.write(files, run)
@@ -97,21 +98,19 @@ def _shown(store: FeatureStore, name: str, only: str | None, top: int | None) ->
 
 
 def _write_features(files: SiteFiles, place: str, store: FeatureStore, pages: SitePages, shown: Shown) -> None:
-    """Files of features, and the index of tokens, which is gathered on the way."""
-    tokens, size = TokenIndex(), pages.features_per_file
+    """Files of features, as they stand in the page that a script fills."""
+    size = pages.features_per_file
     whole = store.receipts(None, dictionary=shown.name)
     step = max(BATCH_FEATURES // size, 1) * size
     with progress(shown.name, len(shown.features), "features") as advance:
         for start in range(0, len(shown.features), step):
             batch = FeatureBatch(store, shown.features[start : start + step].tolist(), shown.name)
-            tokens.add(batch)
             for first in range(0, len(batch.features), size):
                 cut = [_parts(pages, batch, f, shown.name, whole) for f in batch.features[first : first + size]]
                 width = max(map(len, cut))
                 together = [[parts[n] if n < len(parts) else "" for parts in cut] for n in range(width)]
                 files.data(f"{place}/f{(start + first) // size}", {"parts": together})
             advance(len(batch.features))
-    tokens.write(files, place, shown.features)
 
 
 def _parts(pages: SitePages, batch: FeatureBatch, feature: int, name: str, whole: list) -> list[str]:

@@ -149,6 +149,7 @@ class SitePages:
             "version": version,
             "place": str(number),
             "count": len(shown.features),
+            "features": shown.num_all,
             "all": shown.is_whole,
             "per_file": self.features_per_file,
             "feature": self.link("/features/0", dictionary=shown.name).partition("?")[0],

@@ -1,121 +1,96 @@
-"""Which features fire on a token and which promote it, gathered while all features are read, then as files by token.
+"""Which features fire on a token and which promote it, as files by token; tokens that read the same are one.
 
-What fires on a token is in the order of the store's macro `fires_on`, cut at `NUM_FIRING` features a token: common
-tokens have tens of thousands. What promotes it is whole.
+What fires on a token are the features that the store keeps of it, `store.token_features`, on the dictionary's first
+corpus; what promotes it is whole.
 """
 
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 
-from saeql.store.feature_batch import BatchActivations, FeatureBatch
-from saeql.store.text_rows import TextRows
+from saeql.store.feature_store import FeatureStore
 
 from .files import SiteFiles, shards, text_order
 
-NUM_FIRING = 100
 #: Entries of one file at least, but for the last.
 SHARD_ENTRIES = 8_192
-#: Pairs of token and feature that wait to be cut.
-_MAX_WAITING = 4_000_000
-_FIRING = np.dtype([("token", "i4"), ("feature", "i4"), ("count", "i8"), ("total", "i8"), ("f1", "f8")])
-_PROMOTED = np.dtype([("token", "i4"), ("feature", "i4"), ("rank", "i4"), ("effect", "f8")])
+
+_FIRING = """
+SELECT v.token, f.feature, sum(f.count)::BIGINT AS count, any_value(n.total)::BIGINT AS total
+FROM derived.token_features f
+JOIN evidence.vocabulary v ON v.vocabulary_id = {vocabulary} AND v.token_id = f.token_id
+JOIN (SELECT feature, sum(num_activations) AS total FROM derived.feature_stats WHERE segment_id = {segment}
+      GROUP BY feature) n ON n.feature = f.feature
+WHERE f.segment_id = {segment} AND v.token <> '' GROUP BY v.token, f.feature
+"""
+_TOKENS = """
+SELECT v.token, sum(c.num_rows)::BIGINT AS num_rows, max(c.num_features)::BIGINT AS num_features
+FROM derived.token_counts c JOIN evidence.vocabulary v ON v.vocabulary_id = {vocabulary} AND v.token_id = c.token_id
+WHERE c.segment_id = {segment} GROUP BY v.token
+"""
+_PROMOTED = """
+SELECT v.token, g.feature, g.rank::INTEGER AS rank, g.effect FROM evidence.logit_effects g
+JOIN evidence.vocabulary v ON v.vocabulary_id = {vocabulary} AND v.token_id = g.token_id
+WHERE g.dictionary_id = {dictionary} AND g.direction = 'promoted' AND v.token <> ''
+"""
 
 
-class TokenIndex:
-    """Takes features batch by batch; tokens that read the same are one."""
-
-    def __init__(self) -> None:
-        self._tokens: dict[str, int] = {}
-        self._texts: dict[int, tuple[TextRows, np.ndarray, np.ndarray]] = {}  # the token of each id, and how often
-        self._firing: list[np.ndarray] = [np.zeros(0, _FIRING)]
-        self._promoted: list[np.ndarray] = [np.zeros(0, _PROMOTED)]
-        self._waiting = 0
-
-    def add(self, found: FeatureBatch) -> None:
-        """Take in all that a batch of features does."""
-        self._add_firing(found.places())
-        rows = [(self._token(r["token"]), r["feature"], r["rank"], r["effect"]) for r in found.promoted() if r["token"]]
-        self._promoted.append(np.array(rows, _PROMOTED))
-
-    def write(self, files: SiteFiles, place: str, features: np.ndarray) -> None:
-        """Write those of `features` (ascending), which stand in the files as their places among `features`."""
-        self._cut()
-        firing, promoted = self._firing[0], np.concatenate(self._promoted)
-        firing, promoted = (rows[np.isin(rows["feature"], features)] for rows in (firing, promoted))
-        texts = list(self._tokens)
-        used = np.union1d(firing["token"], promoted["token"])
-        order = sorted(used.tolist(), key=lambda n: text_order(texts[n]))
-        rank = np.zeros(len(texts), np.int32)
-        rank[order] = np.arange(len(order), dtype=np.int32)
-        for rows in (firing, promoted):
-            rows["token"] = rank[rows["token"]]
-        firing = firing[np.lexsort((firing["feature"], -firing["f1"], firing["token"]))]
-        promoted = promoted[np.lexsort((promoted["feature"], -promoted["effect"], promoted["token"]))]
-        ends = [np.cumsum(np.bincount(rows["token"], minlength=len(order))) for rows in (firing, promoted)]
-        starts = shards(ends[0] + ends[1], SHARD_ENTRIES)
-        times = self._num_places()[order]
-        for number, (first, last) in enumerate(pairwise(starts)):
-            bounds = [(int(e[first - 1]) if first else 0, int(e[last - 1])) for e in ends]
-            fires, raises = firing[slice(*bounds[0])], promoted[slice(*bounds[1])]
-            files.data(
-                f"{place}/s{number}",
-                {},
-                fires_ends=(ends[0][first:last] - bounds[0][0]).astype(np.uint32),
-                fires=np.searchsorted(features, fires["feature"]).astype(np.uint32),
-                count=fires["count"].astype(np.uint32),
-                of_token=_percent(fires["count"], times[fires["token"]]),
-                of_feature=_percent(fires["count"], fires["total"]),
-                promotes_ends=(ends[1][first:last] - bounds[1][0]).astype(np.uint32),
-                promotes=np.searchsorted(features, raises["feature"]).astype(np.uint32),
-                rank=(raises["rank"] + 1).astype(np.uint16),
-            )
-        files.data(f"{place}/tokens", {"tokens": [texts[n] for n in order], "shards": starts, "most": NUM_FIRING})
-
-    def _add_firing(self, places: list[BatchActivations]) -> None:
-        keys = [
-            (part.features.astype(np.int64) << 32) | self._of(part.text)[0][part.text.token_ids[part.rows]]
-            for part in places
-        ]
-        if not keys:
-            return
-        pairs, count = np.unique(np.concatenate(keys), return_counts=True)
-        made = np.zeros(len(pairs), _FIRING)
-        made["feature"], made["token"], made["count"] = pairs >> 32, pairs & (2**32 - 1), count
-        features, owner = np.unique(made["feature"], return_inverse=True)
-        total = np.bincount(owner, weights=count).astype(np.int64)[owner] if len(features) else count
-        made["total"] = total
-        made["f1"] = 2 * count / (total + self._num_places()[made["token"]])
-        self._firing.append(made)
-        self._waiting += len(made)
-        if self._waiting > _MAX_WAITING:
-            self._cut()
-
-    def _cut(self) -> None:
-        """Keep the best of every token."""
-        rows = np.concatenate(self._firing)
-        rows = rows[np.lexsort((rows["feature"], -rows["f1"], rows["token"]))]
-        starts = np.searchsorted(rows["token"], rows["token"], side="left")
-        kept = rows[np.arange(len(rows)) - starts < NUM_FIRING]
-        self._firing, self._waiting = [kept], 0
-
-    def _of(self, text: TextRows) -> tuple[np.ndarray, np.ndarray]:
-        """(token of every token id, places of every token) of a text."""
-        if id(text) not in self._texts:
-            token = np.array([self._token(t) for t in text.vocabulary.tolist()], np.int64)
-            self._texts[id(text)] = (text, token, np.bincount(token[text.token_ids]))
-        return self._texts[id(text)][1:]
-
-    def _num_places(self) -> np.ndarray:
-        """How often each token stands in the texts."""
-        total = np.zeros(len(self._tokens), np.int64)
-        for _, _, count in self._texts.values():
-            total[: len(count)] += count
-        return total
-
-    def _token(self, text: str) -> int:
-        return self._tokens.setdefault(text, len(self._tokens))
+def write_token_index(files: SiteFiles, place: str, store: FeatureStore, dictionary: str, features: np.ndarray) -> None:
+    """Write the entries of `features` (ascending), which stand in them as their places among `features`."""
+    scope = store._scope(dictionary)
+    numbers = {"vocabulary": scope.vocabulary_id, "segment": scope.segment_id, "dictionary": scope.dictionary_id}
+    firing, promoted, known = (store.trusted_sql(q.format(**numbers)) for q in (_FIRING, _PROMOTED, _TOKENS))
+    firing, promoted = (_of(rows, features) for rows in (firing, promoted))
+    texts = sorted({*firing["token"].to_pylist(), *promoted["token"].to_pylist()}, key=text_order)
+    place_of = {text: n for n, text in enumerate(texts)}
+    of_fires, of_raises = (_places(rows, place_of) for rows in (firing, promoted))
+    num_rows, num_features = (np.zeros(len(texts), np.int64) for _ in range(2))
+    for text, rows, count in zip(*(known[name].to_pylist() for name in known.column_names), strict=True):
+        if text in place_of:
+            num_rows[place_of[text]], num_features[place_of[text]] = rows, count
+    fires = _sorted_firing(firing, of_fires, num_rows)
+    by_effect = np.lexsort((promoted["feature"].to_numpy(), -promoted["effect"].to_numpy(), of_raises))
+    raises = {name: promoted[name].to_numpy()[by_effect] for name in ("feature", "rank")}
+    ends = [np.cumsum(np.bincount(of, minlength=len(texts))) for of in (of_fires, of_raises)]
+    starts = shards(ends[0] + ends[1], SHARD_ENTRIES)
+    for number, (first, last) in enumerate(pairwise(starts)):
+        bounds = [(int(e[first - 1]) if first else 0, int(e[last - 1])) for e in ends]
+        mine, theirs = slice(*bounds[0]), slice(*bounds[1])
+        files.data(
+            f"{place}/s{number}",
+            {},
+            fires_ends=(ends[0][first:last] - bounds[0][0]).astype(np.uint32),
+            fires=np.searchsorted(features, fires["feature"][mine]).astype(np.uint32),
+            count=fires["count"][mine].astype(np.uint32),
+            of_token=fires["of_token"][mine],
+            of_feature=fires["of_feature"][mine],
+            promotes_ends=(ends[1][first:last] - bounds[1][0]).astype(np.uint32),
+            promotes=np.searchsorted(features, raises["feature"][theirs]).astype(np.uint32),
+            rank=(raises["rank"][theirs] + 1).astype(np.uint16),
+        )
+    files.data(f"{place}/tokens", {"tokens": texts, "shards": starts}, firing=num_features.astype(np.uint32))
 
 
-def _percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.rint(np.divide(100 * part, whole, out=np.zeros(len(part)), where=whole > 0)).astype(np.uint8)
+def _of(rows: pa.Table, features: np.ndarray) -> pa.Table:
+    return rows.filter(pa.array(np.isin(rows["feature"].to_numpy(), features)))
+
+
+def _places(rows: pa.Table, place_of: dict[str, int]) -> np.ndarray:
+    """[N] the place of every row's token."""
+    encoded = rows["token"].combine_chunks().dictionary_encode()
+    places = np.array([place_of[text] for text in encoded.dictionary.to_pylist()], np.int64)
+    return places[encoded.indices.to_numpy()] if len(places) else places
+
+
+def _sorted_firing(rows: pa.Table, token: np.ndarray, num_rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns by token, the F1 of firing and token, feature; shares in percent."""
+    feature, count, total = (rows[name].to_numpy() for name in ("feature", "count", "total"))
+    f1 = 2 * count / np.maximum(total + num_rows[token], 1)
+    order = np.lexsort((feature, -f1, token))
+    shares = {"of_token": count / np.maximum(num_rows[token], 1), "of_feature": count / np.maximum(total, 1)}
+    return {
+        "feature": feature[order],
+        "count": count[order],
+        **{name: np.rint(100 * value[order]).astype(np.uint8) for name, value in shares.items()},
+    }

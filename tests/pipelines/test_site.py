@@ -22,6 +22,7 @@ from saeql.pipelines.site.files import SiteError, steps
 from saeql.store.errors import FeatureNotFound, SQLError
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
+from saeql.store.token_features import MAX_FEATURES
 
 TYPES = {"u1": "<u1", "u2": "<u2", "u4": "<u4", "i4": "<i4", "f4": "<f4", "f8": "<f8"}
 
@@ -167,7 +168,7 @@ def test_tokens_find_what_the_store_finds(site: Path, store_path: Path, by: str)
             number = int(np.searchsorted(index["shards"], place, side="right")) - 1
             shard, local = read(site, f"0/s{number}"), place - index["shards"][number]
             found = slice(int(shard[ends][local - 1]) if local else 0, int(shard[ends][local]))
-            hits = store.search(token, by=by, limit=index["most"])
+            hits = store.search(token, by=by, limit=MAX_FEATURES)
             assert shard[entries][found].tolist() == [h.feature for h in hits]
             num_found += len(hits)
             if by == "effect":

@@ -28,17 +28,6 @@ def test_a_batch_says_what_the_store_says(store: FeatureStore, features) -> None
     assert any(batch.examples(f) for f in features)
 
 
-def test_places_are_all_activations(store: FeatureStore) -> None:
-    name = store.dictionaries()[0]["dictionary"]
-    (places,) = FeatureBatch(store, range(10), name).places()
-    found = zip(places.features.tolist(), places.text.vocabulary[places.text.token_ids[places.rows]], strict=True)
-    rows = store.trusted_sql(
-        "SELECT feature, token FROM activations WHERE dictionary = $n AND feature < 10", {"n": name}
-    )
-    assert sorted(found) == sorted((r["feature"], r["token"]) for r in rows.to_pylist())
-    assert rows.num_rows > 0
-
-
 def test_a_feature_that_is_not_there_is_named(store: FeatureStore) -> None:
     name = store.dictionaries()[0]["dictionary"]
     with pytest.raises(FeatureNotFound, match="feature 4000"):

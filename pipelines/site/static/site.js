@@ -152,19 +152,19 @@ async function tokenEntries(text) {
     if (index.tokens[token] !== spelled) continue;
     const number = fileOf(index.shards, token), file = await load(`s${number}`), local = token - index.shards[number];
     const range = (ends) => [local ? ends[local - 1] : 0, ends[local]];
-    return { token: visible(spelled), file, range };
+    return { token: visible(spelled), file, range, firing: index.firing[token] };
   }
   throw new Error(`no feature here fires on or promotes '${visible(text)}' as one token`);
 }
 
 async function byToken(text) {
-  const { token, file, range } = await tokenEntries(text);
+  const { token, file, range, firing } = await tokenEntries(text);
   const [first, last] = range(file.fires_ends), order = Array.from(file.fires.subarray(first, last));
   const why = (shown) => new Map(shown.map((at) => {
     const n = first + order.indexOf(at);
     return [at, [[`fires on [${token}]`, [`${file.count[n]} times`, `${file.of_token[n]}% of the token's`, `${file.of_feature[n]}% of its own`]]]];
   }));
-  return { order, why };
+  return { order, why, best: site.count === site.features && firing > order.length ? `of ${grouped(firing)} ` : "" };
 }
 
 async function byEffect(text) {
@@ -272,7 +272,7 @@ globalThis.drawList = async (to) => {
     const pages = Math.ceil(places.length / asked.rows);
     const count = say("p", "", { class: "count", role: "status" });
     count.append(say("b", grouped(places.length)), ` feature${places.length === 1 ? "" : "s"}${pages > 1 ? `, page ${grouped(asked.page)} of ${grouped(pages)}` : ""}`);
-    const cut = asked.by === "token" && asked.q && found.order.length === (await load("tokens")).most ? [notice(`The ${found.order.length} features that stand for this token best; common tokens have more.`)] : [];
+    const cut = found?.best ? [notice(`The ${found.order.length} ${found.best}features that stand for this token best.`)] : [];
     const nodes = [count, ...cut, shown.length ? await table(shown, found ? found.why(shown) : null) : say("p", "Nothing meets all of this.", { class: "empty" })];
     return pages > 1 ? [...nodes, paging(asked, pages)] : nodes;
   } catch (error) {
