@@ -6,13 +6,16 @@ features are counted at once; with the code's support over all rows, hits give p
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+from .block_sort import count_codes, order_by_code
 from .predicate_base import Predicate
 from .split_rows import ActiveRows
-from .token_classes import RowTable
+from .token_classes import DISJOINT_CLASSES, RowTable, Vocabulary
 
+T = TypeVar("T")
 #: (feature, F1 on train, predicate)
 Found = list[tuple[int, float, Predicate]]
 
@@ -56,18 +59,13 @@ class Pairs:
         return Pairs(features, codes, hits, support)
 
 
-def _group(features: np.ndarray, codes: np.ndarray, num_codes: int, weights: np.ndarray | None = None):
-    """Distinct (feature, code) pairs in sorted order with their number (or summed weight)."""
-    keys = features.astype(np.int64) * num_codes + codes
-    if weights is None:
-        keys, hits = np.unique(keys, return_counts=True)
-    elif len(keys) == 0:
-        hits = weights
-    else:
-        order = np.argsort(keys, kind="stable")
-        starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
-        keys, hits = keys[order][starts], np.add.reduceat(weights[order], starts)
-    return keys // num_codes, keys % num_codes, hits
+def _group(features: np.ndarray, codes: np.ndarray, num_codes: int, weights: np.ndarray):
+    """Distinct (feature, code) pairs in sorted order with their summed weight; `features` ascend."""
+    order = order_by_code(features, codes, num_codes) if num_codes > 1 else np.arange(len(features))
+    keys = (features.astype(np.int64) * num_codes + codes)[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    hits = np.add.reduceat(weights[order], starts) if len(keys) else weights
+    return *np.divmod(keys[starts], max(num_codes, 1)), hits
 
 
 def first_per_feature(features: np.ndarray, score: np.ndarray, limit: int) -> np.ndarray:
@@ -76,6 +74,25 @@ def first_per_feature(features: np.ndarray, score: np.ndarray, limit: int) -> np
     sorted_features = features[order]
     rank = np.arange(len(order)) - np.searchsorted(sorted_features, sorted_features)
     return order[rank < limit]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Pairs of (feature, code), however rare: a code is a row's token with the token at one offset from it."""
+
+    pairs: Pairs
+    first: np.ndarray  # [C] the row's token, ascending; -1: none
+    second: np.ndarray  # [C] the token beside it, ascending within `first`
+
+    def regroup(self, first: np.ndarray, second: np.ndarray, num_seconds: int, num_firsts: int, least: int) -> Pairs:
+        """The same rows by coarser codes, first * num_seconds + second by tables [V + 1] (-1 drops a token).
+
+        Codes of fewer than `least` rows are left out, as by `Counter.pairs`.
+        """
+        a, b = first[self.first].astype(np.int64), second[self.second].astype(np.int64)
+        pairs = self.pairs.regroup(np.where((a >= 0) & (b >= 0), a * num_seconds + b, -1), num_firsts * num_seconds)
+        keep = pairs.support[pairs.codes] >= least
+        return Pairs(pairs.features[keep], pairs.codes[keep], pairs.hits[keep], pairs.support)
 
 
 class Counter:
@@ -90,15 +107,25 @@ class Counter:
         """Count row codes [R] (-1: none). Codes rarer than `min_hits` cannot pass alone: counted only where `rare`."""
         support = np.bincount(codes[self.eligible & (codes >= 0)], minlength=num_codes)
         frequent = np.append(support >= (1 if rare else self.limits.min_hits), False)
-        at_active = codes[self.active.rows]
-        keep = frequent[at_active]
-        return Pairs(*_group(self.active.features[keep], at_active[keep], num_codes), support)
+        at_active = np.where(frequent[codes], codes, -1).astype(np.int32)[self.active.rows]
+        keep = at_active >= 0
+        keys, hits = count_codes(self.active.features[keep], at_active[keep], num_codes)
+        return Pairs(*np.divmod(keys, max(num_codes, 1)), hits, support)
 
     def sparse_pairs(self, codes: np.ndarray, *, rare: bool = False) -> tuple[Pairs, np.ndarray]:
         """Like `pairs` for codes from a huge range; second: the code behind each dense code of the result."""
         values, dense = np.unique(codes, return_inverse=True)
         dense = np.where(codes >= 0, dense, -1)
         return self.pairs(dense, len(values), rare=rare), values
+
+    def beside(self, offset: int) -> Beside:
+        """Counts of a row's token with the token `offset` places on."""
+        size, tokens = len(self.windows.vocabulary), self.windows.tokens.astype(np.int64)
+        other = shifted(tokens, offset)
+        codes = np.where((tokens >= 0) & (other >= 0), tokens * size + other, -1).ravel()
+        codes[~self.eligible] = -1
+        pairs, values = self.sparse_pairs(codes, rare=True)
+        return Beside(pairs, np.where(values >= 0, values // size, -1), values % size)
 
     def sample(self, num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(features, rows, [F] active rows that each one stands for): at most `num` a feature, evenly spread."""
@@ -128,6 +155,14 @@ def shifted(rows: np.ndarray, offset: int) -> np.ndarray:
             out[:, -offset:] = rows[:, :offset]
         else:
             out[:, :-offset] = rows[:, offset:]
+    return out
+
+
+def disjoint_class_of(vocabulary: Vocabulary) -> np.ndarray:
+    """[V + 1] int64: which of `DISJOINT_CLASSES` each token is of, -1 for none; the last entry is of no token."""
+    out = np.full(len(vocabulary) + 1, -1, np.int64)
+    for i, name in enumerate(DISJOINT_CLASSES):
+        out[:-1][vocabulary.classes[name]] = i
     return out
 
 
@@ -173,9 +208,9 @@ def _f1_of(
     return 2 * total_hits / np.maximum(positives + total_support, 1)
 
 
-def best_of_each(found: Found, limit: int = 3) -> Found:
-    """The `limit` best of every feature."""
-    own: dict[int, Found] = {}
+def best_of_each(found: Sequence[tuple[int, float, T]], limit: int = 3) -> list[tuple[int, float, T]]:
+    """The `limit` best of every feature, of entries (feature, F1, ...)."""
+    own: dict[int, list[tuple[int, float, T]]] = {}
     for entry in found:
         own.setdefault(entry[0], []).append(entry)
     return [entry for entries in own.values() for entry in sorted(entries, key=lambda e: -e[1])[:limit]]

@@ -10,12 +10,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .candidate_counts import Counter, Found, Pairs, best_of_each, best_sets, first_per_feature, shifted
+from .candidate_counts import (
+    Beside,
+    Counter,
+    Found,
+    Pairs,
+    best_of_each,
+    best_sets,
+    disjoint_class_of,
+    first_per_feature,
+)
 from .predicates import (
     Both,
     Neighbour,
     Not,
-    Predicate,
     Stems,
     Token,
     TokenClass,
@@ -34,16 +42,19 @@ MIN_RECALL, GOOD_ENOUGH = 0.15, 0.95
 MIN_GAIN = 0.01
 
 
-def context_candidates(counter: Counter, tokens: Pairs, found: Found) -> Found:
-    """Heads of `found`, and the most frequent tokens, narrowed by neighbours; places before the row alone."""
+def context_candidates(counter: Counter, tokens: Pairs, found: Found, counted: dict[int, Beside]) -> Found:
+    """Heads of `found`, and the most frequent tokens, narrowed by neighbours; places before the row alone.
+
+    `counted`: what is counted already by offset; it is used up.
+    """
     out: Found = []
     heads = _heads(counter, tokens, found)
     for offset in sorted({*PLACES, *HEAD_OFFSETS}):
-        other = shifted(counter.windows.tokens.astype(np.int64), offset)
+        beside = counted.pop(offset, None) or counter.beside(offset)
         if offset in PLACES:
-            out += _places(counter, other, offset)
+            out += _places(counter, beside, offset)
         if offset in HEAD_OFFSETS:
-            out += _narrowed(counter, heads, other, offset)
+            out += _narrowed(counter, heads, beside, offset)
     return out
 
 
@@ -78,7 +89,7 @@ def _heads(counter: Counter, tokens: Pairs, found: Found) -> list[_Head]:
             continue
         for predicate, f1 in {p: f1 for f1, p in best[feature].values()}.items():
             if predicate not in ids:
-                ids[predicate] = np.flatnonzero(predicate.tokens(vocabulary))
+                ids[predicate] = predicate.ids(vocabulary)
             support = int(tokens.support[ids[predicate]].sum())
             out.append(_Head(feature, predicate, ids[predicate], f1, support))
     return out
@@ -97,68 +108,99 @@ class _Named:
         return self.one(texts[0]) if len(texts) == 1 else self.several(texts)
 
 
-class _Beside:
-    """Rows by (token, token beside it): support of every such pair, and the hits of every feature."""
+@dataclass(frozen=True)
+class _Neighbours:
+    """What stands beside the rows of some tokens: texts, and stems of them, with their rows."""
 
-    def __init__(self, counter: Counter, other: np.ndarray):
-        self.size = len(counter.windows.vocabulary)
-        tokens = counter.windows.tokens.astype(np.int64)
-        codes = np.where((tokens >= 0) & (other >= 0), tokens * self.size + other, -1).ravel()
-        codes[~counter.eligible] = -1
-        self.pairs, values = counter.sparse_pairs(codes, rare=True)
-        self.first, self.second = np.where(values >= 0, values // self.size, -1), values % self.size
-        self.starts = np.searchsorted(self.pairs.features, np.arange(counter.active.num_features + 1))
+    codes: np.ndarray  # [n] codes of `Beside`
+    names: np.ndarray  # [m] vocabulary indices, ascending
+    place: np.ndarray | None  # [n] which of the names each code has; None: one code a name
+    support: np.ndarray  # [m]
+    has_stem: np.ndarray  # [m] bool
+    stems: np.ndarray  # [s] stem codes, ascending
+    stem_place: np.ndarray  # which of the stems each name that has one has
+    stem_support: np.ndarray  # [s]
 
-    def of(self, head: _Head) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tokens beside the head's rows, hits, support), a row a token."""
-        low, high = np.searchsorted(self.first, head.tokens), np.searchsorted(self.first, head.tokens, "right")
-        codes = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
-        own = slice(self.starts[head.feature], self.starts[head.feature + 1])
-        hit, hits = self.pairs.codes[own], self.pairs.hits[own]
-        if len(low) == 1:
-            names, support, first = self.second[codes], self.pairs.support[codes], low[0]
-            own = slice(*np.searchsorted(hit, [low[0], high[0]]))
-            return names, np.bincount(hit[own] - first, hits[own], len(codes)), support
-        names, place = np.unique(self.second[codes], return_inverse=True)
-        support = np.bincount(place, self.pairs.support[codes], len(names))
-        inside = _is_in(self.first[hit], head.tokens)
-        place = np.searchsorted(names, self.second[hit[inside]])
-        return names, np.bincount(place, hits[inside], len(names)), support
+    @classmethod
+    def of(cls, beside: Beside, tokens: np.ndarray, stem_of: np.ndarray) -> "_Neighbours":
+        """Beside rows of the `tokens`; `stem_of` [V] is -1 where a text has no stem."""
+        low, high = np.searchsorted(beside.first, tokens), np.searchsorted(beside.first, tokens, "right")
+        if len(tokens) == 1:
+            codes, place = np.arange(low[0], high[0]), None
+            names, support = beside.second[codes], beside.pairs.support[codes]
+        else:
+            codes = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
+            names, place = np.unique(beside.second[codes], return_inverse=True)
+            support = np.bincount(place, beside.pairs.support[codes], len(names))
+        stem = stem_of[names]
+        has_stem = stem >= 0
+        stems, stem_place = np.unique(stem[has_stem], return_inverse=True)
+        stem_support = np.bincount(stem_place, support[has_stem], len(stems))
+        return cls(codes, names, place, support, has_stem, stems, stem_place, stem_support)
+
+    def hits(self, codes: np.ndarray, hits: np.ndarray) -> np.ndarray:
+        """[m] of the names, from pairs of one feature: `codes` ascending, and their hits."""
+        if not len(self.codes):
+            return np.zeros(0)
+        if self.place is None:
+            own = slice(*np.searchsorted(codes, [self.codes[0], self.codes[-1] + 1]))
+            return np.bincount(codes[own] - self.codes[0], hits[own], len(self.names))
+        at = np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)
+        inside = self.codes[at] == codes
+        return np.bincount(self.place[at[inside]], hits[inside], len(self.names))
 
 
-def _is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
-    if len(ascending) == 1:
-        return values == ascending[0]
-    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
-    return ascending[at] == values
-
-
-def _narrowed(counter: Counter, heads: Sequence[_Head], other: np.ndarray, offset: int) -> Found:
+def _narrowed(counter: Counter, heads: Sequence[_Head], beside: Beside, offset: int) -> Found:
     """Heads with the neighbours that their rows are divided by."""
-    beside, out = _Beside(counter, other), []
     vocabulary, limits = counter.windows.vocabulary, counter.limits
-    stems = vocabulary.table("stem")
+    stems, sizes, least = vocabulary.table("stem"), limits.set_sizes, limits.min_hits
     texts = _Named(vocabulary.texts, Token, TokenSet)
     of_stem = _Named(stems.names, lambda stem: Stems((stem,)), Stems)
-    for head in heads:
-        positives = int(counter.num_active[head.feature])
-        names, hits, support = beside.of(head)
-        whole = head.f1 / 2 * (positives + head.support), head.support  # rows without a neighbour included
-        stem = stems.codes[names]
-        has_stem = stem >= 0
-        stem_names, place = np.unique(stem[has_stem], return_inverse=True)
-        stem_hits = np.bincount(place, hits[has_stem], len(stem_names))
-        stem_support = np.bincount(place, support[has_stem], len(stem_names))
-        found: list[tuple[float, Predicate]] = []
-        for called, n, h, s in ((texts, names, hits, support), (of_stem, stem_names, stem_hits, stem_support)):
-            for codes, f1 in _kept(h, s, positives, (1, *limits.set_sizes), limits.min_hits):
-                found.append((f1, Both(head.predicate, Neighbour(offset, called.one_of(n[codes])))))
-            for codes, f1 in _left_out(h, s, positives, whole, limits.set_sizes, limits.min_hits):
-                found.append((f1, Both(head.predicate, Not(Neighbour(offset, called.one_of(n[codes]))))))
-        found = [(f1, p) for f1, p in found if f1 >= max(head.f1 + MIN_GAIN, limits.min_f1)]
-        found.sort(key=lambda c: -c[0])
-        out += [(head.feature, f1, p) for f1, p in found[:3]]
-    return out
+    pairs, starts = beside.pairs, np.searchsorted(beside.pairs.features, np.arange(counter.active.num_features + 1))
+    same: dict[TokenPredicate, list[int]] = {}  # heads that hold on the same tokens
+    for place, head in enumerate(heads):
+        same.setdefault(head.predicate, []).append(place)
+    out: list[Found] = [[] for _ in heads]
+    for predicate, places in same.items():
+        near = _Neighbours.of(beside, heads[places[0]].tokens, stems.codes)
+        for place in places:
+            head = heads[place]
+            own = slice(starts[head.feature], starts[head.feature + 1])
+            hits = near.hits(pairs.codes[own], pairs.hits[own])
+            stem_hits = np.bincount(near.stem_place, hits[near.has_stem], len(near.stems))
+            positives = int(counter.num_active[head.feature])
+            whole = head.f1 / 2 * (positives + head.support), head.support  # rows without a neighbour included
+            needed = max(head.f1 + MIN_GAIN, limits.min_f1)
+            found: list[tuple[float, _Named, np.ndarray, bool]] = []
+            for called, names, h, s in (
+                (texts, near.names, hits, near.support), (of_stem, near.stems, stem_hits, near.stem_support)
+            ):  # fmt: skip
+                if _can_reach(needed, h, s, positives, (0.0, 0.0), sizes[-1]):
+                    kept = _kept(h, s, positives, (1, *sizes), least)
+                    found += [(f1, called, names[codes], True) for codes, f1 in kept]
+                if _can_reach(needed, -h, -s, positives, whole, sizes[-1]):
+                    left_out = _left_out(h, s, positives, whole, sizes, least)
+                    found += [(f1, called, names[codes], False) for codes, f1 in left_out]
+            found = [entry for entry in found if entry[0] >= needed]
+            found.sort(key=lambda entry: -entry[0])
+            for f1, called, names, is_kept in found[:3]:
+                neighbour = Neighbour(offset, called.one_of(names))
+                out[place].append((head.feature, f1, Both(predicate, neighbour if is_kept else Not(neighbour))))
+    return [entry for own in out for entry in own]
+
+
+def _can_reach(
+    f1: float, hits: np.ndarray, support: np.ndarray, positives: int, start: tuple[float, float], most: int
+) -> bool:
+    """False where no `most` codes added to sums that begin at `start` (hits, support) reach `f1`.
+
+    F1 >= f is hits - f / 2 * support >= f / 2 * positives, in which every code has its own share of the left side.
+    """
+    gain = np.maximum(hits - f1 / 2 * support, 0)
+    missing = f1 / 2 * (positives + start[1]) - start[0] - 1e-6
+    if gain.sum() < missing:
+        return False
+    return len(gain) <= most or bool(np.partition(gain, len(gain) - most)[-most:].sum() >= missing)
 
 
 def _kept(
@@ -196,29 +238,27 @@ def _dinkelbach(
         yield codes[order[:size]], float(2 * total_hits[size - 1] / (positives + total_support[size - 1]))
 
 
-def _places(counter: Counter, other: np.ndarray, offset: int) -> Found:
+def _places(counter: Counter, beside: Beside, offset: int) -> Found:
     """Tokens at one place before the row: sets of them alone; one, or a set, together with the row's class."""
     vocabulary: Vocabulary = counter.windows.vocabulary
-    out: Found = []
-    size, kinds = len(vocabulary), len(DISJOINT_CLASSES)
-    stems = vocabulary.table("stem")
-    pairs = counter.pairs(other.ravel(), size)
+    size, kinds, least = len(vocabulary), len(DISJOINT_CLASSES), counter.limits.min_hits
+    stems, itself = vocabulary.table("stem"), np.arange(size + 1)
+    pairs = beside.regroup(np.zeros(size + 1, np.int64), itself, size, 1, least)
     texts = _Named(vocabulary.texts, Token, TokenSet)
     of_stem = _Named(stems.names, lambda stem: Stems((stem,)), Stems)
+    found: list[tuple[int, float, tuple[_Named, list[int], str | None]]] = []
     for own, called in ((pairs, texts), (pairs.regroup(stems.codes, len(stems.names)), of_stem)):
         for feature, f1, codes in _sets(own.features, own.codes, own.hits, own.support, counter):
-            out.append((feature, f1, Neighbour(offset, called.one_of(codes))))
-    class_of = np.full(size + 1, -1, np.int64)  # last entry: no token
-    for i, name in enumerate(DISJOINT_CLASSES):
-        class_of[:-1][vocabulary.classes[name]] = i
-    first = class_of[counter.windows.tokens]
-    codes = np.where((first >= 0) & (other >= 0), first * size + other, -1).ravel()
-    both, values = counter.sparse_pairs(codes)
-    groups = both.features * kinds + values[both.codes] // size
-    for group, f1, chosen in _sets(groups, both.codes, both.hits, both.support, counter, per_feature=kinds):
-        head = TokenClass(DISJOINT_CLASSES[group % kinds])
-        out.append((group // kinds, f1, Both(head, Neighbour(offset, texts.one_of(values[chosen] % size)))))
-    return best_of_each(out)
+            found.append((feature, f1, (called, codes, None)))
+    both = beside.regroup(disjoint_class_of(vocabulary), itself, size, kinds, least)
+    groups = both.features * kinds + both.codes // size
+    for group, f1, codes in _sets(groups, both.codes, both.hits, both.support, counter, per_feature=kinds):
+        found.append((group // kinds, f1, (texts, [c % size for c in codes], DISJOINT_CLASSES[group % kinds])))
+    out: Found = []
+    for feature, f1, (called, codes, of_class) in best_of_each(found):
+        neighbour = Neighbour(offset, called.one_of(codes))
+        out.append((feature, f1, neighbour if of_class is None else Both(TokenClass(of_class), neighbour)))
+    return out
 
 
 def _sets(

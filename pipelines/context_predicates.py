@@ -141,13 +141,12 @@ class Recent(Predicate):
         return out.reshape(windows.tokens.shape)
 
     def matches(self, windows: RowTable) -> np.ndarray:
-        segments, sources, found = windows.segments, self.of.matches(windows), []
-        for step in range(self.last):
-            if step:
-                sources = sources[: np.searchsorted(sources, segments.size - step)]
-                sources = sources[segments[sources + step] == segments[sources]]
-            found.append(sources + step)
-        rows = np.unique(np.concatenate(found))
+        sources = self.of.matches(windows)
+        # what each holds on, up to the next one, the end of the document and `last` tokens
+        ends = np.minimum(sources + self.last, windows.segment_ends[windows.segments[sources]])
+        ends[:-1] = np.minimum(ends[:-1], sources[1:])
+        lengths = ends - sources
+        rows = np.repeat(ends - np.cumsum(lengths), lengths) + np.arange(int(lengths.sum()))
         return rows[windows.valid.ravel()[rows]]
 
     def at(self, windows: RowTable, rows: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from saeql.sae.config import ConfigError, suggestion
+from saeql.sae.config import ConfigError, check_least, suggestion
 
 from .text_sources import CONTENTS, EMBEDDED_TEXT, CorpusError, Row, SourceConfig, one_line, read_rows
 
@@ -78,6 +78,7 @@ class CorpusConfig:
             raise ConfigError(
                 f"corpus.source ({self.source}) and [[corpus.mixture]] exclude each other: make it one of the mixture"
             )
+        check_least(self, "corpus", max_document_tokens=1, max_tokens=0)
         if not (0 < self.train_share < 1 and 0 < self.calibration_share < 1):
             raise ConfigError("corpus.train_share and corpus.calibration_share must lie between 0 and 1")
         if self.train_share + self.calibration_share >= 1:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from saeql.kernels.launch import fast_matmul_dtype
-from saeql.sae.config import ConfigError
+from saeql.sae.config import ConfigError, check_least
 from saeql.store.integrity import hash_file
 
 from .model_build import one_line
@@ -46,9 +46,7 @@ class EmbedderConfig:
     """float32, bfloat16, or auto: bfloat16 where the device is faster at it. Their vectors are taken for the same."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_texts", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"embedder.{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, "embedder", batch_texts=1, max_tokens=1)
         if self.matmul_dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"embedder.matmul_dtype must be auto, float32 or bfloat16, not {self.matmul_dtype!r}")
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from saeql.sae.config import check_least
 from saeql.sae.metrics import Bootstrap, DocumentGroups, Estimate, RowMetrics, TokenLosses, ratio, splice_estimates
 from saeql.sae.model import SparseAutoencoder
 from saeql.sae.trainer import Places, columns_of
@@ -52,6 +53,9 @@ class EvaluateConfig:
     """Stored rows encoded at once; no metric depends on it."""
     num_bootstrap: int = 2000
     """Draws of documents behind every interval."""
+
+    def __post_init__(self):
+        check_least(self, "evaluate", ce_windows=0, batch_windows=1, batch_tokens=1, num_bootstrap=1)
 
 
 #: Activations [B, T, d] to be put in place, by hook point.

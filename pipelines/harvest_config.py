@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from saeql.sae.config import ConfigError
+from saeql.sae.config import check_above_zero, check_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,8 @@ class HarvestConfig:
     """Parts that the corpus is divided into by rows, each with its share of corpus.max_tokens, for several processes to take in turn."""  # noqa: E501
 
     def __post_init__(self) -> None:
-        if self.context_tokens < 2:
-            raise ConfigError(f"harvest.context_tokens must be at least 2, got {self.context_tokens}")
-        for name in ("batch_windows", "windows_per_shard", "parts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"harvest.{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_train_tokens is not None and self.max_train_tokens < 0:
-            raise ConfigError(f"harvest.max_train_tokens must be at least 0, got {self.max_train_tokens}")
+        check_least(
+            self, "harvest", context_tokens=2, batch_windows=1, windows_per_shard=1, max_heldout_document_tokens=1,
+            max_train_tokens=0, parts=1,
+        )  # fmt: skip
+        check_above_zero(self, "harvest", "massive_norm_multiple")

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from saeql.sae.config import check_least
 from saeql.sae.files import saelens_config
 from saeql.sae.model import SparseAutoencoder
 from saeql.store.evidence import Evidence, PartWriter
@@ -45,6 +46,9 @@ class IndexConfig:
     """Promoted and suppressed tokens kept for every feature."""
     num_neighbours: int = 10
     """Nearest features kept for every feature."""
+
+    def __post_init__(self):
+        check_least(self, "index", batch_tokens=1, rows_per_part=1, num_logit_effects=1, num_neighbours=1)
 
 
 @dataclass(frozen=True)
@@ -304,9 +308,11 @@ def neighbours(dictionary: SparseAutoencoder, name: str, num: int) -> pa.Table:
     rows = torch.nn.functional.normalize(dictionary.W_dec, dim=1)
     num = min(num, len(rows) - 1)
     cosines, others = [], []
-    size = max(1, NEIGHBOUR_COSINES // len(rows))
+    size = min(len(rows), max(1, NEIGHBOUR_COSINES // len(rows)))
+    room = rows.new_empty(size, len(rows))  # a new tensor a block would have two of them in memory
     for start in range(0, len(rows), size):
-        block = rows[start : start + size] @ rows.t()
+        some = rows[start : start + size]
+        block = torch.mm(some, rows.t(), out=room[: len(some)])
         block[torch.arange(len(block)), torch.arange(start, start + len(block))] = -2
         cosine, other = block.topk(num)
         cosines.append(cosine.cpu())

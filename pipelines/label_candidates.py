@@ -5,13 +5,13 @@ features at once (`candidate_counts.py`). What stands around a row beyond its ne
 down, is in `context_candidates.py`. Nothing here looks at another split.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from .alternative_candidates import alternatives
-from .candidate_counts import CandidateLimits, Counter, Found, Pairs, best_sets, shifted
+from .candidate_counts import Beside, CandidateLimits, Counter, Found, Pairs, best_sets, disjoint_class_of
 from .context_candidates import context_candidates
 from .predicates import Affix, Both, Neighbour, Piece, Position, Predicate, Stems, Token, TokenClass, TokenSet, Word
 from .recent_candidates import recent_candidates
@@ -47,26 +47,25 @@ def _row_flag_families(counter: Counter) -> Iterator[_Family]:
         yield counter.pairs(codes, 1), partial(lambda c, predicate: predicate, predicate=predicate)
 
 
-def _context_families(counter: Counter) -> Iterator[_Family]:
+def _context_families(counter: Counter, beside: Mapping[int, Beside]) -> Iterator[_Family]:
     """Families that read a neighbour, alone or together with the row's own token or class."""
-    vocabulary, tokens = counter.windows.vocabulary, counter.windows.tokens.astype(np.int64)
+    vocabulary, least = counter.windows.vocabulary, counter.limits.min_hits
     texts, size, kinds = vocabulary.texts, len(vocabulary), len(DISJOINT_CLASSES)
-    class_of = np.full(size + 1, -1, np.int64)  # last entry: no token
-    for i, name in enumerate(DISJOINT_CLASSES):
-        class_of[:-1][vocabulary.classes[name]] = i
-    previous = shifted(tokens, -1)
+    itself, any_token, class_of = np.arange(size + 1), np.zeros(size + 1, np.int64), disjoint_class_of(vocabulary)
     for offset in (-1, 1):
-        pairs = counter.pairs(shifted(tokens, offset).ravel(), size)
+        pairs = beside[offset].regroup(any_token, itself, size, 1, least)
         yield pairs, partial(lambda c, offset: Neighbour(offset, Token(texts[c])), offset=offset)
         if offset < 0:
             for name in TOKEN_CLASSES:
                 make = partial(lambda c, n: Neighbour(-1, TokenClass(n)), n=name)
                 yield pairs.regroup(np.where(vocabulary.classes[name], 0, -1), 1), make
 
-    def together(first: np.ndarray, second: np.ndarray, base: int, head: Callable, tail: Callable) -> _Family:
-        codes = np.where((first >= 0) & (second >= 0), first * base + second, -1)
-        pairs, values = counter.sparse_pairs(codes.ravel())
-        return pairs, lambda c: Both(head(int(values[c]) // base), Neighbour(-1, tail(int(values[c]) % base)))
+    before = beside[-1]
+    yield before.pairs, lambda c: Both(Token(texts[before.first[c]]), Neighbour(-1, Token(texts[before.second[c]])))
+
+    def together(first: np.ndarray, second: np.ndarray, sizes: tuple[int, int], head: Callable, tail: Callable):
+        pairs, base = before.regroup(first, second, sizes[1], sizes[0], least), sizes[1]
+        return pairs, lambda c: Both(head(c // base), Neighbour(-1, tail(c % base)))
 
     def token(code: int) -> Token:
         return Token(texts[code])
@@ -74,10 +73,9 @@ def _context_families(counter: Counter) -> Iterator[_Family]:
     def token_class(code: int) -> TokenClass:
         return TokenClass(DISJOINT_CLASSES[code])
 
-    yield together(tokens, previous, size, token, token)
-    yield together(tokens, class_of[previous], kinds, token, token_class)
-    yield together(class_of[tokens], previous, size, token_class, token)
-    yield together(class_of[tokens], class_of[previous], kinds, token_class, token_class)
+    yield together(itself, class_of, (size, kinds), token, token_class)
+    yield together(class_of, itself, (kinds, size), token_class, token)
+    yield together(class_of, class_of, (kinds, kinds), token_class, token_class)
 
 
 def _add_sets(
@@ -105,14 +103,16 @@ def propose(
     vocabulary = windows.vocabulary
     tokens = counter.pairs(windows.tokens.ravel(), len(vocabulary))
     found: Found = []
-    for families in (_token_families(counter, tokens), _row_flag_families(counter), _context_families(counter)):
+    beside = {offset: counter.beside(offset) for offset in (-1, 1)}
+    token_families, row_flags = _token_families(counter, tokens), _row_flag_families(counter)
+    for families in (token_families, row_flags, _context_families(counter, beside)):
         for pairs, make in families:
             for feature, code, f1 in zip(*counter.best(pairs), strict=True):
                 found.append((int(feature), float(f1), make(int(code))))
     stems = vocabulary.table("stem")
     _add_sets(counter, tokens, vocabulary.texts, TokenSet, found)
     _add_sets(counter, tokens.regroup(stems.codes, len(stems.names)), stems.names, Stems, found)
-    found += context_candidates(counter, tokens, found)
+    found += context_candidates(counter, tokens, found, beside)
     found += recent_candidates(counter)
 
     ranked = _ranked(found, active.num_features)

@@ -344,7 +344,7 @@ class StageTerms:
         s, n = self.sizes[0], self.config.index.batch_tokens
         encoder = min(chunk_bytes, n * s.d_sae * 4) + 4 * n * s.d_in * 4
         lens_rows = min(s.d_sae, max(1, LENS_LOGITS // self.outline.vocabulary))
-        lens = lens_rows * self.outline.vocabulary * (self.value_bytes + 8)
+        lens = lens_rows * self.outline.vocabulary * (self.value_bytes + 4)
         near = min(NEIGHBOUR_COSINES, s.d_sae**2) * 4 + s.parameter_bytes / 2
         return [
             Term("encoder", encoder, "index.batch_tokens"),

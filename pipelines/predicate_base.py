@@ -3,6 +3,7 @@
 import json
 import unicodedata
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from .token_classes import RowTable, Vocabulary
 MOST_TOKENS = 64
 
 
+@lru_cache(maxsize=1 << 16)
 def quoted(text: str) -> str:
     """Token text in double quotes; control, format (bidi) and unassigned characters escaped as in JSON."""
     readable = json.dumps(text, ensure_ascii=False)
@@ -80,19 +82,28 @@ class Predicate:
 class TokenPredicate(Predicate):
     """A predicate that reads the row's own token only."""
 
-    def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
-        """[V] bool over `vocabulary.texts`."""
+    def ids(self, vocabulary: Vocabulary) -> np.ndarray:
+        """[n] indices into `vocabulary.texts`, ascending: the tokens on which it holds."""
         raise NotImplementedError
 
+    def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
+        """[V] bool over `vocabulary.texts`."""
+        return self._mask(vocabulary)[:-1]
+
+    def _mask(self, vocabulary: Vocabulary) -> np.ndarray:
+        """[V + 1], so that index -1 (no token) reads False."""
+        out = np.zeros(len(vocabulary) + 1, bool)
+        out[self.ids(vocabulary)] = True
+        return out
+
     def rows(self, windows: RowTable) -> np.ndarray:
-        # [V + 1], so that index -1 (no token) reads False.
-        return np.append(self.tokens(windows.vocabulary), False)[windows.tokens]
+        return self._mask(windows.vocabulary)[windows.tokens]
 
     def at(self, windows: RowTable, rows: np.ndarray) -> np.ndarray:
-        return np.append(self.tokens(windows.vocabulary), False)[windows.tokens.ravel()[rows]]
+        return self._mask(windows.vocabulary)[windows.tokens.ravel()[rows]]
 
     def matches(self, windows: RowTable) -> np.ndarray:
-        tokens = np.flatnonzero(self.tokens(windows.vocabulary))
+        tokens = self.ids(windows.vocabulary)
         return windows.rows_of(tokens) if len(tokens) <= MOST_TOKENS else np.flatnonzero(self.rows(windows))
 
     @property

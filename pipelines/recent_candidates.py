@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from .block_sort import count_codes
 from .candidate_counts import SAMPLED_ROWS, Counter, Found, best_of_each, best_sets, distinct
 from .predicates import Recent, Stems
 
@@ -28,14 +29,17 @@ def recent_candidates(counter: Counter) -> Found:
         last: _recent_support(code_of_row, segments, counter.eligible, len(stems.names), last) for last in RECENT
     }
     features, rows, weight = counter.sample(SAMPLED_ROWS)
-    out: Found = []
+    found_all: list[tuple[int, float, tuple[list[int], int]]] = []
     blocks = np.arange(0, counter.active.num_features + _FEATURES_AT_ONCE, _FEATURES_AT_ONCE)
     for low, high in pairwise(np.searchsorted(features, blocks)):
         for last in RECENT:
             part = features[low:high], rows[low:high]
             found = _recent(counter, part, weight, code_of_row, segments, supports[last], last)
-            out += [(f, f1, Recent(Stems(tuple(stems.names[c] for c in codes)), last)) for f, f1, codes in found]
-    return best_of_each(out)
+            found_all += [(f, f1, (codes, last)) for f, f1, codes in found]
+    return [
+        (f, f1, Recent(Stems(tuple(stems.names[c] for c in codes)), last))
+        for f, f1, (codes, last) in best_of_each(found_all)
+    ]
 
 
 def _recent_support(codes: np.ndarray, segments: np.ndarray, eligible: np.ndarray, num: int, last: int) -> np.ndarray:
@@ -62,7 +66,7 @@ def _recent(
         inside = (rows >= step) & (segments[at] == segments[rows]) & (code_of_row[at] >= 0)
         keys.append(np.flatnonzero(inside) * num + code_of_row[at[inside]])
     sample, codes = np.divmod(distinct(np.concatenate(keys)), num)
-    pairs, hits = np.unique(features[sample] * num + codes, return_counts=True)
+    pairs, hits = count_codes(features[sample], codes, num)
     owner, code = np.divmod(pairs, num)
     keep = hits >= limits.min_hits
     owner, code, hits = owner[keep], code[keep], hits[keep]

@@ -28,13 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from saeql.sae.architectures import architecture
 from saeql.sae.comm import ALONE, Comm
 from saeql.sae.config import from_dict, to_dict
-from saeql.sae.files import load_dictionary, save_dictionary
-from saeql.sae.frozen import check_frozen
+from saeql.sae.files import load_dictionary, save_density
 from saeql.sae.model import SparseAutoencoder
-from saeql.sae.resample import check_resampling
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
@@ -58,6 +55,7 @@ from .models import LanguageModel, ModelIdentity, load_model
 from .progress import progress
 from .provenance import more_evidence, provenance
 from .ranks import take_own_gpu
+from .run_checks import check_inputs, check_training
 from .stages import STAGES, RunError, StageRecord, check_stages
 from .steering.edits import FeatureScale
 from .steering.steerer import Steerer
@@ -92,13 +90,12 @@ class Run:
         """Start a run in `path`, or go on with the one there if it has the same configuration.
 
         Globs of hook points become the names that this model has.
-        Raises ConfigError where the configuration does not hold together, HookPointError where a glob has no match,
-        RunError, naming the first key that differs, where the directory holds another configuration.
+        Raises ConfigError where the configuration does not hold together, HookPointError, ModelError or CorpusError
+        where a new run's hook point, model or text is missing (nothing is left behind), RunError, naming the first key
+        that differs, where the directory holds another configuration.
         """
         path, config = Path(path), settle(config)
-        kind = specify(config.dictionary, config.model, config.seed).config.architecture
-        check_resampling(architecture(kind), config.train)
-        check_frozen(config.dictionary, config.train)
+        check_training(config)
         if (path / "config.toml").exists():
             run = cls.open(path)
             difference = _first_difference(to_dict(run.config), to_dict(config))
@@ -111,6 +108,7 @@ class Run:
         others = [file for file in path.iterdir() if ".tmp." not in file.name] if path.exists() else []
         if others and not (path / "config.toml").exists():  # another process may make the same run in this moment
             raise RunError(f"{path} is not empty and holds no run; choose another directory with --out")
+        check_inputs(config)
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / "config.toml", to_toml(config))
         return cls(path, config)
@@ -440,7 +438,7 @@ class Run:
         """Evidence table runs, and how often latents fire beside the dictionary."""
         runs = provenance(self.path.name, indexer.name, self.config, indexer.info, self.evidence)
         self.evidence.write("runs", runs)
-        save_dictionary(indexer.dictionary, self.dictionary_path, density=result.density)
+        save_density(self.dictionary_path, result.density)
 
     def label(self, options: LabelOptions | None = None) -> None:
         """evidence -> labels with their held-out scores, and receipts."""

@@ -10,6 +10,7 @@ activations, so they count as inactive (`split_rows` says how many there are).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow.compute as pc
@@ -30,18 +31,18 @@ class ActiveRows:
     values: np.ndarray  # [A] float32 activations
     num_features: int
 
-    @property
+    @cached_property
     def counts(self) -> np.ndarray:
         """[F] int64 active rows a feature."""
         return np.bincount(self.features, minlength=self.num_features)
 
-    @property
+    @cached_property
     def starts(self) -> np.ndarray:
         """[F + 1] int64: feature f has entries starts[f] to starts[f + 1]."""
         return np.concatenate([[0], np.cumsum(self.counts)])
 
     def where(self, keep: np.ndarray) -> "ActiveRows":
-        """The entries that `keep` [A] bool marks."""
+        """The entries that `keep` [A] bool marks, or numbers."""
         return ActiveRows(self.features[keep], self.rows[keep], self.values[keep], self.num_features)
 
     def by_feature(self) -> list[np.ndarray]:
@@ -66,7 +67,7 @@ class SplitRows:
     active: ActiveRows  # activation > tau
     weak: ActiveRows  # 0 < activation <= tau: inactive, but the feature does fire
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows that count."""
         return int(self.eligible.sum())
@@ -114,29 +115,31 @@ def read_feature_rows(evidence: Evidence, dictionary: str, *, active_fraction: f
         table = evidence.read("windows", split=split)
         windows = RowTable.from_windows(vocabulary, table["token_ids"])
         lookup = _RowLookup(table["window_id"].to_numpy(), windows.tokens.shape[1])
-        keys, values = _read_activations(evidence, dictionary, split, lookup, features)
+        fires = _read_activations(evidence, dictionary, split, lookup, features)
         if split == "train":
-            np.maximum.at(tau, keys // lookup.num_rows, values)
+            np.maximum.at(tau, fires.features, fires.values)
             tau *= np.float32(active_fraction)
         documents = pad_lists(table["document_ids"]).ravel()
-        splits[split] = _split_rows(split, windows, table["window_id"].to_numpy(), documents, (keys, values), tau)
+        splits[split] = _split_rows(split, windows, table["window_id"].to_numpy(), documents, fires, tau)
     return FeatureRows(dictionary, tau, **splits)
 
 
-def _read_activations(evidence: Evidence, dictionary: str, split: str, row_of: "_RowLookup", features: int):
-    """(keys [A] int64 = feature * R + row, activations [A] float32) of a split, in file order."""
+def _read_activations(
+    evidence: Evidence, dictionary: str, split: str, row_of: "_RowLookup", features: int
+) -> ActiveRows:
+    """The activations of a split in file order."""
     condition = (pc.field("split") == split) & (pc.field("dictionary") == dictionary)
     columns = ["feature", "window_id", "position", "activation"]
-    keys, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    found, rows, values = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
     for file in evidence.files("activations"):
         part = pq.read_table(file, columns=columns, filters=condition)
         feature = part["feature"].to_numpy()
         if len(feature) and not 0 <= feature.min() <= feature.max() < features:
             raise EvidenceError(f"{file}: a feature is outside 0..{features - 1}")
-        rows = row_of(part["window_id"].to_numpy(), part["position"].to_numpy())
-        keys.append(feature.astype(np.int64) * row_of.num_rows + rows)
+        rows.append(row_of(part["window_id"].to_numpy(), part["position"].to_numpy()).astype(np.int32))
+        found.append(feature.astype(np.int32))
         values.append(part["activation"].to_numpy())
-    return np.concatenate(keys), np.concatenate(values)
+    return ActiveRows(np.concatenate(found), np.concatenate(rows), np.concatenate(values), features)
 
 
 class _RowLookup:
@@ -146,44 +149,49 @@ class _RowLookup:
         self.order = np.argsort(window_ids, kind="stable")
         self.ids = window_ids[self.order]
         self.context_tokens = context_tokens
-        self.num_rows = max(len(window_ids) * context_tokens, 1)
 
     def __call__(self, window_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Raises EvidenceError at a row that is in no window of the split."""
         if len(window_ids) == 0:
             return np.zeros(0, np.int64)
-        at = np.searchsorted(self.ids, window_ids)
-        if len(self.ids) == 0 or (self.ids[np.minimum(at, len(self.ids) - 1)] != window_ids).any():
+        starts = np.flatnonzero(np.append(True, window_ids[1:] != window_ids[:-1]))  # many rows of one window
+        named = window_ids[starts]
+        at = np.searchsorted(self.ids, named)
+        if len(self.ids) == 0 or (self.ids[np.minimum(at, len(self.ids) - 1)] != named).any():
             raise EvidenceError("activations name a window that table `windows` does not have in their split")
         if positions.min() < 0 or positions.max() >= self.context_tokens:
             raise EvidenceError("activations name a position outside of their window")
-        return self.order[at] * self.context_tokens + positions
+        first_rows = self.order[at] * self.context_tokens
+        return np.repeat(first_rows, np.diff(np.append(starts, len(window_ids)))) + positions
 
 
 def _split_rows(
-    split: str, windows: RowTable, window_ids: np.ndarray, document_ids: np.ndarray, read, tau: np.ndarray
+    split: str, windows: RowTable, window_ids: np.ndarray, document_ids: np.ndarray, fires: ActiveRows, tau: np.ndarray
 ) -> SplitRows:
-    num_rows, (keys, values) = max(windows.tokens.size, 1), read
     if split == "train":  # by far the largest split, and nothing asks for its weak activations
-        strong = values > tau[keys // num_rows]
-        keys, values = keys[strong], values[strong]
-    order = np.argsort(keys)
-    keys, values = keys[order], values[order]
-    if (np.diff(keys) == 0).any():
+        fires = fires.where(fires.values > tau[fires.features])
+    fires = fires.where(_order(fires))
+    if ((np.diff(fires.features) == 0) & (np.diff(fires.rows) == 0)).any():
         raise EvidenceError("activations hold a feature twice on one row: were two runs written into one folder?")
     eligible = windows.valid.copy()
     eligible[:, :1] = False
     eligible = eligible.ravel()
-    if len(keys):
-        counts = eligible[keys % num_rows]
-        keys, values = keys[counts], values[counts]
-    fires = ActiveRows((keys // num_rows).astype(np.int32), (keys % num_rows).astype(np.int32), values, len(tau))
-    strong = values > tau[fires.features]
+    if len(fires.rows):
+        fires = fires.where(eligible[fires.rows])
+    strong = fires.values > tau[fires.features]
     documents = np.full(len(document_ids), -1, np.int32)
     names, documents[eligible] = np.unique(document_ids[eligible], return_inverse=True)
     return SplitRows(
         split, windows, window_ids, eligible, documents, len(names), fires.where(strong), fires.where(~strong)
     )
+
+
+def _order(fires: ActiveRows) -> np.ndarray:
+    """[A] the order by feature and row; files are in the order of rows, so that a stable sort by feature is enough."""
+    if (fires.rows[1:] < fires.rows[:-1]).any():
+        return np.lexsort((fires.rows, fires.features))
+    small = np.uint16 if fires.num_features <= 2**16 else np.int32  # 16 bits are sorted by radix
+    return np.argsort(fires.features.astype(small), kind="stable")
 
 
 def read_token_ids(evidence: Evidence, split: SplitRows) -> np.ndarray:

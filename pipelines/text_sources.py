@@ -96,19 +96,25 @@ def read_rows(source: SourceConfig, start: int = 0, stride: int = 1) -> Iterator
 
     Raises CorpusError, in one line, where the source is missing, unreachable, damaged, or has not the column.
     """
+    check_place(source)
+    if source.source == EMBEDDED_TEXT:
+        return _wikipedia(source.text_column, start, stride)
+    if source.source.startswith("hf:"):
+        return _hub(source, start, stride)
+    path = Path(source.source).expanduser()
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return _saved_dataset(source, path, start, stride)
+    return _files(source, path, start, stride)
+
+
+def check_place(source: SourceConfig) -> None:
+    """Raises CorpusError where a source is not embedded, not on this machine, and not named as one on the hub."""
     name = source.source
     if name.startswith("embedded:"):
         if name != EMBEDDED_TEXT:
             raise CorpusError(f"no embedded corpus {name!r}{suggestion(name, [EMBEDDED_TEXT])}")
-        return _wikipedia(source.text_column, start, stride)
-    if name.startswith("hf:"):
-        return _hub(source, start, stride)
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise CorpusError(f"no corpus at {path}: name a file, a folder, {EMBEDDED_TEXT} or hf:NAME")
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _saved_dataset(source, path, start, stride)
-    return _files(source, path, start, stride)
+    elif not name.startswith("hf:") and not Path(name).expanduser().exists():
+        raise CorpusError(f"no corpus at {Path(name).expanduser()}: name a file, a folder, {EMBEDDED_TEXT} or hf:NAME")
 
 
 def fingerprint(source: SourceConfig) -> str:

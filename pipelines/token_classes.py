@@ -85,11 +85,17 @@ class CodeTable:
         index = {name: i for i, name in enumerate(names)}
         return cls(names, np.array([index.get(v, -1) for v in values], np.int32), index)
 
-    def mask(self, names: Sequence[str]) -> np.ndarray:
-        """[V] bool: tokens whose value is one of `names`; unknown names hold for no token."""
-        known = np.zeros(len(self.names) + 1, bool)  # the last: no value
-        known[[self.index[n] for n in names if n in self.index]] = True
-        return known[self.codes]
+    @cached_property
+    def _by_code(self) -> tuple[np.ndarray, np.ndarray]:
+        """([V] tokens by code, ascending; [C + 1] where each code's end; those without a value come first)."""
+        return np.argsort(self.codes, kind="stable"), np.cumsum(np.bincount(self.codes + 1, minlength=len(self.names)))
+
+    def members(self, names: Sequence[str]) -> np.ndarray:
+        """[n] tokens, ascending, whose value is one of `names`; unknown names hold for no token."""
+        order, ends = self._by_code
+        codes = [self.index[n] for n in names if n in self.index]
+        own = [order[ends[c] : ends[c + 1]] for c in codes]
+        return np.zeros(0, np.int64) if not own else own[0] if len(own) == 1 else np.sort(np.concatenate(own))
 
 
 class Vocabulary:
@@ -181,6 +187,11 @@ class RowTable:
         return np.cumsum(begins.ravel(), dtype=np.int32)
 
     @cached_property
+    def segment_ends(self) -> np.ndarray:
+        """[S]: the row behind the last of every segment."""
+        return np.cumsum(np.bincount(self.segments))
+
+    @cached_property
     def _by_token(self) -> tuple[np.ndarray, np.ndarray]:
         """([R] rows by token, ascending; [V + 1] where each token's end; those of no token come first)."""
         flat = self.tokens.ravel()
@@ -190,7 +201,7 @@ class RowTable:
         """[m] rows, ascending, whose token is one of `tokens`."""
         order, ends = self._by_token
         own = [order[ends[t] : ends[t + 1]] for t in tokens.tolist()]
-        return np.sort(np.concatenate(own)) if own else np.zeros(0, np.int64)
+        return np.zeros(0, np.int64) if not own else own[0] if len(own) == 1 else np.sort(np.concatenate(own))
 
     def neighbour(self, rows: np.ndarray, offset: int) -> np.ndarray:
         """[W, T] bool: `rows` read at position + offset (-1 previous, +1 next); False where there is no such token."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saeql.sae.config import ConfigError
+from saeql.sae.config import check_least
 from saeql.sae.hook_points import KINDS, layer_stack, resolve
 from saeql.sae.metrics import Bootstrap, DocumentGroups, Estimate, ratio
 from saeql.store.evidence import Evidence
@@ -64,9 +64,10 @@ class TokensConfig:
     """Seed of sampled tokens and draws."""
 
     def __post_init__(self):
-        for name in ("train_tokens", "calibration_tokens", "test_tokens", "rows", "replacements", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"token_identity.{name} must be at least 1, not {getattr(self, name)}")
+        check_least(
+            self, "token_identity", train_tokens=1, calibration_tokens=1, test_tokens=1, features=0, rows=1,
+            replacements=1, batch_tokens=1, num_bootstrap=1,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

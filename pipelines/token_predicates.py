@@ -1,5 +1,6 @@
 """Predicates that read the row's own token: a text, a set, a word, stems, a beginning or ending, a class."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,6 +8,10 @@ import numpy as np
 
 from .predicate_base import TokenPredicate, check_texts, quoted
 from .token_classes import TOKEN_CLASSES, Vocabulary
+
+
+def _ascending(vocabulary: Vocabulary, texts: Sequence[str]) -> np.ndarray:
+    return np.array(sorted(vocabulary.index[t] for t in texts if t in vocabulary.index), np.int64)
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,8 @@ class Token(TokenPredicate):
     def __post_init__(self):
         check_texts((self.text,), "token text")
 
-    def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
-        out = np.zeros(len(vocabulary), bool)
-        if self.text in vocabulary.index:
-            out[vocabulary.index[self.text]] = True
-        return out
+    def ids(self, vocabulary: Vocabulary) -> np.ndarray:
+        return _ascending(vocabulary, (self.text,))
 
     def describe(self) -> str:
         return f"token {quoted(self.text)}"
@@ -47,10 +49,8 @@ class TokenSet(TokenPredicate):
     def __post_init__(self):
         check_texts(self.texts, "token texts")
 
-    def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
-        out = np.zeros(len(vocabulary), bool)
-        out[[vocabulary.index[t] for t in self.texts if t in vocabulary.index]] = True
-        return out
+    def ids(self, vocabulary: Vocabulary) -> np.ndarray:
+        return _ascending(vocabulary, self.texts)
 
     def describe(self) -> str:
         return "one of " + ", ".join(quoted(t) for t in self.texts)
@@ -72,8 +72,8 @@ class Word(TokenPredicate):
         if self.word != self.word.strip().casefold():
             raise ValueError(f"word must be stripped and case-folded, not {self.word!r}")
 
-    def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
-        return vocabulary.table("word").mask((self.word,))
+    def ids(self, vocabulary: Vocabulary) -> np.ndarray:
+        return vocabulary.table("word").members((self.word,))
 
     def describe(self) -> str:
         return f"word {quoted(self.word)} (any case)"
@@ -93,8 +93,8 @@ class Stems(TokenPredicate):
     def __post_init__(self):
         check_texts(self.stems, "stems")
 
-    def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
-        return vocabulary.table("stem").mask(self.stems)
+    def ids(self, vocabulary: Vocabulary) -> np.ndarray:
+        return vocabulary.table("stem").members(self.stems)
 
     def describe(self) -> str:
         listed = ", ".join(quoted(s) for s in self.stems)
@@ -118,8 +118,8 @@ class Affix(TokenPredicate):
             raise ValueError(f"an affix is a 'prefix' or a 'suffix', not {self.where!r}")
         check_texts((self.letters,), "affix letters")
 
-    def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
-        return vocabulary.table(self.where, len(self.letters)).mask((self.letters,))
+    def ids(self, vocabulary: Vocabulary) -> np.ndarray:
+        return vocabulary.table(self.where, len(self.letters)).members((self.letters,))
 
     def describe(self) -> str:
         return f"words starting with {self.letters}-" if self.where == "prefix" else f"words ending in -{self.letters}"
@@ -140,6 +140,9 @@ class TokenClass(TokenPredicate):
     def __post_init__(self):
         if not isinstance(self.token_class, str) or self.token_class not in TOKEN_CLASSES:
             raise ValueError(f"unknown token class {self.token_class!r}; known: {', '.join(TOKEN_CLASSES)}")
+
+    def ids(self, vocabulary: Vocabulary) -> np.ndarray:
+        return np.flatnonzero(vocabulary.classes[self.token_class])
 
     def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
         return vocabulary.classes[self.token_class]

@@ -6,6 +6,7 @@ belong to training. Nothing here imports torch. Unknown keys and values of the w
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -83,12 +84,8 @@ class DictionaryConfig:
         shares = self.matryoshka_shares
         if not shares or list(shares) != sorted(set(shares)) or shares[0] <= 0 or shares[-1] != 1:
             raise ConfigError(f"dictionary.matryoshka_shares must rise from above 0 to 1, got {list(shares)}")
-        for name in ("p", "bandwidth", "initial_threshold"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"dictionary.{name} must be above 0, got {getattr(self, name)}")
-        if self.d_sae < 1:
-            raise ConfigError(f"dictionary.d_sae must be at least 1, got {self.d_sae}")
+        check_above_zero(self, "dictionary", "p", "bandwidth", "initial_threshold", "target_l0")
+        check_least(self, "dictionary", d_sae=1, sparsity_coefficient=0)
         if not 1 <= self.k <= self.d_sae:
             raise ConfigError(f"dictionary.k must lie between 1 and d_sae ({self.d_sae}), got {self.k}")
 
@@ -165,25 +162,18 @@ class TrainConfig:
     """Several ranks: one that does not answer for so long ends the others. More than writing a checkpoint takes."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_steps",
-            "feature_shards",
-            "batch_tokens",
-            "init_tokens",
-            "shuffle_block_rows",
-            "log_every_steps",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-            "rank_timeout_seconds",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        check_least(
+            self, "train", num_steps=1, feature_shards=1, batch_tokens=1, init_tokens=1, shuffle_block_rows=1,
+            log_every_steps=1, checkpoint_every_steps=1, keep_checkpoints=1, rank_timeout_seconds=1,
+            dead_after_tokens=1, resample_every_steps=0, warmup_steps=0, sparsity_warmup_steps=0, auxk_coefficient=0,
+        )  # fmt: skip
+        check_above_zero(self, "train", "lr", "max_grad_norm", "shuffle_buffer_bytes")
         if not 0 <= self.decay_share <= 1:
             raise ConfigError(f"train.decay_share must lie between 0 and 1, got {self.decay_share}")
-        if self.resample_every_steps < 0:
-            raise ConfigError(f"train.resample_every_steps must be at least 0, got {self.resample_every_steps}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ConfigError(f"train.max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ConfigError(f"train.adam_betas must lie between 0 and 1, got {list(self.adam_betas)}")
+        if not 0 <= self.max_skipped_share <= 1:
+            raise ConfigError(f"train.max_skipped_share must lie between 0 and 1, got {self.max_skipped_share}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay must lie between 0 and 1, got {self.ema_decay}")
         _check_choice("train.source", self.source, ("shards", "live"))
@@ -199,6 +189,22 @@ class TrainConfig:
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}{suggestion(value, choices)}")
+
+
+def check_least(config: Any, section: str, **least: float) -> None:
+    """Raises ConfigError where a key of `section` ("" for none) is set and below its least value, `num_steps=1`."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise ConfigError(f"{section}{'.' if section else ''}{name} must be at least {low}, got {value}")
+
+
+def check_above_zero(config: Any, section: str, *names: str) -> None:
+    """Raises ConfigError where a key of `section` is set and not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{section}.{name} must be above 0, got {value}")
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
@@ -254,7 +260,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if len(hints) != len(value):
             raise ConfigError(f'"{key}" must have {len(hints)} entries, got {len(value)}')
         return tuple(_convert(h, v, key) for h, v in zip(hints, value, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f'"{key}" must be a finite number, got {value}')
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f'"{key}" must be {_TYPE_NAMES.get(hint, hint)}, got {value!r}')

@@ -85,9 +85,14 @@ def save_dictionary(dictionary: SparseAutoencoder, folder: str | Path, *, densit
         weights["W_skip"] = dictionary.W_skip
     write_safetensors(folder / WEIGHTS_FILE, {name: tensor.float() for name, tensor in weights.items()})
     if density is not None:
-        write_safetensors(folder / SPARSITY_FILE, {"sparsity": torch.log10(density.float() + 1e-10)})
+        save_density(folder, density)
     write_config(folder / CONFIG_FILE, saelens_config(dictionary))
     return folder
+
+
+def save_density(folder: str | Path, density: torch.Tensor) -> None:
+    """Write how often latents fire, `density` [d_sae] (share of rows), beside a dictionary's weights."""
+    write_safetensors(Path(folder) / SPARSITY_FILE, {"sparsity": torch.log10(density.float() + 1e-10)})
 
 
 def load_dictionary(folder: str | Path, comm: Comm = ALONE) -> SparseAutoencoder:

@@ -20,6 +20,7 @@ from bench_about import about
 
 from saeql.pipelines import Run, load_config
 from saeql.pipelines.footprint import anonymous_bytes
+from saeql.pipelines.models import cache_folder
 from saeql.pipelines.plan import make_plan
 
 WANTED = 0.15
@@ -84,11 +85,16 @@ print("seconds", time.process_time() - started)
 
 
 def measure(run: Path, stage: str) -> tuple[int, float]:
-    """Peak anonymous bytes, and CPU seconds without imports, of a stage in its own process."""
+    """Peak anonymous bytes, and CPU seconds without imports, of a stage in its own process, nothing embedded before."""
     command = [sys.executable, "-c", _STAGE, str(run), stage]
     peak = 0
-    with tempfile.TemporaryFile("w+") as out:
-        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryDirectory() as cache:
+        (Path(cache) / "saeql").mkdir()
+        for kept in cache_folder().glob("*"):
+            if kept.is_dir():  # converted models; what was embedded are files
+                (Path(cache) / "saeql" / kept.name).symlink_to(kept)
+        environment = {**os.environ, "XDG_CACHE_HOME": cache}
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=environment)
         while child.poll() is None:
             peak = max(peak, anonymous_bytes(child.pid))
             time.sleep(0.005)

@@ -234,8 +234,8 @@ def _write_dictionary(evidence: Evidence, size: Size, name: str) -> None:
     )
 
 
-def write_embeddings(evidence: Evidence, size: Size, name: str) -> None:
-    """A random unit vector for every feature."""
+def write_embeddings(evidence: Evidence, size: Size, name: str, model: str = "synthetic") -> None:
+    """A random unit vector for every feature, said to be of `model`."""
     random = np.random.default_rng([size.seed, 5])
     vectors = random.standard_normal((size.features, size.embedding_width), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -246,7 +246,7 @@ def write_embeddings(evidence: Evidence, size: Size, name: str) -> None:
                 "dictionary": _repeated(name, size.features),
                 "feature": np.arange(size.features, dtype=np.int32),
                 "source": _repeated("label", size.features),
-                "model": _repeated("synthetic", size.features),
+                "model": _repeated(model, size.features),
                 "vector": pa.array([row.tobytes() for row in vectors.astype("<f2")], pa.binary()),
             }
         ),

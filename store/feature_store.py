@@ -528,11 +528,8 @@ class FeatureStore:
     def _cards_of(self, dictionary_id: int) -> Cards:
         if dictionary_id not in self._cards:
             segment = self._segment(dictionary_id)
-            self._cards[dictionary_id] = Cards.read(
-                lambda query: run_statement(self._connection, self.path, query),
-                dictionary_id,
-                segment["segment_id"] if segment else -1,
-            )
+            with own_cursor(self._connection, self.path) as cursor:
+                self._cards[dictionary_id] = Cards.read(cursor, dictionary_id, segment["segment_id"] if segment else -1)
         return self._cards[dictionary_id]
 
     def _has(self, table: str, dictionary_id: int) -> bool:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.compute as pc
 
 from .cards import Cards
 from .errors import StoreError
@@ -108,8 +107,7 @@ def _mask(cards: Cards, filters: Filters) -> np.ndarray:
     """[F] bool of the cards' rows."""
     keep = np.ones(len(cards.features), bool)
     if filters.kind is not None:
-        same = pc.equal(cards.column("kind"), filters.kind)  # pyright: ignore[reportAttributeAccessIssue]
-        keep &= same.to_numpy(zero_copy_only=False)
+        keep &= cards.of_kind(filters.kind)
     density, auroc = cards.numbers("density"), cards.numbers("auroc")
     if filters.min_density is not None:
         keep &= density >= filters.min_density

@@ -196,6 +196,13 @@ def arrow_reader(relation: duckdb.DuckDBPyRelation) -> pa.RecordBatchReader:
     return relation.fetch_record_batch(_BATCH_ROWS)
 
 
+def plain_numbers(column: pa.Array, kind: Any) -> np.ndarray:
+    """The numbers of a column without nulls, of the numpy type that they have. Arrow's own way would import pandas."""
+    if len(column) == 0:
+        return np.zeros(0, kind)
+    return np.frombuffer(column.buffers()[1], kind)[column.offset : column.offset + len(column)]
+
+
 class _Deadline:
     """Interrupts the cursor's statement after a number of seconds, never after the block has ended."""
 

@@ -7,6 +7,7 @@ import duckdb
 import numpy as np
 
 from .errors import StoreError
+from .query import arrow_reader, plain_numbers
 from .records import SPLITS
 
 #: Visible context of an example, in tokens before and after its peak.
@@ -15,22 +16,40 @@ BEFORE, AFTER = 16, 8
 
 @dataclass(frozen=True)
 class TextRows:
-    """What a row number stands for. R rows, W window ids from `first_window` on."""
+    """What a row number stands for. R rows, W window ids from `first_window` on.
+
+    What follows from the windows is made when it is asked for: a reader that shows examples never does.
+    """
 
     first_window: int
     starts: np.ndarray  # [W + 1] int64: first row of each window
-    window_ids: np.ndarray  # [R] int32
-    positions: np.ndarray  # [R] int16
     token_ids: np.ndarray  # [R] int32
     document_ids: np.ndarray  # [R] int32
-    splits: np.ndarray  # [R] int8, index into SPLITS
+    split_of_window: np.ndarray  # [W] int8, index into SPLITS
     vocabulary: np.ndarray  # [V] object: text of every token id
     num_kept_rows: np.ndarray  # [S] int64 by split
 
     @property
     def num_rows(self) -> int:
         """R."""
-        return len(self.window_ids)
+        return len(self.token_ids)
+
+    @cached_property
+    def window_ids(self) -> np.ndarray:
+        """[R] int32."""
+        windows = np.arange(self.first_window, self.first_window + len(self.starts) - 1, dtype=np.int32)
+        return np.repeat(windows, np.diff(self.starts))
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """[R] int16."""
+        lengths = np.diff(self.starts)
+        return (np.arange(self.num_rows) - np.repeat(self.starts[:-1], lengths)).astype(np.int16)
+
+    @cached_property
+    def splits(self) -> np.ndarray:
+        """[R] int8, index into SPLITS."""
+        return np.repeat(self.split_of_window, np.diff(self.starts))
 
     def rows(self, window_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """[N] int64 row numbers. Raises StoreError for a place that is in no window."""
@@ -48,7 +67,8 @@ class TextRows:
     @cached_property
     def _document_windows(self) -> tuple[np.ndarray, np.ndarray]:
         """(document, window) of every document in every window that it has rows in, by document."""
-        pairs = (self.document_ids.astype(np.int64) << 32) | self.window_ids
+        pairs = self.document_ids.astype(np.int64) << 32
+        pairs |= np.repeat(np.arange(len(self.starts) - 1) + self.first_window, np.diff(self.starts))
         pairs = np.unique(pairs[run_starts(pairs)])
         return pairs >> 32, (pairs & (2**32 - 1)).astype(np.int32)
 
@@ -85,18 +105,24 @@ def read_text_rows(
     first, count, vocabulary_id = connection.execute(
         "SELECT first_window, num_windows, vocabulary_id FROM evidence.corpora WHERE corpus_id = ?", [corpus_id]
     ).fetchall()[0]
-    tokens = columns(
-        connection,
-        "SELECT window_id, position, token_id, document_id FROM evidence.tokens "
-        f"WHERE window_id BETWEEN {first} AND {first + count - 1} ORDER BY window_id, position",
-    )
+    inside = f"FROM evidence.tokens WHERE window_id BETWEEN {first} AND {first + count - 1}"
+    counted = columns(connection, f"SELECT window_id, count(*) AS n {inside} GROUP BY window_id")
+    lengths = np.zeros(count, np.int64)
+    lengths[counted["window_id"] - first] = counted["n"]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    token_ids, document_ids = np.zeros((2, starts[-1]), np.int32)
+    # batch by batch and in any order: sorting a text takes more memory than the text
+    for batch in arrow_reader(connection.sql(f"SELECT window_id, position, token_id, document_id {inside}")):
+        types = (np.int32, np.int16, np.int32, np.int32)
+        window, position, token, document = (plain_numbers(batch.column(n), kind) for n, kind in enumerate(types))
+        rows = starts[window - first] + position
+        token_ids[rows], document_ids[rows] = token, document
     windows = connection.execute(
         f"SELECT window_id, split FROM evidence.windows WHERE corpus_id = {corpus_id}"
     ).fetchall()
     split_of_window = np.zeros(count, np.int8)
     for window, split in windows:
         split_of_window[window - first] = SPLITS.index(split)
-    lengths = np.bincount(tokens["window_id"] - first, minlength=count)
     kept = dict(
         connection.execute(
             f"SELECT split, num_kept_rows FROM evidence.split_rows WHERE corpus_id = {corpus_id}"
@@ -106,16 +132,14 @@ def read_text_rows(
     if vocabulary_id not in known:
         known[vocabulary_id] = read_vocabulary(connection, vocabulary_id)
     texts = known[vocabulary_id]
-    vocabulary = np.full(max(int(tokens["token_id"].max(initial=0)) + 1, len(texts)), "", object)
+    vocabulary = np.full(max(int(token_ids.max(initial=0)) + 1, len(texts)), "", object)
     vocabulary[: len(texts)] = np.where(texts == None, "", texts)  # noqa: E711
     return TextRows(
         first_window=first,
-        starts=np.concatenate([[0], np.cumsum(lengths)]),
-        window_ids=tokens["window_id"],
-        positions=tokens["position"],
-        token_ids=tokens["token_id"],
-        document_ids=tokens["document_id"],
-        splits=split_of_window[tokens["window_id"] - first],
+        starts=starts,
+        token_ids=token_ids,
+        document_ids=document_ids,
+        split_of_window=split_of_window,
         vocabulary=vocabulary,
         num_kept_rows=np.array([kept.get(s) or 0 for s in SPLITS], np.int64),
     )

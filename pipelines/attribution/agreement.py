@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,8 @@ class Agreement:
 
 def agreement(sample: str, estimates: Sequence[float], exact: Sequence[float]) -> Agreement:
     """Both correlations of pairs; None for fewer than 3 of them, or values that are all the same."""
+    from scipy.stats import rankdata  # a second and 40 MB, which every command of a run would pay
+
     x, y = np.asarray(estimates, np.float64), np.asarray(exact, np.float64)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Agreement(sample, len(x), None, None)

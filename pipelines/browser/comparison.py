@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from saeql.store.feature_store import FeatureStore
 
@@ -33,7 +32,7 @@ def comparison(store: FeatureStore, one: str, other: str) -> Comparison:
     """Ask the store; `matches` are there where `saeql compare --save` has kept them."""
     rows = {row["dictionary"]: row for row in store.dictionaries()}
     lines = [{m.name: m for m in paired([r for r in store.metrics(n) if r["split"] == "test"])} for n in (one, other)]
-    kinds = [_kinds(store, name) for name in (one, other)]
+    kinds = [store.cards(name).kinds() for name in (one, other)]
     matches = store.trusted_sql(
         "SELECT * FROM matches WHERE dictionary = $one AND other_dictionary = $other "
         "ORDER BY decoder_cosine DESC, feature",
@@ -54,11 +53,6 @@ def comparison(store: FeatureStore, one: str, other: str) -> Comparison:
         matches=shown,
         num_matches=matches.num_rows,
     )
-
-
-def _kinds(store: FeatureStore, name: str) -> dict[str, int]:
-    counted = pc.value_counts(store.cards(name).column("kind")).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
-    return {c["values"]: c["counts"] for c in counted}
 
 
 def _densities(densities: dict[str, np.ndarray]) -> Chart | None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from saeql.store.feature_store import FeatureStore
 
@@ -45,7 +44,6 @@ def overview(store: FeatureStore, name: str, run: Path | None) -> Overview:
     row = next(r for r in store.dictionaries() if r["dictionary"] == name)
     receipts = store.receipts(None, dictionary=name)
     cards = store.cards(name)
-    counted = pc.value_counts(cards.column("kind")).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
     density, auroc = cards.numbers("density"), cards.numbers("auroc")
     sweep, tokens = (_read(run, file) for file in (SWEEP_FILE, TOKENS_FILE))
     return Overview(
@@ -53,7 +51,7 @@ def overview(store: FeatureStore, name: str, run: Path | None) -> Overview:
         metrics=paired([m for m in store.metrics(name) if m["split"] == "test"]),
         headline=headline(receipts),
         controls=card_lines(receipts),
-        kinds=sorted(((c["values"], c["counts"]) for c in counted), key=lambda kind: -kind[1]),
+        kinds=sorted(cards.kinds().items(), key=lambda kind: -kind[1]),
         num_features=len(density),
         num_dead=int((density <= 0).sum()),
         density=density_chart(density, width=470, height=240),

@@ -46,7 +46,7 @@ def page_routes(site: Site) -> APIRouter:
                     problem = str(error)
                 except Refused as refused:
                     problem = refused.message
-            kinds = site.open.once(("kinds", name), lambda: sorted({*store.cards(name).column("kind").to_pylist()}))
+            kinds = site.open.once(("kinds", name), lambda: sorted(store.cards(name).kinds()))
             return site.page(
                 request,
                 "features.html",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
-from saeql.sae.config import ConfigError
+from saeql.sae.config import ConfigError, check_least
 
 from ..feature_values import FeatureValues
 from ..models import ModelError
@@ -57,9 +57,9 @@ class NGramsConfig:
     """Seed of the replacements."""
 
     def __post_init__(self):
-        for name in ("examples", "max_context", "replacements", "max_patterns", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ngrams.{name} must be at least 1, not {getattr(self, name)}")
+        check_least(
+            self, "ngrams", max_features=0, examples=1, max_context=1, replacements=1, max_patterns=1, batch_tokens=1
+        )
         for name in ("keep", "min_salience"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"ngrams.{name} must be above 0 and at most 1, not {getattr(self, name)}")

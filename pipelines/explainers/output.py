@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 import torch
 
-from saeql.sae.config import ConfigError
+from saeql.sae.config import ConfigError, check_least
 
 from ..lens_statistics import chance, coherence, frequent_tokens, lens_statistics
 from ..output_effects import WritePlace, direction_effects
@@ -57,16 +57,15 @@ class OutputConfig:
     """Seed of the random directions."""
 
     def __post_init__(self):
-        if not 1 <= self.label_tokens <= self.list_tokens or self.list_tokens < 2:
+        check_least(
+            self, "output_labels", label_tokens=1, list_tokens=2, min_count=1, random_directions=1,
+            change_features=0, change_random=1, change_windows=1, change_tokens=2,
+        )  # fmt: skip
+        if self.list_tokens < self.label_tokens:
             raise ConfigError(
-                "output_labels.list_tokens must be at least 2 and no less than output_labels.label_tokens "
-                f"({self.label_tokens}), not {self.list_tokens}"
+                f"output_labels.list_tokens must be no less than output_labels.label_tokens ({self.label_tokens}), "
+                f"got {self.list_tokens}"
             )
-        for name in ("random_directions", "change_random", "change_windows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"output_labels.{name} must be at least 1, not {getattr(self, name)}")
-        if self.change_tokens < 2:
-            raise ConfigError(f"output_labels.change_tokens must be at least 2, not {self.change_tokens}")
 
 
 @dataclass(frozen=True)

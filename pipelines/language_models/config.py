@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from saeql.sae.config import ConfigError
+from saeql.sae.config import ConfigError, check_above_zero, check_least
 
 
 class JudgeError(ValueError):
@@ -55,15 +55,11 @@ class JudgeConfig:
             raise ConfigError("judge.base_url and judge.local are both set: choose one")
         if self.base_url:
             _check_url(self.base_url)
-        for name in ("batch_questions", "max_concurrency", "max_tries", "max_total_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"judge.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("timeout_seconds", "backoff_seconds"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"judge.{name} must be above 0, got {getattr(self, name)}")
-        for name in ("temperature", "thinking_tokens", "max_wait_seconds"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"judge.{name} must be at least 0, got {getattr(self, name)}")
+        check_least(
+            self, "judge", batch_questions=1, max_concurrency=1, max_tries=1, max_total_tokens=1,
+            temperature=0, thinking_tokens=0, max_wait_seconds=0, price_per_million_in=0, price_per_million_out=0,
+        )  # fmt: skip
+        check_above_zero(self, "judge", "timeout_seconds", "backoff_seconds")
 
     @property
     def is_set(self) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 
-from saeql.sae.config import ConfigError
+from saeql.sae.config import check_least
 from saeql.sae.metrics import Bootstrap, DocumentGroups
 
 from ..explainers.base import Candidate
@@ -53,10 +53,10 @@ class InterventionConfig:
     """Seed of random directions and draws."""
 
     def __post_init__(self):
-        if self.random_directions < 2:
-            raise ConfigError(f"intervention.random_directions must be at least 2, not {self.random_directions}")
-        if self.window_tokens < 2 or self.windows < 1:
-            raise ConfigError("intervention.windows must be at least 1 and intervention.window_tokens at least 2")
+        check_least(
+            self, "intervention", max_features=0, windows=1, window_tokens=2, random_directions=2, related_tokens=1,
+            num_bootstrap=1,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

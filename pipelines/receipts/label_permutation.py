@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 from scipy.spatial import KDTree
 
-from ..explainers.base import Candidate
+from ..predicates import Predicate
 from ..split_rows import SplitRows
 from .control import Labelled
 from .receipt import FAILED, PASSED, REPORTED, Receipt, judged
@@ -74,8 +74,13 @@ def _testable(labelled: Labelled) -> list[int]:
 
 
 def _own(labelled: Labelled, features: Sequence[int]) -> np.ndarray:
-    own = [aurocs(labelled.scores[f]["active"][None], labelled.scores[f]["N1"][None]) for f in features]
-    return np.concatenate(own) if own else np.zeros(0)
+    scores, out = [labelled.scores[f] for f in features], np.zeros(len(features))
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for index, own in enumerate(scores):
+        shapes.setdefault((len(own["active"]), len(own["N1"])), []).append(index)
+    for indices in shapes.values():
+        out[indices] = aurocs(*(np.stack([scores[i][side] for i in indices]) for side in ("active", "N1")))
+    return out
 
 
 def _p_value(own: float, others: np.ndarray) -> float:
@@ -134,6 +139,56 @@ def _others(labelled: Labelled, features: Sequence[int]) -> dict[int, list[int]]
 
 def _scores_of_others(labelled: Labelled, others: dict[int, list[int]]) -> dict[int, np.ndarray]:
     """For every feature the AUROC of each of the others' labels on its own examples."""
+    executable = {f: own for f, own in others.items() if labelled.labels[f].predicate is not None}
+    found = _executed(labelled, executable)
+    found |= _worded(labelled, {f: own for f, own in others.items() if f not in executable})
+    return found
+
+
+def _executed(labelled: Labelled, others: dict[int, list[int]]) -> dict[int, np.ndarray]:
+    """The same where all labels are executable: each is executed once on all test rows, and its hits are counted."""
+    test, examples = labelled.rows.test, labelled.examples
+    nowhere = test.windows.tokens.size  # a row on which nothing holds
+    active = _padded([examples[f].active for f in others], nowhere)
+    matched = _padded([examples[f].negatives["N1"] for f in others], nowhere)
+    num_active, num_matched = ((rows < nowhere).sum(axis=1) for rows in (active, matched))
+    lengths = [len(own) for own in others.values()]
+    place = np.repeat(np.arange(len(lengths)), lengths)
+    flat = np.array([label for own in others.values() for label in own], np.int64)
+    by_label: dict[Predicate, list[int]] = {}
+    for label in np.unique(flat).tolist():
+        by_label.setdefault(_predicate(labelled, label), []).append(label)
+    out, holds = np.full(len(flat), np.nan), np.zeros(nowhere + 1, bool)
+    order = np.argsort(flat, kind="stable")
+    ordered = flat[order]
+    for predicate, labels in by_label.items():
+        matches = predicate.matches(test.windows)
+        holds[matches] = True
+        at = np.concatenate([order[slice(*np.searchsorted(ordered, [label, label + 1]))] for label in labels])
+        own = place[at]
+        true, false = holds[active[own]].sum(axis=1), holds[matched[own]].sum(axis=1)  # hits, false alarms
+        p, q = num_active[own], num_matched[own]
+        won = 2 * true * (q - false) + true * false + (p - true) * (q - false)  # twice: a tie counts once
+        out[at] = won / (2 * p * q).astype(np.float64)
+        holds[matches] = False
+    return dict(zip(others, np.split(out, np.cumsum(lengths)[:-1]), strict=True)) if lengths else {}
+
+
+def _predicate(labelled: Labelled, feature: int) -> Predicate:
+    predicate = labelled.labels[feature].predicate
+    assert predicate is not None
+    return predicate
+
+
+def _padded(rows: Sequence[np.ndarray], filler: int) -> np.ndarray:
+    out = np.full((len(rows), max((len(r) for r in rows), default=0)), filler, np.int64)
+    for line, own in zip(out, rows, strict=True):
+        line[: len(own)] = own
+    return out
+
+
+def _worded(labelled: Labelled, others: dict[int, list[int]]) -> dict[int, np.ndarray]:
+    """The same of labels that are scored by their words."""
     examples, test = labelled.examples, labelled.rows.test
     found = {f: np.full(len(own), np.nan) for f, own in others.items()}
     asked: dict[int, list[tuple[int, int]]] = {}
@@ -144,7 +199,7 @@ def _scores_of_others(labelled: Labelled, others: dict[int, list[int]]) -> dict[
     labels = sorted(asked)
     for start in range(0, len(labels), _LABELS_AT_ONCE):
         block = [(label, f, place) for label in labels[start : start + _LABELS_AT_ONCE] for f, place in asked[label]]
-        asked_as = [_as(labelled.labels[label], labelled.labels[f]) for label, f, _ in block]
+        asked_as = [replace(labelled.labels[label], predicate=None) for label, _, _ in block]
         scores = labelled.label_scorer.score(asked_as, [rows[f] for _, f, _ in block], test)
         shapes: dict[tuple[int, int], list[int]] = {}
         for index, (_, f, _) in enumerate(block):
@@ -155,8 +210,3 @@ def _scores_of_others(labelled: Labelled, others: dict[int, list[int]]) -> dict[
                 _, f, place = block[index]
                 found[f][place] = value
     return found
-
-
-def _as(label: Candidate, own: Candidate) -> Candidate:
-    """`label` as it is scored on a feature whose label is `own`: by its words alone where that is words."""
-    return label if own.predicate is not None else replace(label, predicate=None)

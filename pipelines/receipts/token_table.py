@@ -11,6 +11,7 @@ from typing import Self
 
 import numpy as np
 
+from ..block_sort import order_by_code
 from ..split_rows import ActiveRows, SplitRows
 
 
@@ -28,9 +29,10 @@ class Counts:
         """Of the active rows; `codes` [R] is -1 where a row has none."""
         own = codes[active.rows]
         keep = own >= 0
-        keys = active.features[keep].astype(np.int64) * num_codes + own[keep]
-        order = np.argsort(keys, kind="stable")
-        keys, values = keys[order], active.values[keep][order].astype(np.float64)
+        features, own = active.features[keep], own[keep]
+        order = order_by_code(features, own, num_codes)
+        keys = features.astype(np.int64) * num_codes + own[order]  # features ascend: their order is the same
+        values = active.values[keep][order].astype(np.float64)
         starts = np.flatnonzero(np.diff(keys, prepend=-1))
         counts = np.diff(np.append(starts, len(keys)))
         sums = np.add.reduceat(values, starts) if len(keys) else values

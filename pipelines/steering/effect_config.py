@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from saeql.sae.config import ConfigError
+from saeql.sae.config import ConfigError, check_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,9 @@ class EffectConfig:
     def __post_init__(self):
         if not self.strengths or not all(map(math.isfinite, self.strengths)) or max(self.strengths) <= 0:
             raise ConfigError(f"strengths must be finite and one of them above 0, not {list(self.strengths)}")
-        least = {
-            "random_directions": 2, "other_directions": 2, "window_tokens": 4, "choosing_tokens": 4, "candidates": 1,
-            "prompts": 0, "prompt_tokens": 1, "new_tokens": 2, "num_bootstrap": 1, "other_concepts": 1,
-        }  # fmt: skip
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        check_least(
+            self, "", random_directions=2, other_directions=2, window_tokens=4, choosing_tokens=4, candidates=1,
+            prompts=0, prompt_tokens=1, new_tokens=2, num_bootstrap=1, other_concepts=1,
+        )  # fmt: skip
         if self.tokens < self.window_tokens:
             raise ConfigError(f"tokens must be at least one window of {self.window_tokens}, not {self.tokens}")

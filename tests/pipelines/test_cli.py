@@ -53,6 +53,14 @@ def test_help_does_not_import_the_heavy_libraries():
     assert result.stderr.strip() == "[]"
 
 
+def test_opening_a_run_imports_only_what_all_of_its_commands_need():
+    code = (
+        "import sys, saeql.pipelines.run\nprint(sorted({'scipy.stats', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_show_search_sql_and_steer(tiny_run: Path, capsys: pytest.CaptureFixture[str]):
     card = json.loads(run(capsys, "show", tiny_run, 5, "--json"))
     assert card["feature"] == 5 and len(card["neighbours"]) == 5 and card["logit_effects"]

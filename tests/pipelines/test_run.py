@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from saeql.pipelines import STAGES, Run, RunError, load_config
+from saeql.pipelines.corpus import CorpusError
 from saeql.pipelines.harvest import HarvestInfo
-from saeql.pipelines.models import ModelMismatch
+from saeql.pipelines.models import ModelError, ModelMismatch
 from saeql.sae.checkpoint import checkpoints
 from saeql.sae.comm import CommError
+from saeql.sae.hook_points import HookPointError
 from saeql.store.evidence import Evidence
 from saeql.store.shards import ShardReader
 
@@ -146,6 +148,23 @@ def test_a_finished_run_is_reused_and_another_configuration_is_refused(tiny_run:
     assert [seconds for _, seconds in run.execute()] == [None] * len(STAGES)
     with pytest.raises(RunError, match=r"train\.lr = None, not 0\.5"):
         Run.create(tiny_run, load_config(tiny_config, {"train.lr": "0.5"}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("model.hook_point", "resid_post.99", HookPointError),
+        ("model.name", "/no/such/model", ModelError),
+        ("corpus.source", "/no/such/text.jsonl", CorpusError),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_nothing_in_the_way_of_the_corrected_one(
+    tmp_path: Path, tiny_config: Path, key: str, value: str, error: type[Exception]
+):
+    with pytest.raises(error):
+        Run.create(tmp_path / "run", load_config(tiny_config, {key: value}))
+    assert not (tmp_path / "run").exists()
+    Run.create(tmp_path / "run", load_config(tiny_config))
 
 
 def copy_of(run: Path, folder: Path) -> Run:

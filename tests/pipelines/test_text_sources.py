@@ -288,9 +288,12 @@ def test_a_hub_dataset_without_a_network_is_one_line():
         read(source="hf:no/such-dataset:plain@main")
 
 
-def test_a_mixture_in_toml_survives_the_run_directory(tmp_path: Path):
+def test_a_mixture_in_toml_survives_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from saeql.pipelines import Run, load_config
 
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.parquet"):
+        (tmp_path / name).touch()
     file = tmp_path / "mixed.toml"
     file.write_text(
         '[corpus]\nbos = "document"\n[[corpus.mixture]]\nsource = "a.jsonl"\nweight = 3\n'

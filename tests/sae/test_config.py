@@ -40,6 +40,12 @@ def test_default_then_file_then_override(tmp_path: Path):
         ("[dictionary]\nk = 0\n", "dictionary.k must lie between 1 and d_sae"),
         ("[dictionary]\nk = 9999\n", "dictionary.k must lie between 1 and d_sae"),
         ("[train]\nb_dec_init = 'median'\n", "train.b_dec_init must be one of"),
+        ("[train]\nlr = nan\n", '"train.lr" must be a finite number, got nan'),
+        ("[train]\nadam_betas = [0.9, inf]\n", '"train.adam_betas" must be a finite number, got inf'),
+        ("[train]\nadam_betas = [0.9, 1.0]\n", "train.adam_betas must lie between 0 and 1"),
+        ("[train]\nlr = -1e-3\n", "train.lr must be above 0, got -0.001"),
+        ("[train]\nwarmup_steps = -1\n", "train.warmup_steps must be at least 0, got -1"),
+        ("[train]\nmax_skipped_share = 2\n", "train.max_skipped_share must lie between 0 and 1, got 2"),
         ("[train\n", "is not TOML"),
     ],
 )
