@@ -43,7 +43,7 @@ RUN_FORMATS = ("parquet", "neuronpedia", "saedashboard")
 #: Options of `export` that one format takes, and no other.
 OPTIONS = {
     "neuronpedia": ("creator", "creator_id", "release"),
-    "site": ("dictionary", "only", "top", "features_per_file"),
+    "site": ("dictionary", "only", "top", "features_per_file", "workers"),
 }
 
 

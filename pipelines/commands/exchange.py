@@ -52,6 +52,7 @@ def export(
     ] = None,
     top: Annotated[int | None, Parameter(help="So many features, those of the best labels, for site.")] = None,
     features_per_file: Annotated[int | None, Parameter(help="For site; unset: 16.")] = None,
+    workers: Annotated[int | None, Parameter(help="Processes that draw features, for site; unset: 1.")] = None,
 ) -> None:
     """Write a dictionary in another library's format, or a run's store to share or to show elsewhere.
 
@@ -72,5 +73,6 @@ def export(
             only=only,
             top=top,
             features_per_file=features_per_file,
+            workers=workers,
         )
     )

@@ -28,18 +28,28 @@ class SiteError(ValueError):
     """The site cannot be written."""
 
 
+#: Files by name: their bytes and SHA-256.
+Written = dict[str, tuple[int, str]]
+
+
 class SiteFiles:
-    """Writes files of a site into `folder` and counts them; `version` changes with what was written so far."""
+    """Writes files of a site into `folder`; `written` has those of this writer, and what it took of others."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.num_files = self.num_bytes = 0
-        self._digest = hashlib.sha256()
+        self.written: Written = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(size for size, _ in self.written.values())
 
     @property
     def version(self) -> str:
-        """Twelve characters that go into addresses, so that a browser takes nothing from an older site's cache."""
-        return self._digest.hexdigest()[:12]
+        """Twelve characters of the hash of all files, in whatever order they were written. They go into addresses, so
+        that a browser takes nothing from an older site's cache.
+        """
+        return hashlib.sha256(json.dumps(sorted(self.written.items())).encode()).hexdigest()[:12]
 
     def data(self, name: str, header: Mapping[str, Any], **columns: np.ndarray) -> None:
         """Write `data/NAME.js`; the script finds the columns under their names beside what is in `header`."""
@@ -50,9 +60,7 @@ class SiteFiles:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        self.num_files += 1
-        self.num_bytes += len(content)
-        self._digest.update(f"{name} {len(content)}\n".encode() + content)
+        self.written[name] = len(content), hashlib.sha256(content).hexdigest()
 
 
 def packed(header: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> str:

@@ -190,7 +190,7 @@ def test_the_same_store_gives_the_same_bytes_and_replaces_its_own_site(
 ) -> None:
     out = Path(shutil.copytree(site, tmp_path / "again"))
     (out / "data" / "0" / "f0.js").write_text("of an older store")
-    written = export_site(store_path, out, features_per_file=10)
+    written = export_site(store_path, out, features_per_file=10, workers=2)
     assert files_of(out) == files_of(site)
     assert written.num_files == len(files_of(out)) and written.num_features == 192
     assert written.num_bytes == sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
