@@ -92,11 +92,10 @@ class FeatureBatch:
         self, feature: int, *, dictionary: str | None = None, bins: int = 50
     ) -> tuple[np.ndarray, np.ndarray]:
         """(counts [bins], edges [bins + 1]) of its train activations, from 0 to the largest."""
-        features, activations = self._activations
-        found = activations[slice(*np.searchsorted(features, [feature, feature + 1]))]
+        found = self._activations.get(feature, ())
         if len(found) == 0:
             return np.zeros(0, np.int64), np.zeros(0)
-        return np.histogram(found, bins, (0.0, float(found.max())))
+        return np.histogram(found, bins, (0.0, float(np.max(found))))
 
     def _ask(self, query: str) -> Rows:
         these = f"dictionary = $name AND {self._these}"
@@ -127,12 +126,15 @@ class FeatureBatch:
             found[row["feature"]].append(Example(dictionary=self.dictionary, split="train", corpus=corpus, **row))
         return found
 
-    def _read_activations(self) -> tuple[np.ndarray, np.ndarray]:
+    def _read_activations(self) -> dict[int, np.ndarray]:
+        """Train activations of every feature that has any."""
         if self._first is None:
-            return np.zeros(0, np.int32), np.zeros(0, np.float32)
+            return {}
         columns = self._columns("feature, activation", self._first["segment_id"], "split = 'train'")
         order = np.argsort(columns["feature"], kind="stable")
-        return columns["feature"][order], columns["activation"][order]
+        features, starts = np.unique(columns["feature"][order], return_index=True)
+        parts = np.split(columns["activation"][order], starts[1:]) if len(features) else []
+        return dict(zip(features.tolist(), parts, strict=True))
 
     def _columns(self, columns: str, segment_id: int, condition: str = "true") -> dict[str, np.ndarray]:
         query = (

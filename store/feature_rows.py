@@ -16,7 +16,6 @@ Rows = list[dict[str, Any]]
 
 _STATISTICS = "density, mean_activation, max_activation, p50, p90, p99, token_entropy, num_documents"
 _SCORES = ("auroc", "auroc_low", "auroc_high", "f1", "n_active", "n_inactive")
-_EFFECTS = "SELECT feature, direction, rank, token_id, effect FROM evidence.logit_effects"
 
 
 def feature_row(
@@ -27,13 +26,14 @@ def feature_row(
     feature: int,
     *,
     vocabulary: np.ndarray,
+    effects: Rows,
     card: dict[str, Any] | None,
     is_compared: bool,
 ) -> dict[str, Any] | None:
     """The feature's row of `features`; None where it has no statistics.
 
-    `vocabulary` is that of `text_rows.read_vocabulary`, `card` the feature's of `Cards` where those are in memory, and
-    `is_compared` whether the dictionary has rows in `stability`.
+    `vocabulary` is that of `text_rows.read_vocabulary`, `effects` are `stored_effects`, `card` is the feature's of
+    `Cards` where those are in memory, and `is_compared` says whether the dictionary has rows in `stability`.
     """
     of_segment = f"segment_id = {segment_id} AND feature = {feature}"
     of_dictionary = f"dictionary_id = {dictionary_id} AND feature = {feature}"
@@ -48,7 +48,6 @@ def feature_row(
     label = _first(ask(f"SELECT {text}{', '.join(_SCORES)} FROM evidence.labels WHERE {of_dictionary}"))
     label |= card or {}
     tokens = _first(ask(f"SELECT top_tokens FROM derived.feature_tokens WHERE {of_segment}"))
-    moved = _in_order(ask(f"{_EFFECTS} WHERE {of_dictionary}"))  # derived.feature_logits decodes seven times as long
     seen = {}
     if is_compared:
         seen = _first(ask(f"SELECT stability, first_seen FROM evidence.stability WHERE {of_dictionary}"))
@@ -62,8 +61,8 @@ def feature_row(
         "test_density": by_split.get("test", {}).get("density"),
         **train,
         "top_tokens": tokens.get("top_tokens") or [],
-        "promotes": _texts(moved, "promoted", vocabulary),
-        "suppresses": _texts(moved, "suppressed", vocabulary),
+        "promotes": _texts(effects, "promoted", vocabulary),
+        "suppresses": _texts(effects, "suppressed", vocabulary),
         "stability": seen.get("stability"),
         "first_seen": seen.get("first_seen"),
     }
@@ -91,14 +90,18 @@ def cofiring_rows(ask: Ask, segment_id: int, feature: int, limit: int, label: Ca
     return [row | {"partner_label": label(row["partner"])} for row in rows]
 
 
-def effect_rows(
-    ask: Ask, name: str, dictionary_id: int, vocabulary: np.ndarray, feature: int, direction: str | None, limit: int
-) -> Rows:
-    """Rows of `logit_effects`, `limit` of each direction, promoted first; `vocabulary` as in `feature_row`."""
-    rows = _in_order(ask(f"{_EFFECTS} WHERE dictionary_id = {dictionary_id} AND feature = {feature}"))
+def stored_effects(ask: Ask, dictionary_id: int, feature: int) -> Rows:
+    """A feature's rows of evidence.logit_effects, promoted first. feature_logits decodes seven times as long."""
+    query = "SELECT feature, direction, rank, token_id, effect FROM evidence.logit_effects"
+    rows = ask(f"{query} WHERE dictionary_id = {dictionary_id} AND feature = {feature}")
+    return sorted(rows, key=lambda row: (row["direction"], row["rank"]))
+
+
+def effect_rows(name: str, effects: Rows, vocabulary: np.ndarray, direction: str | None, limit: int) -> Rows:
+    """Rows of `logit_effects` of `stored_effects`, `limit` of each direction; `vocabulary` as in `feature_row`."""
     return [
-        {"dictionary": name, **row, "token": _text(row, vocabulary), "effect": row.pop("effect")}
-        for row in rows
+        {"dictionary": name, **row, "token": _text(row, vocabulary)}
+        for row in effects
         if row["rank"] < limit and direction in (None, row["direction"])
     ]
 
@@ -122,12 +125,10 @@ def example_rows(ask: Ask, segment_id: int, feature: int, split: str, kind: str 
     return sorted(rows, key=lambda row: (row["kind"], -(row["decile"] or 0), row["rank"]))
 
 
-def _in_order(effects: Rows) -> Rows:
-    return sorted(effects, key=lambda row: (row["direction"], row["rank"]))
-
-
 def _text(effect: dict[str, Any], vocabulary: np.ndarray) -> str | None:
-    return vocabulary[effect["token_id"]] if 0 <= effect["token_id"] < len(vocabulary) else None
+    token_id: int = effect["token_id"]
+    found: str | None = vocabulary.item(token_id) if 0 <= token_id < len(vocabulary) else None
+    return found
 
 
 def _texts(effects: Rows, direction: str, vocabulary: np.ndarray) -> list[str]:

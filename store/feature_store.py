@@ -19,7 +19,15 @@ from .console import DEFAULT_SECONDS, Console
 from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
-from .feature_rows import cofiring_rows, effect_rows, example_rows, feature_row, neighbour_rows, receipt_rows
+from .feature_rows import (
+    cofiring_rows,
+    effect_rows,
+    example_rows,
+    feature_row,
+    neighbour_rows,
+    receipt_rows,
+    stored_effects,
+)
 from .frames import as_frame
 from .listing import Filters, Found, Listing, select
 from .parquet_store import connect_parquet, is_parquet_store
@@ -106,6 +114,7 @@ class FeatureStore:
         self._embedded: dict[str, np.ndarray] = {}  # what each of them is of: 'label' | 'evidence'
         self._texts: dict[int, TextRows] = {}
         self._cards: dict[int, Cards] = {}
+        self._last_effects: tuple[tuple[int, int], list[dict[str, Any]]] = ((-1, -1), [])
         self._totals: dict[int, np.ndarray] = {}  # by segment
         self._filled: dict[tuple[str, int], bool] = {}
         FeatureStore._readers.add(self)
@@ -382,6 +391,7 @@ class FeatureStore:
             segment["segment_id"] if segment else -1,
             int(feature),
             vocabulary=self._vocabulary(dictionary_id),
+            effects=self._effects(dictionary_id, int(feature)),
             card=self._cards[dictionary_id].of(int(feature)) if dictionary_id in self._cards else None,
             is_compared=self._has("stability", dictionary_id),
         )
@@ -497,8 +507,16 @@ class FeatureStore:
     ) -> list[dict[str, Any]]:
         """Rows of the view `logit_effects`, `limit` of each direction, promoted first. Raises FeatureNotFound."""
         name, (dictionary_id, _) = self._known_feature(feature, dictionary)
-        vocabulary = self._vocabulary(dictionary_id)
-        return effect_rows(self._rows, name, dictionary_id, vocabulary, int(feature), direction, limit)
+        effects = self._effects(dictionary_id, int(feature))
+        return effect_rows(name, effects, self._vocabulary(dictionary_id), direction, limit)
+
+    def _effects(self, dictionary_id: int, feature: int) -> list[dict[str, Any]]:
+        """`stored_effects`, the last ones kept: who shows a feature asks for its row and for them."""
+        key, rows = self._last_effects
+        if key != (dictionary_id, feature):
+            rows = stored_effects(self._rows, dictionary_id, feature)
+            self._last_effects = (dictionary_id, feature), rows
+        return rows
 
     def receipts(self, feature: int | None, *, dictionary: str | None = None) -> list[dict[str, Any]]:
         """Rows of the view `receipts` about a feature, or with None about the dictionary as a whole."""

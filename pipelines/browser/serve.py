@@ -72,9 +72,9 @@ def serve_store(
 
 
 def _engine_memory(store: Path) -> str:
-    """A sixth of the file: what is kept of it, and what sorting a text of its size takes; 160 MB at least."""
+    """A tenth of the file, 100 MB at least: the system keeps the rest of it, if there is room."""
     size = store.stat().st_size if store.is_file() else sum(file.stat().st_size for file in store.iterdir())
-    return f"{max(160, size // 6_000_000)}MB"
+    return f"{max(100, size // 10_000_000)}MB"
 
 
 def uvicorn_server(app: "FastAPI") -> "Server":

@@ -46,7 +46,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
     """Further names by which browsers may call this server."""
     token: str
-    memory_limit: str = "160MB"
+    memory_limit: str = "100MB"
     """Of the engine in this process; statements of readers run in a process of their own, see `sql_memory`."""
     sql_memory: str = "1GB"
     threads: int = 1

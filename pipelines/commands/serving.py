@@ -21,7 +21,7 @@ def serve(
         str | None, Parameter(help="What a browser needs to run models and SQL. Default: a new one each time.")
     ] = None,
     memory: Annotated[
-        str | None, Parameter(help="Memory of the engine for pages. Default: a sixth of the store, 160MB at least.")
+        str | None, Parameter(help="Memory of the engine for pages. Default: a tenth of the store, 100MB at least.")
     ] = None,
     open: Annotated[bool, Parameter(help="Open the address in this machine's web browser.", negative="")] = False,
 ) -> None:

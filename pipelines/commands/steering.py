@@ -88,7 +88,7 @@ def steer(
     steerer = opened.steerer(allow_mismatch=allow_mismatch)
     options = writing_options(tokens, temperature, repetition_penalty)
 
-    def write(changes: list[Edit], **more: object) -> list[str]:
+    def write(changes: list[Edit], **more: Any) -> list[str]:
         import torch
 
         torch.manual_seed(seed)

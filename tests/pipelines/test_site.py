@@ -111,7 +111,7 @@ def test_features_are_those_of_the_server(site: Path, store_path: Path) -> None:
                     p for _, g in wanted.deciles for e in g for p in e.pieces
                 ]
                 num_marks += len(marks)
-                assert [a["class"].split()[0] for a in marks] == [f"l{p.level}" for p in pieces if p.level]
+                assert [(a["class"] or "").split()[0] for a in marks] == [f"l{p.level}" for p in pieces if p.level]
                 for near in wanted.neighbours:
                     suffix = f".{place}" if place else ""
                     assert f'href="feature{suffix}.html?id={near["neighbour"]}"' in drawn[feature]
@@ -230,15 +230,16 @@ def test_a_folder_in_use_is_left_alone(store_path: Path, site: Path, tmp_path: P
 
 
 def test_what_fails_leaves_nothing_and_is_one_line(store_path: Path, tmp_path: Path, capsys) -> None:
-    for options, error in (
-        ({"only": "density >"}, SQLError),
-        ({"only": "feature < 0"}, SiteError),
-        ({"top": 0}, SiteError),
-        ({"dictionary": ["nothing"]}, FeatureNotFound),
-    ):
-        with pytest.raises(error):
-            export_site(store_path, tmp_path / "out", **options)
-    asked = ["export", str(store_path), str(tmp_path / "out"), "--format"]
+    out = tmp_path / "out"
+    with pytest.raises(SQLError):
+        export_site(store_path, out, only="density >")
+    with pytest.raises(SiteError, match="--only"):
+        export_site(store_path, out, only="feature < 0")
+    with pytest.raises(SiteError, match="--top"):
+        export_site(store_path, out, top=0)
+    with pytest.raises(FeatureNotFound, match="nothing"):
+        export_site(store_path, out, dictionary=["nothing"])
+    asked = ["export", str(store_path), str(out), "--format"]
     for more in (["site", "--only", "density >"], ["site", "--creator", "x"], ["parquet", "--top", "5"]):
         with pytest.raises(SystemExit) as ended:
             main([*asked, *more])

@@ -24,7 +24,12 @@ def two_dictionaries(evidence: Path, folder: Path, *, hostile: bool = True) -> P
         for table, column in (("labels", "label"), ("documents", "title")):
             _set(one, table, column, [HOSTILE[n % len(HOSTILE)] for n in range(one.read(table).num_rows)])
         tokens = one.read("vocabulary")["token"].to_pylist()
-        _set(one, "vocabulary", "token", [{" stone": HOSTILE[0], " green": HOSTILE[2]}.get(t, t) for t in tokens])
+        _set(
+            one,
+            "vocabulary",
+            "token",
+            [{" stone": HOSTILE[0], " green": HOSTILE[2]}.get(str(t), str(t)) for t in tokens],
+        )
     name = one.read("dictionaries")["dictionary"][0].as_py()
     shutil.copytree(folder / "one", folder / "other")
     other = Evidence(folder / "other")

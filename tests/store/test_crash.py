@@ -203,8 +203,9 @@ def test_a_store_from_before_comparisons_keeps_what_it_has(bare_labelled: Eviden
         found = store.search("river token")
     with duckdb.connect(str(path)) as connection:
         old_views = ("VIEW matches", "VIEW stability", "VIEW steering", "VIEW steering_effects")
-        tables = ("matches", "stability", "steering_effects")
-        for what in (*old_views, *(f"TABLE evidence.{table}" for table in tables)):
+        tables = ("evidence.matches", "evidence.stability", "evidence.steering_effects")
+        tables += ("derived.token_features", "derived.token_counts")
+        for what in (*old_views, *(f"TABLE {table}" for table in tables)):
             connection.execute(f"DROP {what}")
         connection.execute("DROP VIEW cards; ALTER TABLE evidence.receipts DROP COLUMN detail")
         for step in migrations.migrations()[4:7]:

@@ -1,6 +1,7 @@
 """Which features fire on a token: what the build keeps of every one, against every activation; searches, upgrades."""
 
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -103,6 +104,7 @@ def test_a_search_takes_what_was_kept_only_where_that_is_enough(
         assert not best.is_whole and every.is_whole and best.total == len(every.features) == len(whole)
         first, all_of_it = (store.listing(found=found, limit=5) for found in (best, every))
         assert first == all_of_it and first.total == len(whole)
+        more: dict[str, Any]
         for more in ({"offset": 5}, {"sort": "label"}, {"where": "true"}, {"filters": Filters(kind="none")}):
             with pytest.raises(StoreError, match="only the best"):
                 store.listing(found=best, limit=5, **more)
