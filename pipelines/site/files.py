@@ -99,6 +99,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises SiteError where `out` is in use by anything but an earlier site.
     """
+    out = out.parent.resolve() / out.name if out.name not in ("", "..") else out.resolve()  # `.` has no name
     _check_free(out)
     temporary = out.with_name(f"{out.name}.tmp.{os.getpid()}")
     try:

@@ -186,7 +186,7 @@ def test_tokens_find_what_the_store_finds(site: Path, store_path: Path, by: str)
 
 
 def test_the_same_store_gives_the_same_bytes_and_replaces_its_own_site(
-    site: Path, store_path: Path, tmp_path: Path
+    site: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Path(shutil.copytree(site, tmp_path / "again"))
     (out / "data" / "0" / "f0.js").write_text("of an older store")
@@ -195,6 +195,9 @@ def test_the_same_store_gives_the_same_bytes_and_replaces_its_own_site(
     assert written.num_files == len(files_of(out)) and written.num_features == 192
     assert written.num_bytes == sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
+    monkeypatch.chdir(out)
+    export_site(store_path, Path(), features_per_file=10)
+    assert files_of(out) == files_of(site) and [p.name for p in tmp_path.iterdir()] == ["again"]
 
 
 def test_part_of_a_store(store_path: Path, tmp_path: Path) -> None:
