@@ -89,10 +89,15 @@ def import_store(source: Path, out: Path, *, on_step: Callable[[str, int, int], 
     return FeatureStore.build(out / STORE_FILE, Evidence(out / "evidence"), on_step=on_step)
 
 
+def without_paths(text: str) -> str:
+    """A text to share: absolute paths of this machine as their last part alone."""
+    return _PATH.sub(lambda found: found[1], text)
+
+
 def _without_paths(table: pa.Table, columns: tuple[str, ...]) -> pa.Table:
     """Absolute paths of this machine as their last part alone."""
     for column in columns:
-        texts = [None if t is None else _PATH.sub(lambda found: found[1], t) for t in table[column].to_pylist()]
+        texts = [None if t is None else without_paths(t) for t in table[column].to_pylist()]
         place = table.schema.get_field_index(column)
         table = table.set_column(place, table.schema.field(place), pa.array(texts, table.schema.field(place).type))
     return table
@@ -143,7 +148,7 @@ def dataset_card(run: "Run") -> str:
         row=evidence.read("dictionaries").to_pylist()[0],
         model=model,
         megabytes=sum(file.stat().st_size for table in tables for file in evidence.files(table)) / 1e6,
-        text=_PATH.sub(lambda match: match[1], config.corpus.title),
+        text=without_paths(config.corpus.title),
         context_tokens=config.harvest.context_tokens,
         seed=config.seed,
         metrics=[found[name] for name in _CARD_METRICS if name in found],

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from saeql.store.cards import Cards
+from saeql.store.feature_batch import FeatureBatch
 from saeql.store.feature_store import Example, FeatureStore
 
 from ..charts import Chart, bins_chart, density_bins, histogram_chart
@@ -74,7 +75,7 @@ class FeaturePage:
 
 
 def feature_page(
-    store: FeatureStore,
+    store: FeatureStore | FeatureBatch,
     feature: int,
     *,
     dictionary: str | None = None,

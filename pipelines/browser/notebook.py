@@ -18,7 +18,7 @@ HEIGHT = 760
 
 @cache
 def _templates() -> Environment:
-    return environment()
+    return environment(lambda path, **fields: "#")
 
 
 def feature_html(store: FeatureStore, feature: int, dictionary: str) -> str:
@@ -30,7 +30,6 @@ def feature_html(store: FeatureStore, feature: int, dictionary: str) -> str:
             f=feature_page(store, feature, dictionary=dictionary),
             name=dictionary,
             names=[dictionary],
-            link=lambda path, **fields: "#",
             css=(STATIC / "browser.css").read_text(encoding="utf-8"),
         )
     )

@@ -3,7 +3,6 @@
 import hashlib
 from functools import cached_property
 from typing import Any
-from urllib.parse import urlencode
 
 from jinja2 import Environment
 from starlette.requests import Request
@@ -16,12 +15,14 @@ from saeql.store.listing import Found
 from .access import may_compute, require_token, take_token
 from .models import Models
 from .open_store import OpenStore
-from .questions import ListQuestion
+from .questions import WAYS, ListQuestion
 from .rendering import STATIC, environment
 from .settings import Settings
 
 #: Searches that are kept.
 NUM_SEARCHES = 16
+PAGES = ("overview", "features", "prompt", "steer", "compare", "sql")
+READING_PAGES = tuple(page for page in PAGES if page not in ("prompt", "steer"))
 
 
 class Site:
@@ -109,18 +110,13 @@ class Site:
             "run": self.settings.shown,
             "computes": self.may_compute(request),
             "has_model": self.can_ask_model(),
+            "pages_there": PAGES if self.can_ask_model() else READING_PAGES,
+            "ways_there": WAYS if self.can_ask_model() else [way for way in WAYS if way != "like"],
             "version": self.version,
             "limits": self.settings.limits,
-            "link": _link,
             **values,
         }
         given["d"] = given["name"] if len(given["names"]) > 1 else ""  # named in addresses where there are several
         text = self.templates.get_template(template).render(**given)
         # a lone surrogate is shown as [U+D800] by then; in attributes of forms it may still stand
         return HTMLResponse(text.encode("utf-8", "replace"), status_code=status)
-
-
-def _link(path: str, **fields: object) -> str:
-    """An address with the fields that say something."""
-    kept = {name: value for name, value in fields.items() if value not in (None, "", [])}
-    return path + (f"?{urlencode(kept, errors='replace')}" if kept else "")

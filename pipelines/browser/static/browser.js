@@ -18,7 +18,6 @@ $("#keys")?.addEventListener("click", () => $("#help").showModal());
 
 // --- keyboard --------------------------------------------------------------------------------------------------------
 
-const places = { o: "/", f: "/features", p: "/prompt", s: "/steer", c: "/compare", q: "/sql" };
 let waitsForPlace = false;
 
 function move(step) {
@@ -38,7 +37,7 @@ document.addEventListener("keydown", (event) => {
   if (typing() || event.ctrlKey || event.metaKey || event.altKey || $("dialog[open]")) return;
   if (waitsForPlace) {
     waitsForPlace = false;
-    if (places[event.key]) location.assign(places[event.key]);
+    if (/^[a-z]$/.test(event.key)) $(`[data-place=${event.key}]`)?.click();
     return;
   }
   const actions = {
@@ -57,14 +56,13 @@ let asking = null;
 
 async function show(address, keep) {
   asking?.abort();
-  asking = new AbortController();
+  const mine = asking = new AbortController();
   const results = $("#results");
   results.setAttribute("aria-busy", "true");
   try {
-    const answer = await fetch(address, { signal: asking.signal, headers: { accept: "text/html" } });
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    const found = $("#results", page) ?? $("main", page);
-    results.replaceChildren(...found.childNodes);
+    const nodes = await (globalThis.drawList ?? fetchList)(address, mine.signal); // a site without a server draws its own
+    if (mine.signal.aborted) return;
+    results.replaceChildren(...nodes);
     if (keep === "push") history.pushState(null, "", address);
     if (keep === "replace") history.replaceState(null, "", address);
     results.setAttribute("aria-busy", "false");
@@ -73,10 +71,16 @@ async function show(address, keep) {
   }
 }
 
+async function fetchList(address, signal) {
+  const answer = await fetch(address, { signal, headers: { accept: "text/html" } });
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  return ($("#results", page) ?? $("main", page)).childNodes;
+}
+
 function asked() {
   const fields = Array.from(new FormData(filters)).filter(([, value]) => value !== "");
   const kept = fields.filter(([name, value]) => !(name === "by" && value === "words"));
-  return "/features" + (kept.length ? "?" + new URLSearchParams(kept) : "");
+  return filters.getAttribute("action") + (kept.length ? "?" + new URLSearchParams(kept) : "");
 }
 
 if (filters) {

@@ -1,0 +1,1 @@
+"""The feature browser as plain files, `saeql export RUN --format site`: any host serves them, nothing computes."""
