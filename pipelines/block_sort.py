@@ -32,21 +32,38 @@ def count_codes(features: np.ndarray, codes: np.ndarray, num_codes: int) -> tupl
     return np.concatenate(keys), np.concatenate(counts)
 
 
+def sum_by_code(
+    features: np.ndarray, codes: np.ndarray, num_codes: int, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Like `count_codes`, and of each pair the sum of its `values` [A] in float64, in their order."""
+    keys, counts, sums = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float64)]
+    for part, first in _blocks(features):
+        own = (features[part] - first).astype(np.int64) * num_codes + codes[part]
+        order = _order(own)
+        own = own[order]
+        starts = np.flatnonzero(np.append(True, own[1:] != own[:-1]))
+        keys.append(own[starts] + int(first) * num_codes)
+        counts.append(np.diff(np.append(starts, len(own))))
+        sums.append(np.add.reduceat(values[part][order].astype(np.float64), starts))
+    return np.concatenate(keys), np.concatenate(counts), np.concatenate(sums)
+
+
 def order_by_code(features: np.ndarray, codes: np.ndarray, num_codes: int) -> np.ndarray:
     """[A] int64: the stable order by (feature, code). Args as for `count_codes`."""
     out = np.empty(len(features), np.int64)
     for part, first in _blocks(features):
-        size = part.stop - part.start
-        bits = int(size).bit_length()
-        span = int(features[part.stop - 1] - first + 1) * num_codes
-        own = (features[part] - first).astype(np.int64) * num_codes + codes[part]
-        if span.bit_length() + bits < 64:
-            packed = (own << bits) | np.arange(size)
-            packed.sort()
-            out[part] = (packed & ((1 << bits) - 1)) + part.start
-        else:
-            out[part] = np.argsort(own, kind="stable") + part.start
+        out[part] = _order((features[part] - first).astype(np.int64) * num_codes + codes[part]) + part.start
     return out
+
+
+def _order(keys: np.ndarray) -> np.ndarray:
+    """`np.argsort(keys, kind="stable")` of keys from 0 up, by sorting them with their places in one integer."""
+    bits = len(keys).bit_length()
+    if int(keys.max(initial=0)).bit_length() + bits >= 64:
+        return np.argsort(keys, kind="stable")
+    packed = (keys << bits) | np.arange(len(keys))
+    packed.sort()
+    return packed & ((1 << bits) - 1)
 
 
 def _blocks(features: np.ndarray) -> Iterator[tuple[slice, int]]:

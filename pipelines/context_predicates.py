@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from .ngram_trie import NgramTrie, Pattern, check_pattern
+from .part_predicates import PartOfSpeech
 from .predicate_base import Predicate, TokenPredicate, quoted
 from .token_classes import RowTable
 
@@ -232,7 +233,7 @@ class Both(_Pair):
     def describe(self) -> str:
         first, second = self.first.describe(), self.second
         inner = second.of if isinstance(second, Not) else second
-        if isinstance(inner, Neighbour):
+        if isinstance(inner, Neighbour | PartOfSpeech):
             return f"{first} {'not ' if second is not inner else ''}{inner.relation}"
         if isinstance(inner, Recent):
             return f"{first} {'without' if second is not inner else 'with'} {inner.describe()}"

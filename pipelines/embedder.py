@@ -77,8 +77,9 @@ class Embedder:
         Raises EmbedderError where the model cannot be loaded.
         """
         known = self._cache.get(texts)
-        # texts of like length together, so that little is padding
-        missing = sorted({text for text in texts if text not in known}, key=lambda text: (len(text), text))
+        # texts of like length together, so that little is padding; the longest first: what they leave of the heap fits
+        # what follows, where growing texts had it grow by half
+        missing = sorted({text for text in texts if text not in known}, key=lambda text: (len(text), text), reverse=True)
         done = len(texts) - len(missing)
         for start in range(0, len(missing), self.config.batch_texts):
             batch = missing[start : start + self.config.batch_texts]

@@ -17,6 +17,7 @@ from .label import labels_of
 from .language_models.choose import judge_of
 from .language_models.config import JudgeError
 from .language_models.questions import Capabilities, Question
+from .part_of_speech import Tagger
 from .progress import OnProgress
 from .receipts.examples import Examples
 from .receipts.held_out import HeldOut
@@ -101,7 +102,8 @@ class Judging:
     def rows(self) -> FeatureRows:
         """Rows of the run's dictionary."""
         config = self.run.config.label
-        return read_feature_rows(self.run.evidence, self.run.spec.name, active_fraction=config.active_fraction)
+        tagger, name = Tagger.of(config.part_of_speech), self.run.spec.name
+        return read_feature_rows(self.run.evidence, name, active_fraction=config.active_fraction, tagger=tagger)
 
     @cached_property
     def labels(self) -> dict[int, Candidate]:

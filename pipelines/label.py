@@ -7,6 +7,7 @@ nothing is good enough the feature stays 'unexplained'.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,8 @@ from .explainers.base import Candidate, Explainer
 from .explainers.predicates import PredicateExplainer
 from .label_choice import Choice, choose
 from .label_config import LabelConfig
+from .label_parts import LabelParts
+from .part_of_speech import Tagger
 from .predicate_scores import score_executable
 from .predicates import Predicate
 from .progress import OnProgress
@@ -29,6 +32,8 @@ from .receipts.statistics import DocumentDraws, auroc
 from .split_rows import FeatureRows, read_feature_rows
 
 UNEXPLAINED = "unexplained"
+#: Active train rows that candidates are counted on at once: about 100 bytes of memory each.
+ACTIVE_AT_ONCE = 2**25
 #: Columns of `records.LABELS` by name, for the labels that could be scored.
 Scores = dict[int, dict[str, float | None]]
 
@@ -42,24 +47,43 @@ def label_rows(
     held_out: HeldOut,
     features: Sequence[int] | None = None,
     on_progress: OnProgress | None = None,
+    parts: LabelParts | None = None,
 ) -> pa.Table:
     """Label `features` (None: all): a table of `records.LABELS`, one row for every feature of the dictionary.
 
     Features that were not asked for are unexplained. `on_progress(done, total)` counts candidates proposed, then
-    executable ones tried on calibration.
+    executable ones tried on calibration. `parts` keeps what is done of it.
     """
+    parts = parts or LabelParts()
     enough = np.minimum(rows.train.active.counts, rows.calibration.active.counts) >= config.min_active_rows
     wanted = [f for f in (range(rows.num_features) if features is None else sorted(features)) if enough[f]]
-    candidates: dict[int, list[Candidate]] = {}
-    for explainer in explainers:
-        for feature, own in explainer.propose(rows, wanted, on_progress or _silent).items():
-            candidates.setdefault(feature, []).extend(own)
-    candidates = dict(sorted(candidates.items()))
-    chosen = choose(rows, candidates, config, held_out=held_out, scorer=scorer, on_progress=on_progress)
+
+    def chosen_of_all() -> dict[int, Choice]:
+        candidates: dict[int, list[Candidate]] = {}
+        for place, explainer in enumerate(explainers):
+            for number, block in enumerate(_blocks(explainer, rows, wanted)):
+                found = parts.candidates(
+                    f"{place}.{explainer.name}.{number}",
+                    partial(explainer.propose, rows, block, on_progress or _silent),
+                )
+                for feature, own in found.items():
+                    candidates.setdefault(feature, []).extend(own)
+        candidates = dict(sorted(candidates.items()))
+        return choose(rows, candidates, config, held_out=held_out, scorer=scorer, on_progress=on_progress)
+
+    chosen = parts.choices(chosen_of_all)
     executable = {f: c.candidate.predicate for f, c in chosen.items() if c.candidate.predicate is not None}
     scores = score_executable(rows.test, executable, config)
     scores |= _score_words(rows, chosen, config, held_out, scorer)
     return _table(rows, chosen, scores)
+
+
+def _blocks(explainer: Explainer, rows: FeatureRows, features: list[int]) -> list[list[int]]:
+    """`features` in blocks to propose for one after the other, where the explainer says that this is the same."""
+    if not getattr(explainer, "in_blocks", False):
+        return [features]
+    before = np.cumsum(rows.train.active.counts[features]) // ACTIVE_AT_ONCE
+    return [own.tolist() for own in np.split(np.array(features, np.int64), np.flatnonzero(np.diff(before)) + 1)]
 
 
 def _silent(done: int, total: int) -> None:
@@ -137,7 +161,8 @@ def label_dictionary(
     Reads windows, vocabulary, dictionaries and activations; writes nothing. Raises EvidenceError where the evidence is
     missing or inconsistent.
     """
-    rows = read_feature_rows(evidence, dictionary, active_fraction=config.active_fraction)
+    tagger = Tagger.of(config.part_of_speech)
+    rows = read_feature_rows(evidence, dictionary, active_fraction=config.active_fraction, tagger=tagger)
     return label_rows(
         rows,
         config,

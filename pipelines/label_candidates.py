@@ -13,6 +13,7 @@ import numpy as np
 from .alternative_candidates import alternatives
 from .candidate_counts import Beside, CandidateLimits, Counter, Found, Pairs, best_sets, disjoint_class_of
 from .context_candidates import context_candidates
+from .part_candidates import part_families
 from .predicates import Affix, Both, Neighbour, Piece, Position, Predicate, Stems, Token, TokenClass, TokenSet, Word
 from .recent_candidates import recent_candidates
 from .split_rows import ActiveRows
@@ -105,7 +106,7 @@ def propose(
     found: Found = []
     beside = {offset: counter.beside(offset) for offset in (-1, 1)}
     token_families, row_flags = _token_families(counter, tokens), _row_flag_families(counter)
-    for families in (token_families, row_flags, _context_families(counter, beside)):
+    for families in (token_families, row_flags, _context_families(counter, beside), part_families(counter)):
         for pairs, make in families:
             for feature, code, f1 in zip(*counter.best(pairs), strict=True):
                 found.append((int(feature), float(f1), make(int(code))))

@@ -31,6 +31,8 @@ class LabelConfig:
     """Seed of the document draws and of the examples."""
     explainers: tuple[str, ...] = ("predicates",)
     """Which explainers propose labels."""
+    part_of_speech: str = ""
+    """spaCy pipeline with a tagger, by name or folder: labels may say what part of speech a token is; unset: none."""
     bank: str = ""
     """File of further labels for the explainer label_bank, one a line; unset: the packaged ones alone."""
     scorer: str = "embedding"

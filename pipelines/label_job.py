@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +16,10 @@ from .embedder import EmbedderError
 from .explainers.registry import explainers
 from .label import label_rows, labels_of
 from .label_config import LabelConfig
+from .label_parts import LabelParts, hash_of
 from .model_config import ModelError
 from .output import note
+from .part_of_speech import Tagger
 from .progress import progress
 from .receipts.control import Control, Labelled
 from .receipts.examples import NearRows
@@ -30,6 +33,10 @@ from .split_rows import FeatureRows, read_feature_rows
 
 if TYPE_CHECKING:
     from .run import Run
+
+
+#: Controls that read control runs, which may have been made since the stage was stopped: never kept.
+_COMPARISONS = ("C6", "C7", "C8", "C9")
 
 
 class LabelError(ValueError):
@@ -67,9 +74,11 @@ def label_run(run: "Run", options: LabelOptions | None = None) -> None:
     made = [explainer.of(run) for explainer in explainers(config.explainers)]
     checks = [] if config.receipts == "none" else _checks(run)
     check_documents(evidence)
-    rows = read_feature_rows(evidence, name, active_fraction=config.active_fraction)
+    tagger = Tagger.of(config.part_of_speech)
+    rows = read_feature_rows(evidence, name, active_fraction=config.active_fraction, tagger=tagger)
     before = _before(evidence, rows, options.only)
-    features = None if options.only is None else _selected(options.only, before, rows)
+    parts = LabelParts.of(run, options.only)
+    features = None if options.only is None else parts.features(partial(_selected, options.only, before, rows))
     held_out = HeldOut.of_evidence(rows, evidence, config, near=_near(run))
     scorer = LabelScorer.of(run)
     with progress("label", None, "candidates") as advance:
@@ -81,11 +90,11 @@ def label_run(run: "Run", options: LabelOptions | None = None) -> None:
             held_out=held_out,
             features=features,
             on_progress=advance.to,
+            parts=parts,
         )
     if features is not None and before is not None:
         labels = _merged(before, labels, features)
-    receipts = _receipts(run, rows, labels, held_out, scorer, checks) if checks else []
-    table = receipts_table(name, receipts)
+    table = _receipts(run, rows, labels, held_out, scorer, checks, parts) if checks else receipts_table(name, [])
     file = evidence.path("receipts")
     if features is not None and file.exists():
         table = _kept_receipts(pq.read_table(file), table, features)
@@ -94,6 +103,7 @@ def label_run(run: "Run", options: LabelOptions | None = None) -> None:
         evidence.write("receipts", table)
     else:
         file.unlink(missing_ok=True)  # of labels that were here before
+    parts.remove()
 
 
 def _checks(run: "Run") -> list[Control]:
@@ -118,8 +128,14 @@ def _near(run: "Run") -> NearRows | None:
 
 
 def _receipts(
-    run: "Run", rows: FeatureRows, labels: pa.Table, held_out: HeldOut, scorer: LabelScorer, checks: Sequence
-) -> list[Receipt]:
+    run: "Run",
+    rows: FeatureRows,
+    labels: pa.Table,
+    held_out: HeldOut,
+    scorer: LabelScorer,
+    checks: Sequence[Control],
+    parts: LabelParts,
+) -> pa.Table:
     """What every control says, the thresholds first; one that cannot be asked says why."""
     from .stages import RunError
 
@@ -127,17 +143,24 @@ def _receipts(
     alive = [f for f, n in enumerate(rows.test.active.counts.tolist()) if n]
     examples = held_out.sample("test", alive)
     labelled = Labelled(run, rows, labels_of(labels), examples, tier, scorer, held_out)
-    receipts = [THRESHOLDS.receipt(tier)]
+    name = run.spec.name
+
+    def receipts_of(control: Control) -> pa.Table:
+        try:
+            return receipts_table(name, control.check(labelled))
+        except (RunError, ModelError, DictionaryError) as error:  # no activations, model or dictionary to ask
+            why = {"missing": str(error)}
+            named = f"{control.code} {control.name}"
+            return receipts_table(name, [Receipt(control=named, value=None, verdict=REPORTED, detail=why)])
+
+    tables, of_labels = [receipts_table(name, [THRESHOLDS.receipt(tier)])], hash_of(labels)
     with progress("receipts", len(checks), "controls") as advance:
         for control in checks:
-            try:
-                receipts += control.check(labelled)
-            except (RunError, ModelError, DictionaryError) as error:  # no activations, model or dictionary to ask
-                why = {"missing": str(error)}
-                named = f"{control.code} {control.name}"
-                receipts.append(Receipt(control=named, value=None, verdict=REPORTED, detail=why))
+            make = partial(receipts_of, control)
+            compares = control.code in _COMPARISONS
+            tables.append(make() if compares else parts.table(f"receipts.{control.code}.{of_labels}", make))
             advance(1)
-    return receipts
+    return pa.concat_tables(tables).combine_chunks()
 
 
 def _before(evidence: Evidence, rows: FeatureRows, only: str | None) -> pa.Table | None:

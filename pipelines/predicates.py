@@ -10,6 +10,7 @@
     token "," not after a number  Both(Token(","), Not(Neighbour(-1, TokenClass("number"))))  structural
     words with stem "war" among the last 8 tokens  Recent(Stems(("war",)), 8)       structural
     token " war"; or words ending in -ing   Either(Token(" war"), Affix("suffix", "ing"))     lexical
+    token " to" as a particle  Both(Token(" to"), PartOfSpeech("PART"))               structural
     n-gram " United" " States"   NGrams(((" United", " States"),))   structural
 
 The *word* of a token is its text, stripped and case-folded; a token is often only a piece of what a reader calls a
@@ -20,12 +21,14 @@ word.
 from dataclasses import fields
 
 from .context_predicates import Both, Either, Neighbour, NGrams, Not, Piece, Position, Recent
+from .part_predicates import PartOfSpeech
 from .predicate_base import Predicate, TokenPredicate, quoted
 from .token_predicates import Affix, Stems, Token, TokenClass, TokenSet, Word
 
 __all__ = [
-    "PREDICATES", "Affix", "Both", "Either", "NGrams", "Neighbour", "Not", "Piece", "Position", "Predicate", "Recent",
-    "Stems", "Token", "TokenClass", "TokenPredicate", "TokenSet", "Word", "predicate_of", "quoted",
+    "PREDICATES", "Affix", "Both", "Either", "NGrams", "Neighbour", "Not", "PartOfSpeech", "Piece", "Position",
+    "Predicate", "Recent", "Stems", "Token", "TokenClass", "TokenPredicate", "TokenSet", "Word", "predicate_of",
+    "quoted",
 ]  # fmt: skip
 
 #: JSON type name -> class.
@@ -33,6 +36,7 @@ PREDICATES: dict[str, type[Predicate]] = {
     p.name: p
     for p in (
         Token, TokenSet, Word, Stems, Affix, TokenClass, Piece, Position, Neighbour, Recent, Not, Both, Either, NGrams,
+        PartOfSpeech,
     )
 }  # fmt: skip
 

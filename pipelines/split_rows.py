@@ -11,6 +11,7 @@ activations, so they count as inactive (`split_rows` says how many there are).
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,6 +21,9 @@ from saeql.store.evidence import Evidence, EvidenceError
 from saeql.store.records import SPLITS
 
 from .token_classes import RowTable, Vocabulary, pad_lists
+
+if TYPE_CHECKING:
+    from .part_of_speech import Tagger
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,12 @@ def num_features(evidence: Evidence, dictionary: str) -> int:
     return known[dictionary]
 
 
-def read_feature_rows(evidence: Evidence, dictionary: str, *, active_fraction: float) -> FeatureRows:
+def read_feature_rows(
+    evidence: Evidence, dictionary: str, *, active_fraction: float, tagger: "Tagger | None" = None
+) -> FeatureRows:
     """The three splits of `dictionary`; tau comes from train alone. Weak activations of train are not kept.
+
+    `tagger` is asked for parts of speech when a predicate is about them.
 
     Raises EvidenceError where the evidence is missing or inconsistent.
     """
@@ -114,6 +122,7 @@ def read_feature_rows(evidence: Evidence, dictionary: str, *, active_fraction: f
     for split in SPLITS:
         table = evidence.read("windows", split=split)
         windows = RowTable.from_windows(vocabulary, table["token_ids"])
+        windows.tagger = tagger
         lookup = _RowLookup(table["window_id"].to_numpy(), windows.tokens.shape[1])
         fires = _read_activations(evidence, dictionary, split, lookup, features)
         if split == "train":

@@ -9,10 +9,14 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import snowballstemmer
+
+if TYPE_CHECKING:
+    from .part_of_speech import Parts, Tagger
 
 
 def word_of(text: str) -> str:
@@ -166,6 +170,7 @@ class RowTable:
         self.vocabulary = vocabulary
         self.tokens = tokens
         self.valid = tokens >= 0  # [W, T]
+        self.tagger: Tagger | None = None  # what tells parts of speech, where a configuration names one
 
     @classmethod
     def from_texts(cls, windows: Sequence[Sequence[str]]) -> "RowTable":
@@ -185,6 +190,15 @@ class RowTable:
         begins = np.append(self.vocabulary.classes["special"], False)[self.tokens]
         begins[:, :1] = True
         return np.cumsum(begins.ravel(), dtype=np.int32)
+
+    @cached_property
+    def parts(self) -> "Parts":
+        """Parts of speech of all rows. Raises PartOfSpeechError where nothing tells them."""
+        if self.tagger is None:
+            from .part_of_speech import PartOfSpeechError
+
+            raise PartOfSpeechError("a label is about parts of speech: set label.part_of_speech, as when it was made")
+        return self.tagger.parts(self)
 
     @cached_property
     def segment_ends(self) -> np.ndarray:

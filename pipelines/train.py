@@ -101,7 +101,7 @@ def train_dictionaries(
             print(f"saeql: no longer bit-exact since {change}", file=sys.stderr)
         trainer.fit()
         if not trainer.stopped:
-            fit_fixed(run, trainer, specs, device)
+            fit_fixed(run, trainer, specs, folder, device, resume=resume)
         whole = {} if trainer.stopped else trainer.finish()
         if trainer.stopped and comm.is_first:  # before any rank ends: a launcher then ends the others
             where = {"step": trainer.step, "of": train.num_steps, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}

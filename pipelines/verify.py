@@ -22,6 +22,7 @@ from saeql.store.publish import HASHES_ENDING, find_store_damage
 from .atomic import write_whole
 from .harvest_part import PARTS, HarvestPart
 from .index_shards import INDEX_WORK
+from .label_parts import LABEL_WORK
 from .progress import progress
 
 HASHES_FILE = "hashes.json"
@@ -104,7 +105,8 @@ def _versions(run: Path) -> dict[str, tuple[int, int, int]]:
     """What tells that a file was written again: (inode, size, time), for every file that `hashes.json` covers."""
     found = {}
     for folder, folders, names in os.walk(run):
-        left_out = ("checkpoints", CONTROLS_FOLDER, PARTS if Path(folder).name == "activations" else INDEX_WORK)
+        work = (PARTS,) if Path(folder).name == "activations" else (INDEX_WORK, LABEL_WORK)
+        left_out = ("checkpoints", CONTROLS_FOLDER, *work)
         folders[:] = [name for name in folders if name not in left_out and ".tmp." not in name]
         is_shard_folder = MANIFEST in names
         stores = {name.removesuffix(HASHES_ENDING) for name in names if name.endswith(HASHES_ENDING)}

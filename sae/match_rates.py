@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -33,33 +34,83 @@ class RateError(ValueError):
 Batches = Callable[[], Iterable[torch.Tensor]]
 
 
+class Work(Protocol):
+    """Where a fit keeps how far it is, so that one that was interrupted goes on."""
+
+    def load(self) -> dict[str, torch.Tensor] | None:
+        """What was saved last; None where nothing was."""
+        ...
+
+    def is_due(self) -> bool:
+        """Whether it is time to save. Asked after every batch."""
+        ...
+
+    def save(self, state: dict[str, torch.Tensor]) -> None:
+        """Keep `state`, whole or not at all. May raise, to end the fit there."""
+        ...
+
+
+@dataclass
+class _State:
+    """How far a fit is: brackets and thresholds, and what the running pass has counted so far."""
+
+    low: torch.Tensor  # [d_sae]
+    high: torch.Tensor  # [d_sae]
+    threshold: torch.Tensor  # [d_sae]
+    todo: torch.Tensor  # [m] latents without a threshold
+    passes: torch.Tensor  # [] passes done
+    batches: torch.Tensor  # [] batches of the running pass that are counted
+    seen: torch.Tensor  # [] rows of them
+    bins: torch.Tensor  # [m * (NUM_BINS + 1)]
+    largest: torch.Tensor  # [m]
+
+    def begin_pass(self) -> None:
+        """Nothing is counted yet."""
+        m = len(self.todo)
+        self.batches, self.seen = torch.tensor(0), torch.tensor(0)
+        self.bins = torch.zeros(m * (NUM_BINS + 1), dtype=torch.int32)
+        self.largest = torch.full((m,), -math.inf)
+
+
 @torch.no_grad()
-def match_rates(dictionary: JumpReluAutoencoder, rates: torch.Tensor, batches: Batches, num_rows: int) -> None:
+def match_rates(
+    dictionary: JumpReluAutoencoder, rates: torch.Tensor, batches: Batches, num_rows: int, work: Work | None = None
+) -> None:
     """Set threshold (and bias) of every latent so that latent i fires on a share `rates[i]` of the rows.
 
     `batches()` gives all rows once, as [n, d_in] in the space that the dictionary reads; `num_rows` is about their
     number. A rate of 0 gives a threshold above every row. Rates are off by at most `BIN_SHARE` of themselves, or a row,
-    or as many rows as are equal.
+    or as many rows as are equal. With `work` a fit goes on where it was interrupted, to the same thresholds.
     Raises ValueError for rates that are no shares, RateError for rows that are not finite.
     """
     dictionary.b_enc.zero_()
     wanted = rates.to(torch.float64).cpu()
     if len(wanted) != dictionary.d_sae or float(wanted.min()) < 0 or float(wanted.max()) > 1:
         raise ValueError(f"rates: expected {dictionary.d_sae} shares between 0 and 1")
-    low, high = _brackets(dictionary, wanted, batches, num_rows)
-    threshold = torch.zeros_like(wanted)
-    todo = torch.arange(dictionary.d_sae)
-    for _ in range(_MOST_PASSES):
-        bins, largest, seen = _count(dictionary, todo, low[todo], high[todo], batches)
-        bracket = _Bracket(bins, largest, wanted[todo] * seen, low[todo], high[todo])
-        found, at = bracket.thresholds()
-        threshold[todo[found]] = at[found]
-        low[todo], high[todo] = bracket.moved()
-        todo = todo[~found]
-        if not len(todo):
-            break
+    saved = work.load() if work else None
+    if saved is not None:
+        state = _State(**saved)
     else:
-        raise RateError(f"no threshold makes {len(todo)} latents fire at their rates: are all rows finite?")
+        low, high = _brackets(dictionary, wanted, batches, num_rows)
+        nothing = torch.zeros(0)
+        state = _State(
+            low, high, torch.zeros_like(wanted), torch.arange(dictionary.d_sae), torch.tensor(0),
+            batches=nothing, seen=nothing, bins=nothing, largest=nothing,
+        )  # fmt: skip
+        state.begin_pass()
+    while len(state.todo):
+        if int(state.passes) == _MOST_PASSES:
+            raise RateError(f"no threshold makes {len(state.todo)} latents fire at their rates: are all rows finite?")
+        _count(dictionary, state, batches, work)
+        low, high, todo = state.low[state.todo], state.high[state.todo], state.todo
+        bins = state.bins.view(len(todo), NUM_BINS + 1)
+        bracket = _Bracket(bins, state.largest.double(), wanted[todo] * int(state.seen), low, high)
+        found, at = bracket.thresholds()
+        state.threshold[todo[found]] = at[found]
+        state.low[todo], state.high[todo] = bracket.moved()
+        state.todo, state.passes = todo[~found], state.passes + 1
+        state.begin_pass()
+    threshold = state.threshold
     needs_lift = threshold < _LIFTED
     dictionary.b_enc.copy_(torch.where(needs_lift, _LIFTED - threshold, 0.0))
     dictionary.log_threshold.copy_(torch.where(needs_lift, _LIFTED, threshold).log())
@@ -96,24 +147,24 @@ def _brackets(
     return low, torch.maximum(high, low + 1e-6)
 
 
-def _count(
-    dictionary: JumpReluAutoencoder, latents: torch.Tensor, low: torch.Tensor, high: torch.Tensor, batches: Batches
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Pre-activations above `low` by bin [m, NUM_BINS + 1], the last one for those above `high`; the largest; rows."""
-    m, seen = len(latents), 0
-    bins = torch.zeros(m * (NUM_BINS + 1), dtype=torch.int32)
-    largest = torch.full((m,), -math.inf)
+def _count(dictionary: JumpReluAutoencoder, state: _State, batches: Batches, work: Work | None) -> None:
+    """Finish the running pass: pre-activations above `low` by bin, the last one for those above `high`; the largest."""
+    latents, m = state.todo, len(state.todo)
+    low, high = state.low[latents], state.high[latents]
     floor, per_bin = low.float(), (NUM_BINS / (high - low)).float()
-    for rows in batches():
-        seen += len(rows)
+    for number, rows in enumerate(batches()):
+        if number < int(state.batches):
+            continue  # counted before the interruption
         for part in rows.split(max(1, CHUNK_ELEMENTS // m)):
             pre = _pre_acts(dictionary, part, latents)
-            largest = torch.maximum(largest, pre.amax(0))
+            state.largest = torch.maximum(state.largest, pre.amax(0))
             row, latent = (pre > floor).nonzero(as_tuple=True)
             place = ((pre[row, latent] - floor[latent]) * per_bin[latent]).long().clamp_(0, NUM_BINS)
             place += latent * (NUM_BINS + 1)
-            bins.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
-    return bins.view(m, NUM_BINS + 1), largest.double(), seen
+            state.bins.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+        state.seen, state.batches = state.seen + len(rows), torch.tensor(number + 1)
+        if work is not None and work.is_due():
+            work.save(vars(state))
 
 
 @dataclass(frozen=True)

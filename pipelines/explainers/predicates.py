@@ -19,6 +19,8 @@ class PredicateExplainer:
     """Token, word, stem, affix, class, position and neighbour predicates with enough lift and F1 on train."""
 
     name: ClassVar[str] = "predicates"
+    #: What it proposes for a feature does not depend on the others.
+    in_blocks: ClassVar[bool] = True
 
     def __init__(self, config: LabelConfig):
         self.config = config

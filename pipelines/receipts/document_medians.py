@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from ..explainers.base import Candidate
 from ..label import labels_of
+from ..part_of_speech import Tagger
 from ..predicate_scores import auroc_of_counts, count_by_document
 from ..predicates import Predicate
 from ..split_rows import FeatureRows, SplitRows, read_feature_rows
@@ -49,7 +50,9 @@ def document_moves(rows: FeatureRows, labels: Mapping[int, Candidate], *, draws:
 def document_moves_of(run: "Run", *, draws: int, seed: int) -> DocumentMoves:
     """The same of a run's evidence. Raises EvidenceError where it is missing."""
     table = run.evidence.read("labels").filter(pc.field("dictionary") == run.spec.name)
-    rows = read_feature_rows(run.evidence, run.spec.name, active_fraction=run.config.label.active_fraction)
+    config = run.config.label
+    tagger = Tagger.of(config.part_of_speech)
+    rows = read_feature_rows(run.evidence, run.spec.name, active_fraction=config.active_fraction, tagger=tagger)
     return document_moves(rows, labels_of(table), draws=draws, seed=seed)
 
 

@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from ..block_sort import order_by_code
+from ..block_sort import sum_by_code
 from ..split_rows import ActiveRows, SplitRows
 
 
@@ -29,14 +29,9 @@ class Counts:
         """Of the active rows; `codes` [R] is -1 where a row has none."""
         own = codes[active.rows]
         keep = own >= 0
-        features, own = active.features[keep], own[keep]
-        order = order_by_code(features, own, num_codes)
-        keys = features.astype(np.int64) * num_codes + own[order]  # features ascend: their order is the same
-        values = active.values[keep][order].astype(np.float64)
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        counts = np.diff(np.append(starts, len(keys)))
-        sums = np.add.reduceat(values, starts) if len(keys) else values
-        return cls(keys[starts], counts, sums, num_codes)
+        if not keep.all():
+            active, own = active.where(keep), own[keep]
+        return cls(*sum_by_code(active.features, own, num_codes, active.values), num_codes)
 
     @property
     def features(self) -> np.ndarray:

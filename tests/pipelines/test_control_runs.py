@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from saeql.pipelines.cli import main
 from saeql.pipelines.control_comparison import compare_controls, control_table, save_receipts
 from saeql.pipelines.control_runs import ControlRunError, find_control, make_control, status
 from saeql.pipelines.dictionaries import start_dictionary
+from saeql.pipelines.fixed_dictionaries import ThresholdWork
 from saeql.pipelines.model_config import ModelConfig
 from saeql.pipelines.models import ModelMismatch, load_model
 from saeql.pipelines.receipts.control_gaps import Trained
@@ -312,3 +316,51 @@ def test_the_command_lists_and_compares_as_json(parent: Run, capsys: pytest.Capt
     main(["control", str(parent.path), "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [row["dictionary"] for row in rows] == ["trained", *MADE]
+
+
+#: `saeql train` of thresholds that gets a signal when it has saved so many times.
+INTERRUPTED = """
+import os, signal, sys
+from saeql.pipelines import cli, fixed_dictionaries
+
+run, name, saves = sys.argv[1:]
+fixed_dictionaries.SAVE_SECONDS, fixed_dictionaries._BATCH_TOKENS, write_whole = 0, 64, fixed_dictionaries.write_whole
+written = []
+
+def counted(path, content):
+    write_whole(path, content)
+    written.append(path)
+    if len(written) == int(saves):
+        os.kill(os.getpid(), getattr(signal, name))
+
+fixed_dictionaries.write_whole = counted
+sys.argv[1:] = ["train", run, "--resume"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "saves"),
+    [("SIGTERM", 3), *(pytest.param(n, s, marks=pytest.mark.full) for n in ("SIGTERM", "SIGKILL") for s in (1, 7, 20))],
+)
+def test_a_stopped_fit_of_thresholds_goes_on_to_the_same_bits(
+    name: str, saves: int, tiny_run: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr("saeql.pipelines.fixed_dictionaries._BATCH_TOKENS", 64)
+    run = Run.open(Path(shutil.copytree(tiny_run, tmp_path / "run")))
+    whole = make_control(run, "random")
+    made = Run.open(Path(shutil.copytree(whole.path, run.path / "controls" / "again", symlinks=True)))
+    list(whole.execute(("train",)))
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(made.path), name, str(saves)], capture_output=True, text=True
+    )
+    file = made.path / f"thresholds.{made.spec.name}.safetensors"
+    assert done.returncode == (75 if name == "SIGTERM" else -signal.SIGKILL), done.stderr
+    assert file.exists() and "train" not in made.finished()
+    read = []
+    load = ThresholdWork.load
+    monkeypatch.setattr(ThresholdWork, "load", lambda self: read.append(load(self)) or read[-1])
+    list(made.execute(("train",)))
+    assert len(read) == 1 and read[0] is not None and not file.exists()
+    for key, tensor in whole.dictionary().state_dict().items():
+        assert torch.equal(tensor, made.dictionary().state_dict()[key]), key

@@ -181,3 +181,38 @@ def test_a_dictionary_of_which_nothing_learns_takes_no_step():
     made = trainer(architecture="jumprelu", freeze="all")
     made.fit()
     assert made.step == 0 and made.learners[0].moments == {}
+
+
+class Kept:
+    """Work of a fit in memory; the process "dies" after every so many batches of a pass."""
+
+    def __init__(self, every: int):
+        self.every, self.state, self.batches = every, None, 0
+
+    def load(self):
+        return self.state
+
+    def is_due(self) -> bool:
+        self.batches += 1
+        return self.batches % self.every == 0
+
+    def save(self, state):
+        self.state = {name: tensor.clone() for name, tensor in state.items()}
+        raise InterruptedError
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_an_interrupted_fit_of_thresholds_goes_on_to_the_same_bits(every: int):
+    rows, rates, found, interruptions = ROWS**3, torch.linspace(0.002, 0.4, 24), {}, 0
+    for name, work in (("whole", None), ("resumed", Kept(every))):
+        dictionary = build(DictionaryConfig(architecture="jumprelu", d_sae=24, k=4, freeze="all"), 12, seed=1)
+        assert isinstance(dictionary, JumpReluAutoencoder)
+        for _ in range(500):
+            try:
+                match_rates(dictionary, rates, lambda: rows.split(250), len(rows), work)
+                break
+            except InterruptedError:
+                interruptions += 1
+        found[name] = {k: v.clone() for k, v in dictionary.state_dict().items()}
+    assert interruptions > 2
+    assert all(torch.equal(value, found["resumed"][key]) for key, value in found["whole"].items())
