@@ -130,6 +130,9 @@ def measure(port: int, address: Callable[[int], str], repeats: int, process: sub
         times.append((time.perf_counter() - began) * 1000)
         if answer.status not in (200, 400):  # 400: a word that no tokenizer has as a token
             raise SystemExit(f"{address(n)} was answered with {answer.status}: {body[:200]!r}")
+        problem = body.partition(b'<p class="notice" role="status">')[2]
+        if problem and b"as one token" not in problem:
+            raise SystemExit(f"{address(n)} was not answered: {problem[:300]!r}")
         sizes.append(len(body))
     spent = cpu_ms(process)
     return {

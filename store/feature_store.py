@@ -35,7 +35,7 @@ from .query import Params, connect_read_only, own_columns, own_cursor, run_own, 
 from .records import SPLITS
 from .search import METHODS, Scope, Scored, SearchHit, by_words, describe, token_scores, word_places, word_scores
 from .text_rows import TextRows, read_text_rows, read_vocabulary
-from .vectors import VectorTable, unit_rows
+from .vectors import VectorTable, read_embeddings
 
 
 @dataclass(frozen=True)
@@ -368,16 +368,11 @@ class FeatureStore:
     def _embeddings(self, dictionary: str | None) -> VectorTable:
         name, (dictionary_id, _) = self._dictionary(dictionary)
         if name not in self._vectors:
-            query = (
-                "SELECT feature, source, vector FROM evidence.embeddings "
-                f"WHERE dictionary_id = {dictionary_id} ORDER BY feature, source DESC"
-            )
-            table = run_statement(self._connection, self.path, query)
-            if table.num_rows == 0:
+            with own_cursor(self._connection, self.path) as cursor:
+                found = read_embeddings(cursor, dictionary_id)
+            if found is None:
                 raise StoreError(f"{self.path} has no embeddings of {name}")
-            rows = np.frombuffer(b"".join(table["vector"].to_pylist()), "<f2").reshape(table.num_rows, -1)
-            self._vectors[name] = unit_rows(table["feature"].to_numpy(), rows)
-            self._embedded[name] = table["source"].to_numpy()
+            self._vectors[name], self._embedded[name] = found
         return self._vectors[name]
 
     def feature(self, feature: int, dictionary: str | None = None) -> FeatureRow:

@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from saeql.store.errors import FeatureNotFound, SQLError, StoreError
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
+from saeql.store.vectors import read_embeddings
 from saeql.store.words import stem
 
 VIEWS = {
@@ -172,6 +174,27 @@ def test_search_by_effect(store: FeatureStore) -> None:
     assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)
     with pytest.raises(StoreError, match="there is words, token, effect"):
         store.search("river", by="magic")
+
+
+def test_embeddings_come_by_feature_and_labels_first() -> None:
+    random = np.random.default_rng(0)
+    rows = [(d, int(f), s) for d in (0, 1) for f in random.permutation(40) for s in ("evidence", "label")][:150]
+    vectors = random.standard_normal((len(rows), 8)).astype("<f2")
+    with duckdb.connect() as connection:
+        connection.execute("CREATE SCHEMA evidence")
+        connection.execute(
+            "CREATE TABLE evidence.embeddings (dictionary_id USMALLINT, feature INTEGER, source VARCHAR, vector BLOB)"
+        )
+        values = [(*row, v.tobytes()) for row, v in zip(rows, vectors, strict=True)]
+        connection.executemany("INSERT INTO evidence.embeddings VALUES (?, ?, ?, ?)", values)
+        assert read_embeddings(connection, 7) is None
+        found = read_embeddings(connection, 1)
+    assert found is not None
+    mine = sorted((f, s != "label", n) for n, (d, f, s) in enumerate(rows) if d == 1)
+    assert found[0].features.tolist() == [f for f, _, _ in mine]
+    assert found[1].tolist() == ["evidence" if later else "label" for _, later, _ in mine]
+    wanted = vectors[[n for *_, n in mine]].astype(np.float64)
+    np.testing.assert_allclose(found[0].vectors, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-6)
 
 
 def test_search_by_vector(evidence: Evidence, tmp_path: Path) -> None:
