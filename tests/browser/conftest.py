@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "pipelines"))
+sys.path.insert(0, str(Path(__file__).parent))
 from browser_server import TOKEN, Browser, served
+from tabs import watched
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
@@ -55,15 +57,6 @@ def hostile(folder: Path) -> None:
 @pytest.fixture
 def page(chromium: Any, browser: Browser) -> Iterator[Any]:
     """A fresh tab that has the token; an error in its console fails the test."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    tab = context.new_page()
-    tab.set_default_timeout(30_000)
-    errors: list[str] = []
-    tab.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("request", lambda asked: None if asked.url.startswith(browser.url) else errors.append(f"asked {asked.url}"))
-    tab.goto(f"{browser.url}/?token={TOKEN}")
-    yield tab
-    pwned = tab.evaluate("window.pwn")
-    context.close()
-    assert errors == [] and pwned is None
+    with watched(chromium, browser.url) as tab:
+        tab.goto(f"{browser.url}/?token={TOKEN}")
+        yield tab

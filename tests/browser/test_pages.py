@@ -1,12 +1,12 @@
 """Every page in Chromium: it works by mouse and by keyboard, in both themes, from 360 px on, for everybody."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser_server import TOKEN, Browser
+from tabs import looked_at
 
 pytestmark = pytest.mark.browser
 
@@ -34,26 +34,9 @@ PAGES = {
     ],
 )
 def test_axe_finds_nothing_serious(chromium: Any, browser: Browser, name: str, theme: str, width: int) -> None:
-    package = pytest.importorskip("axe_playwright_python", reason="NO ACCESSIBILITY TESTS: axe-playwright-python")
-    axe = (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
-    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, bypass_csp=True)
-    try:
-        tab = context.new_page()
+    with looked_at(chromium, theme, width) as tab:
         tab.goto(f"{browser.url}/?token={TOKEN}")
         tab.goto(browser.url + PAGES[name])
-        tab.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
-        tab.evaluate(axe + "; undefined")
-        found = tab.evaluate("axe.run(document, {resultTypes: ['violations']})")
-        bad = [
-            (v["id"], v["help"], [n["html"][:200] + n["failureSummary"][:300] for n in v["nodes"][:3]])
-            for v in found["violations"]
-            if v["impact"] in ("serious", "critical")
-        ]
-        assert bad == [], json.dumps(bad, indent=1)
-        overflows = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-        assert overflows <= 0
-    finally:
-        context.close()
 
 
 def test_search_as_you_type(page: Any, browser: Browser) -> None:

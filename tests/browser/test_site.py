@@ -1,6 +1,5 @@
 """A site of files in Chromium, in a folder of a plain web server and straight from the disk."""
 
-import json
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tabs import looked_at, watched
 from two_dictionaries import OTHER, two_dictionaries
 
 from saeql.pipelines.site.export import export_site
@@ -51,21 +51,8 @@ def url(folder: Path) -> Iterator[str]:
 @pytest.fixture
 def page(chromium: Any, url: str) -> Iterator[Any]:
     """A fresh tab; an error in its console or a request to anywhere else fails the test."""
-    yield from watched(chromium, url)
-
-
-def watched(chromium: Any, base: str) -> Iterator[Any]:
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    tab = context.new_page()
-    tab.set_default_timeout(30_000)
-    errors: list[str] = []
-    tab.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("request", lambda asked: None if asked.url.startswith(base) else errors.append(f"asked {asked.url}"))
-    yield tab
-    pwned = tab.evaluate("window.pwn")
-    context.close()
-    assert errors == [] and pwned is None
+    with watched(chromium, url) as tab:
+        yield tab
 
 
 def drawn(page: Any) -> None:
@@ -223,29 +210,13 @@ def test_dictionaries_are_compared_and_changed(page: Any, url: str) -> None:
     ],
 )
 def test_axe_finds_nothing_serious(chromium: Any, url: str, name: str, theme: str, width: int) -> None:
-    package = pytest.importorskip("axe_playwright_python", reason="NO ACCESSIBILITY TESTS: axe-playwright-python")
-    axe = (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
-    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, bypass_csp=True)
-    try:
-        tab = context.new_page()
+    with looked_at(chromium, theme, width) as tab:
         tab.goto(url + name)
         drawn(tab)
-        tab.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
-        tab.evaluate(axe + "; undefined")
-        found = tab.evaluate("axe.run(document, {resultTypes: ['violations']})")
-        bad = [
-            (v["id"], v["help"], [n["html"][:200] + n["failureSummary"][:300] for n in v["nodes"][:3]])
-            for v in found["violations"]
-            if v["impact"] in ("serious", "critical")
-        ]
-        assert bad == [], json.dumps(bad, indent=1)
-        assert tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
-    finally:
-        context.close()
 
 
 def test_it_is_read_from_the_disk(chromium: Any, folder: Path) -> None:
-    for page in watched(chromium, folder.as_uri()):
+    with watched(chromium, folder.as_uri()) as page:
         page.goto(f"{folder.as_uri()}/index.html")
         page.locator("nav a", has_text="Features").click()
         page.locator("#f-q").fill("river")
