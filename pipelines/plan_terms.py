@@ -39,7 +39,7 @@ CUDA_HOST_BYTES = 1_500_000_000
 CUDA_CONTEXT_BYTES = 600_000_000
 #: Bytes in Parquet and in features.duckdb, measured on one model and text.
 ACTIVATION_PARQUET_BYTES, WINDOW_PARQUET_BYTES, FEATURE_PARQUET_BYTES, VOCABULARY_PARQUET_BYTES = 6.4, 2.0, 150, 12
-STORE_ACTIVATION_BYTES, STORE_FEATURE_BYTES = 13.0, 4200
+STORE_ACTIVATION_BYTES, STORE_FEATURE_BYTES = 13.0, 4800
 #: Working memory of labels and fast receipts, measured: per activation, per feature, per token of the vocabulary.
 LABEL_ACTIVATION_BYTES, LABEL_FEATURE_BYTES, LABEL_VOCABULARY_BYTES = 36, 20_000, 2_500
 #: DuckDB and numpy while they build the store, measured; bounded by memory_limit and the chunks of features.
