@@ -23,7 +23,6 @@ from bench_about import ROOT
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 THEMES = ("light", "dark")
-SIZE = {"width": 1200, "height": 900}
 SQL = "SELECT kind, count(*) AS features, avg(auroc) AS auroc FROM features GROUP BY kind"
 _WAIT_MS = 120_000
 
@@ -66,7 +65,7 @@ def main() -> None:
         with sync_playwright() as playwright:
             chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             for theme in THEMES:
-                context = chromium.new_context(viewport=SIZE, color_scheme=theme)
+                context = chromium.new_context(viewport={"width": 1200, "height": 900}, color_scheme=theme)
                 tab = context.new_page()
                 tab.set_default_timeout(_WAIT_MS)
                 tab.goto(address)

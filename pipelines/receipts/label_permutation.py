@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 from scipy.spatial import KDTree
 
+from ..explainers.base import Candidate
 from ..predicates import Predicate
 from ..split_rows import SplitRows
 from .control import Labelled
+from .label_scorer import LabelScorer
+from .predicate_scorer import PredicateScorer
 from .receipt import FAILED, PASSED, REPORTED, Receipt, judged
 from .statistics import aurocs, benjamini_hochberg
 from .thresholds import THRESHOLDS
@@ -138,10 +141,14 @@ def _others(labelled: Labelled, features: Sequence[int]) -> dict[int, list[int]]
 
 
 def _scores_of_others(labelled: Labelled, others: dict[int, list[int]]) -> dict[int, np.ndarray]:
-    """For every feature the AUROC of each of the others' labels on its own examples."""
-    executable = {f: own for f, own in others.items() if labelled.labels[f].predicate is not None}
+    """For every feature the AUROC of each of the others' labels on its own examples.
+
+    A scorer that does anything else with executable labels than execute them is asked about all of them, row by row.
+    """
+    is_executed = isinstance(labelled.label_scorer, LabelScorer | PredicateScorer)
+    executable = {f: own for f, own in others.items() if is_executed and labelled.labels[f].predicate is not None}
     found = _executed(labelled, executable)
-    found |= _worded(labelled, {f: own for f, own in others.items() if f not in executable})
+    found |= _scored(labelled, {f: own for f, own in others.items() if f not in executable})
     return found
 
 
@@ -187,8 +194,8 @@ def _padded(rows: Sequence[np.ndarray], filler: int) -> np.ndarray:
     return out
 
 
-def _worded(labelled: Labelled, others: dict[int, list[int]]) -> dict[int, np.ndarray]:
-    """The same of labels that are scored by their words."""
+def _scored(labelled: Labelled, others: dict[int, list[int]]) -> dict[int, np.ndarray]:
+    """The same by the scorer of the labels."""
     examples, test = labelled.examples, labelled.rows.test
     found = {f: np.full(len(own), np.nan) for f, own in others.items()}
     asked: dict[int, list[tuple[int, int]]] = {}
@@ -199,7 +206,7 @@ def _worded(labelled: Labelled, others: dict[int, list[int]]) -> dict[int, np.nd
     labels = sorted(asked)
     for start in range(0, len(labels), _LABELS_AT_ONCE):
         block = [(label, f, place) for label in labels[start : start + _LABELS_AT_ONCE] for f, place in asked[label]]
-        asked_as = [replace(labelled.labels[label], predicate=None) for label, _, _ in block]
+        asked_as = [_as(labelled.labels[label], labelled.labels[f]) for label, f, _ in block]
         scores = labelled.label_scorer.score(asked_as, [rows[f] for _, f, _ in block], test)
         shapes: dict[tuple[int, int], list[int]] = {}
         for index, (_, f, _) in enumerate(block):
@@ -210,3 +217,8 @@ def _worded(labelled: Labelled, others: dict[int, list[int]]) -> dict[int, np.nd
                 _, f, place = block[index]
                 found[f][place] = value
     return found
+
+
+def _as(label: Candidate, own: Candidate) -> Candidate:
+    """`label` as it is scored on a feature whose label is `own`: by its words alone where that is words."""
+    return label if own.predicate is not None else replace(label, predicate=None)
