@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from saeql.sae.config import ConfigError, to_dict
+from saeql.store.errors import StoreError
 from saeql.store.evidence import Evidence
 
 from .atomic import write_whole
@@ -65,12 +68,15 @@ def more_evidence(run: Path) -> list[Evidence]:
     return [Evidence(run / name) for name in json.loads(file.read_text(encoding="utf-8"))["add"]]
 
 
-def add_evidence(run: Path, others: list[Path]) -> None:
-    """Let the store of `run` hold the evidence of other runs or evidence folders from now on.
+@contextmanager
+def added_evidence(run: Path, others: list[Path]) -> Iterator[None]:
+    """Let the store of `run` hold the evidence of other runs or evidence folders from now on, unless it is refused in
+    the block that builds it.
 
     Raises ConfigError for a folder without evidence.
     """
-    names = [str(e.folder.relative_to(run)) for e in more_evidence(run)]
+    before = [str(e.folder.relative_to(run)) for e in more_evidence(run)]
+    names = list(before)
     for other in others:
         folder = other / "evidence" if (other / "evidence").is_dir() else other
         if not Evidence(folder).has("dictionaries"):
@@ -78,5 +84,15 @@ def add_evidence(run: Path, others: list[Path]) -> None:
         name = os.path.relpath(folder.resolve(), run.resolve())
         if name not in names and name != "evidence":
             names.append(name)
-    if others:
-        write_whole(run / STORE_FILE, json.dumps({"add": names}, indent=2) + "\n")
+    if names != before:
+        _write_added(run, names)
+    try:
+        yield
+    except StoreError:
+        if names != before:
+            _write_added(run, before)
+        raise
+
+
+def _write_added(run: Path, names: list[str]) -> None:
+    write_whole(run / STORE_FILE, json.dumps({"add": names}, indent=2) + "\n")

@@ -17,6 +17,7 @@ from .evidence import Evidence
 from .load import (
     SMALL_TABLES,
     TEXT_TABLES,
+    check_names,
     dictionary_names,
     files,
     load_dictionary,
@@ -194,6 +195,7 @@ class _Writer:
 
     def update(self, folders: Sequence[Evidence], on_step: OnStep) -> list[str]:
         """What the file does not have of `folders`; returns what was done."""
+        check_names(self.connection, folders)
         done: list[str] = []
         steps: list[Step] = []
         planned: dict[frozenset, set[str]] = {}  # by text: dictionaries that a folder before brings in

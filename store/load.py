@@ -148,6 +148,31 @@ def _load_vocabulary(connection: duckdb.DuckDBPyConnection, evidence: Evidence) 
     return new
 
 
+def check_names(connection: duckdb.DuckDBPyConnection, folders: Sequence[Evidence]) -> None:
+    """Raises StoreError where folders call different dictionaries by one name, as two seeds of one recipe are: half of
+    their features have another nearest neighbour.
+    """
+    first: dict[str, Evidence] = {}
+    for evidence in folders:
+        for name in dictionary_names(connection, evidence):
+            known = first.setdefault(name, evidence)
+            if known is evidence or not (known.has("neighbours") and evidence.has("neighbours")):
+                continue
+            ((same, both),) = connection.execute(
+                """
+                SELECT count(*) FILTER (n.neighbour = k.neighbour), count(*)
+                FROM read_parquet($files) n JOIN read_parquet($known) k USING (dictionary, feature, rank)
+                WHERE dictionary = $name AND rank = 0
+                """,
+                {"files": files(evidence, "neighbours"), "known": files(known, "neighbours"), "name": name},
+            ).fetchall()
+            if same < both / 2:
+                raise StoreError(
+                    f"{evidence.folder} has another dictionary named {name!r} (its features have other neighbours, as "
+                    "after another seed): one store cannot hold both under one name, `saeql compare` takes both runs"
+                )
+
+
 def load_dictionary(connection: duckdb.DuckDBPyConnection, evidence: Evidence, name: str, corpus_id: int) -> int:
     """Add a dictionary of the folder, or find it in the store, and return its id.
 

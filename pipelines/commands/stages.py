@@ -221,10 +221,10 @@ def store(
 
     Example: saeql store runs/demo --add runs/other
     """
-    from ..provenance import add_evidence
+    from ..provenance import added_evidence
 
-    add_evidence(run, add or [])
-    run_stage("store", run)
+    with added_evidence(run, add or []):
+        run_stage("store", run)
     if parquet is not None:
         from saeql.store.parquet_store import write_parquet
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from saeql.pipelines.cli import main
 from saeql.pipelines.search import search_direction, search_prompt
 from saeql.sae.config import ConfigError
 from saeql.store.errors import StoreError
+from saeql.store.evidence import Evidence
 from saeql.store.parquet_store import write_parquet
 
 TEXT = " the river bank and the blue house"
@@ -153,3 +155,25 @@ def test_a_store_is_added_to_and_rebuilt(tiny_run: Path, tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         main(["store", str(run), "--add", str(tmp_path / "nothing")])
     assert "has no evidence" in capsys.readouterr().err
+
+
+def test_another_seed_of_the_same_name_is_not_taken_for_the_same_dictionary(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        shutil.copytree(tiny_run, folder)
+    evidence = Evidence(other / "evidence")
+    rows = evidence.read("neighbours")
+    turned = pa.array([(n + 1) % 96 for n in rows["neighbour"].to_pylist()], pa.int32())
+    evidence.write("neighbours", rows.set_column(rows.column_names.index("neighbour"), "neighbour", turned))
+    with Run.open(run).store() as store:
+        wanted = store.sql("SELECT * FROM neighbours ORDER BY ALL").to_pylist()
+    with pytest.raises(SystemExit) as caught:
+        main(["store", str(run), "--add", str(other)])
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and "another dictionary named 'topk_96_k4'" in told and "saeql compare" in told
+    assert json.loads((run / "store.json").read_text()) == {"add": []}
+    main(["store", str(run)])  # as it was
+    with Run.open(run).store() as store:
+        assert store.sql("SELECT * FROM neighbours ORDER BY ALL").to_pylist() == wanted
