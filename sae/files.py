@@ -73,8 +73,8 @@ def saelens_config(dictionary: SparseAutoencoder) -> dict[str, Any]:
     return config
 
 
-def save_dictionary(dictionary: SparseAutoencoder, folder: str | Path, *, density: torch.Tensor | None = None) -> Path:
-    """Write the dictionary folder; `density` [d_sae] (share of rows) becomes SAELens's log10 sparsity file."""
+def save_dictionary(dictionary: SparseAutoencoder, folder: str | Path) -> Path:
+    """Write the dictionary folder: weights and configuration."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     extra = dictionary.extra_tensors()
@@ -84,14 +84,12 @@ def save_dictionary(dictionary: SparseAutoencoder, folder: str | Path, *, densit
     if dictionary.W_skip is not None:
         weights["W_skip"] = dictionary.W_skip
     write_safetensors(folder / WEIGHTS_FILE, {name: tensor.float() for name, tensor in weights.items()})
-    if density is not None:
-        save_density(folder, density)
     write_config(folder / CONFIG_FILE, saelens_config(dictionary))
     return folder
 
 
 def save_density(folder: str | Path, density: torch.Tensor) -> None:
-    """Write how often latents fire, `density` [d_sae] (share of rows), beside a dictionary's weights."""
+    """Write how often latents fire, `density` [d_sae] (share of rows), beside a dictionary, as SAELens does: log10."""
     write_safetensors(Path(folder) / SPARSITY_FILE, {"sparsity": torch.log10(density.float() + 1e-10)})
 
 

@@ -17,7 +17,7 @@ from saeql.pipelines.compare import compare, find_compared
 from saeql.pipelines.matching import LatentRows, match, nearest_rows, null_cosines
 from saeql.sae.architectures import build
 from saeql.sae.config import ConfigError, DictionaryConfig
-from saeql.sae.files import load_dictionary, save_dictionary
+from saeql.sae.files import load_dictionary, save_density, save_dictionary
 from saeql.store.feature_store import FeatureStore
 
 D = 24
@@ -36,7 +36,10 @@ def write(folder, decoder: torch.Tensor, encoder: torch.Tensor | None = None, de
     with torch.no_grad():
         made.W_dec.copy_(decoder)
         made.W_enc.copy_(decoder if encoder is None else encoder)
-    return str(save_dictionary(made, folder, density=density))
+    save_dictionary(made, folder)
+    if density is not None:
+        save_density(folder, density)
+    return str(folder)
 
 
 @pytest.mark.parametrize("method", ["hungarian", "mutual_nearest"])

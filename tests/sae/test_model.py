@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from saeql.sae.architectures import build
 from saeql.sae.config import DictionaryConfig
-from saeql.sae.files import DictionaryError, load_dictionary, save_dictionary
+from saeql.sae.files import DictionaryError, load_dictionary, save_density, save_dictionary
 from saeql.sae.model import SparseAutoencoder, geometric_median
 
 D_IN, D_SAE, K = 12, 40, 5
@@ -42,7 +42,8 @@ def forward_by_hand(folder: Path, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_saved_directory_is_what_saelens_reads(dictionary: SparseAutoencoder, x: torch.Tensor, tmp_path: Path):
-    save_dictionary(dictionary, tmp_path, density=torch.full((D_SAE,), 0.01))
+    save_dictionary(dictionary, tmp_path)
+    save_density(tmp_path, torch.full((D_SAE,), 0.01))
     config = json.loads((tmp_path / "cfg.json").read_text())
     assert {k: v for k, v in config.items() if k != "metadata"} == {
         "architecture": "topk",
