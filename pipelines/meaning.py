@@ -74,7 +74,13 @@ def embed_run(run: "Run") -> bool:
 
 
 def search_meaning(
-    run: "Run | None", store: FeatureStore, text: str, *, limit: int = 10, where: str | None = None
+    run: "Run | None",
+    store: FeatureStore,
+    text: str,
+    *,
+    limit: int = 10,
+    where: str | None = None,
+    dictionary: str | None = None,
 ) -> list[SearchHit]:
     """Features whose label or evidence is nearest in meaning to `text`, by cosine; a store without a run is asked with
     the default embedder.
@@ -88,13 +94,14 @@ def search_meaning(
     except EmbedderError as error:
         embedder, reason = None, str(error)
     if embedder is not None:
-        made_by = store.embedding_model()
+        made_by = store.embedding_model(dictionary)
         if made_by == embedder.identity:
-            return store.search_vector(np.asarray(embedder.embed([text])[0]), limit=limit, where=where)
+            vector = np.asarray(embedder.embed([text])[0])
+            return store.search_vector(vector, limit=limit, where=where, dictionary=dictionary)
         reason = "the store has no embeddings"
         if made_by is not None:
             reason = f"the store's embeddings are of {made_by}, not of {embedder.identity}"
         if run is not None:
             reason += f": `saeql store {run.path}` makes them"
     note(f"searched by words instead: {reason}")
-    return store.search(text, limit=limit, where=where)
+    return store.search(text, limit=limit, where=where, dictionary=dictionary)

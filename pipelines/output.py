@@ -149,11 +149,9 @@ def print_hits(hits: "list[SearchHit]", prompt: "PromptHits | None", *, as_json:
         ]
         print(json.dumps({"features": [asdict(h) for h in hits], "tokens": tokens}, ensure_ascii=False, default=str))
         return
-    print_records(
-        ["feature", "score", "label", "kind", "auroc", "density", "matched"],
-        [[h.feature, h.score, h.label, h.kind, h.auroc, h.density, h.matched] for h in hits],
-        "json" if as_json else "table",
-    )
+    columns = ["feature", "score", "label", "kind", "auroc", "density", "matched", *(["dictionary"] if as_json else [])]
+    rows = [[getattr(hit, column) for column in columns] for hit in hits]
+    print_records(columns, rows, "json" if as_json else "table")
     if prompt is not None:
         rows = [
             [token, "; ".join(f"{h.feature} {h.label} ({h.score:.2f})" for h in own)]
@@ -163,16 +161,22 @@ def print_hits(hits: "list[SearchHit]", prompt: "PromptHits | None", *, as_json:
 
 
 def print_feature(
-    store: "FeatureStore", feature: int, *, num_examples: int = 5, split: str = "train", as_json: bool = False
+    store: "FeatureStore",
+    feature: int,
+    *,
+    dictionary: str | None = None,
+    num_examples: int = 5,
+    split: str = "train",
+    as_json: bool = False,
 ) -> None:
     """Print one feature with examples, logit effects and neighbours. Raises FeatureNotFound."""
     from .receipts.token_identity_control import attributes_to_token
 
-    card = store.feature(feature)
-    receipts = store.receipts(feature)
-    examples = store.examples(feature, split=split, limit=num_examples)
-    near = store.neighbours(feature, limit=5)
-    effects = store.logit_effects(feature)
+    card = store.feature(feature, dictionary)
+    receipts = store.receipts(feature, dictionary=dictionary)
+    examples = store.examples(feature, dictionary=dictionary, split=split, limit=num_examples)
+    near = store.neighbours(feature, dictionary=dictionary, limit=5)
+    effects = store.logit_effects(feature, dictionary=dictionary)
     if as_json:
         shown = {"examples": [asdict(e) for e in examples], "neighbours": near, "logit_effects": effects}
         card = {**card, **shown, "receipts": [_parsed(row) for row in receipts]}
@@ -201,7 +205,7 @@ def print_feature(
     for row in near:
         label = visible(str(row["neighbour_label"]))
         out.print(Text(f"neighbour    {row['neighbour']:>6}  cosine {row['cosine']:.3f}  {label}"))
-    by_token = attributes_to_token([*receipts, *store.receipts(None)], feature) is not False
+    by_token = attributes_to_token([*receipts, *store.receipts(None, dictionary=dictionary)], feature) is not False
     why = "" if by_token else ": position, not token, so none stands out"
     out.print(Text(f"\ntop examples ({split}){why}", "bold"))
     for example in examples:

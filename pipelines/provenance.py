@@ -15,6 +15,7 @@ import pyarrow as pa
 from saeql.sae.config import ConfigError, to_dict
 from saeql.store.errors import StoreError
 from saeql.store.evidence import Evidence
+from saeql.store.names import name_apart
 
 from .atomic import write_whole
 from .config import RunConfig
@@ -61,38 +62,51 @@ def _code_version() -> str:
 
 
 def more_evidence(run: Path) -> list[Evidence]:
-    """Evidence of other runs that this run's store holds too."""
+    """Evidence of other runs that this run's store holds too, with the names that their dictionaries have in it."""
     file = run / STORE_FILE
     if not file.exists():
         return []
-    return [Evidence(run / name) for name in json.loads(file.read_text(encoding="utf-8"))["add"]]
+    held = json.loads(file.read_text(encoding="utf-8"))
+    return [Evidence(run / name, held.get("names", {}).get(name)) for name in held["add"]]
 
 
 @contextmanager
-def added_evidence(run: Path, others: list[Path]) -> Iterator[None]:
+def added_evidence(run: Path, others: list[Path], name: str | None = None) -> Iterator[list[Evidence]]:
     """Let the store of `run` hold the evidence of other runs or evidence folders from now on, unless it is refused in
-    the block that builds it.
+    the block that builds it, which is given what is new.
 
-    Raises ConfigError for a folder without evidence.
+    A dictionary whose name another one has already is called NAME@RUN in the store; `name` is what the only dictionary
+    of the only one of `others` is to be called. Raises ConfigError for a folder without evidence, StoreError where
+    `name` cannot be given.
     """
-    before = [str(e.folder.relative_to(run)) for e in more_evidence(run)]
-    names = list(before)
+    before = more_evidence(run)
+    held, new = list(before), []
+    if name is not None and len(others) != 1:
+        raise ConfigError(f"a name is for the dictionary of one run, and {len(others)} are to be added")
     for other in others:
         folder = other / "evidence" if (other / "evidence").is_dir() else other
         if not Evidence(folder).has("dictionaries"):
             raise ConfigError(f"{other} has no evidence: name a run that is indexed, or its evidence folder")
-        name = os.path.relpath(folder.resolve(), run.resolve())
-        if name not in names and name != "evidence":
-            names.append(name)
-    if names != before:
-        _write_added(run, names)
+        place = os.path.relpath(folder.resolve(), run.resolve())
+        known = next((n for n, e in enumerate(held) if os.path.relpath(e.folder, run) == place), None)
+        if place == "evidence" or (known is not None and name is None):
+            continue
+        rest = [Evidence(run / "evidence"), *(e for n, e in enumerate(held) if n != known)]
+        found = name_apart(rest, Evidence(run / place), other.resolve().name, name)
+        held = [*held, found] if known is None else [*held[:known], found, *held[known + 1 :]]
+        new.append(found)
+    if new:
+        _write_added(run, held)
     try:
-        yield
+        yield new
     except StoreError:
-        if names != before:
+        if new:
             _write_added(run, before)
         raise
 
 
-def _write_added(run: Path, names: list[str]) -> None:
-    write_whole(run / STORE_FILE, json.dumps({"add": names}, indent=2) + "\n")
+def _write_added(run: Path, held: list[Evidence]) -> None:
+    places = {os.path.relpath(e.folder, run): e.names for e in held}
+    names = {place: own for place, own in places.items() if own}
+    content = {"add": list(places)} | ({"names": names} if names else {})
+    write_whole(run / STORE_FILE, json.dumps(content, indent=2) + "\n")

@@ -171,7 +171,14 @@ def _check_feature(dictionary: "SparseAutoencoder", name: str, feature: int) -> 
 
 
 def find(
-    run: "Run | None", store: FeatureStore, asked: dict[str, Any], *, among: str | None, limit: int, where: str | None
+    run: "Run | None",
+    store: FeatureStore,
+    asked: dict[str, Any],
+    *,
+    dictionary: str | None = None,
+    among: str | None = None,
+    limit: int = 10,
+    where: str | None = None,
 ) -> tuple[list[SearchHit], PromptHits | None]:
     """What one command line asks for: hits, and for a prompt those of each token.
 
@@ -185,14 +192,17 @@ def find(
     if among is not None and way != "like":
         raise ConfigError("--among goes with --like")
     if way == "meaning":
-        return search_meaning(run, store, what, limit=limit, where=where), None
+        return search_meaning(run, store, what, limit=limit, where=where, dictionary=dictionary), None
     if way not in ("prompt", "like"):
-        return store.search(what, by=way, limit=limit, where=where), None
+        return store.search(what, by=way, limit=limit, where=where, dictionary=dictionary), None
     if run is None:
         raise ConfigError(
             f"--{way} asks the model or the dictionary of a run, and {store.path} is a store alone: words, --meaning, "
             "--token and --effect need nothing else"
         )
+    if dictionary not in (None, run.spec.name):
+        own = run.spec.name
+        raise ConfigError(f"--{way} asks the run's own dictionary, {own}: search the run that made {dictionary}")
     if way == "prompt":
         found = search_prompt(run, store, what, limit=limit, where=where)
         return found.hits, found

@@ -17,15 +17,13 @@ from .evidence import Evidence
 from .load import (
     SMALL_TABLES,
     TEXT_TABLES,
-    check_names,
-    dictionary_names,
-    files,
     load_dictionary,
     load_runs,
     load_small_tables,
     load_text,
     next_id,
 )
+from .names import check_names, dictionary_names, files, named_rows
 from .publish import find_store_damage, writing
 from .query import read_beside
 from .search_index import index_words
@@ -258,8 +256,8 @@ class _Writer:
 
     def add_activations(self, evidence: Evidence, name: str) -> None:
         given = self.connection.execute(
-            "SELECT count(*) FROM read_parquet($f) WHERE NOT list_contains($names, dictionary)",
-            {"f": files(evidence, "activations"), "names": dictionary_names(self.connection, evidence)},
+            f"SELECT count(*) FROM {named_rows(evidence)} WHERE NOT list_contains($names, dictionary)",
+            {"files": files(evidence, "activations"), "names": dictionary_names(self.connection, evidence)},
         ).fetchall()[0][0]
         if given:
             raise StoreError(f"{given} activations belong to no dictionary of the evidence: index again")

@@ -5,6 +5,7 @@ Every file is written under a temporary name and renamed, so a file that exists 
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,10 +19,13 @@ class EvidenceError(ValueError):
 
 
 class Evidence:
-    """Reads and writes the evidence tables of one run, `<run>/evidence/`."""
+    """Reads and writes the evidence tables of one run, `<run>/evidence/`.
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    `names`: what a store is to call dictionaries of the folder, by the name that they have in it; others keep theirs.
+    """
+
+    def __init__(self, folder: str | Path, names: Mapping[str, str] | None = None):
+        self.folder, self.names = Path(folder), dict(names or {})
 
     def path(self, table: str, part: str | None = None) -> Path:
         """File of `table`; `part` names one part file of a table that has many."""

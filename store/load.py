@@ -9,6 +9,7 @@ import duckdb
 
 from .errors import StoreError
 from .evidence import Evidence
+from .names import files, named_rows
 from .records import OPTIONAL_TABLES, TABLES
 
 #: Small tables by the order of their rows within a dictionary. Loading them again replaces a dictionary's rows.
@@ -25,20 +26,6 @@ SMALL_TABLES = {
 }
 #: What the text of a corpus is made of.
 TEXT_TABLES = ("documents", "windows", "vocabulary", "split_rows")
-
-
-def files(evidence: Evidence, table: str) -> list[str]:
-    """The table's files as DuckDB takes them."""
-    return [str(file) for file in evidence.files(table)]
-
-
-def dictionary_names(connection: duckdb.DuckDBPyConnection, evidence: Evidence) -> list[str]:
-    """The dictionaries of a folder, in its order."""
-    found = connection.execute(
-        "SELECT dictionary FROM read_parquet($files, file_row_number = true) ORDER BY file_row_number, dictionary",
-        {"files": files(evidence, "dictionaries")},
-    ).fetchall()
-    return list(dict.fromkeys(row[0] for row in found))
 
 
 def next_id(connection: duckdb.DuckDBPyConnection, table: str, column: str) -> int:
@@ -148,37 +135,12 @@ def _load_vocabulary(connection: duckdb.DuckDBPyConnection, evidence: Evidence) 
     return new
 
 
-def check_names(connection: duckdb.DuckDBPyConnection, folders: Sequence[Evidence]) -> None:
-    """Raises StoreError where folders call different dictionaries by one name, as two seeds of one recipe are: half of
-    their features have another nearest neighbour.
-    """
-    first: dict[str, Evidence] = {}
-    for evidence in folders:
-        for name in dictionary_names(connection, evidence):
-            known = first.setdefault(name, evidence)
-            if known is evidence or not (known.has("neighbours") and evidence.has("neighbours")):
-                continue
-            ((same, both),) = connection.execute(
-                """
-                SELECT count(*) FILTER (n.neighbour = k.neighbour), count(*)
-                FROM read_parquet($files) n JOIN read_parquet($known) k USING (dictionary, feature, rank)
-                WHERE dictionary = $name AND rank = 0
-                """,
-                {"files": files(evidence, "neighbours"), "known": files(known, "neighbours"), "name": name},
-            ).fetchall()
-            if same < both / 2:
-                raise StoreError(
-                    f"{evidence.folder} has another dictionary named {name!r} (its features have other neighbours, as "
-                    "after another seed): one store cannot hold both under one name, `saeql compare` takes both runs"
-                )
-
-
 def load_dictionary(connection: duckdb.DuckDBPyConnection, evidence: Evidence, name: str, corpus_id: int) -> int:
     """Add a dictionary of the folder, or find it in the store, and return its id.
 
     Raises StoreError where the store has another dictionary of that name.
     """
-    row = f"(SELECT {_columns('dictionaries')} FROM read_parquet($files) WHERE dictionary = $name LIMIT 1)"
+    row = f"(SELECT {_columns('dictionaries')} FROM {named_rows(evidence)} WHERE dictionary = $name LIMIT 1)"
     params = {"files": files(evidence, "dictionaries"), "name": name}
     known = connection.execute(
         f"""
@@ -236,7 +198,7 @@ def load_small_tables(
             f"""
             INSERT INTO evidence.{table} BY NAME
             SELECT d.dictionary_id, {", ".join(f"e.{c}" for c in TABLES[table].names if c != "dictionary")}
-            FROM read_parquet($files) e
+            FROM {named_rows(evidence)} e
             JOIN (SELECT dictionary, dictionary_id FROM evidence.dictionaries WHERE list_contains($names, dictionary)) d
                 USING (dictionary)
             ORDER BY dictionary_id, {SMALL_TABLES[table]}
@@ -253,7 +215,7 @@ def load_runs(connection: duckdb.DuckDBPyConnection, evidence: Evidence, corpus_
     connection.execute(
         f"""
         DELETE FROM evidence.runs WHERE corpus_id = {corpus_id} AND dictionary_id IN (
-            SELECT dictionary_id FROM evidence.dictionaries JOIN read_parquet($files) USING (dictionary)
+            SELECT dictionary_id FROM evidence.dictionaries JOIN {named_rows(evidence)} r USING (dictionary)
         )
         """,
         params,
@@ -262,7 +224,7 @@ def load_runs(connection: duckdb.DuckDBPyConnection, evidence: Evidence, corpus_
         f"""
         INSERT INTO evidence.runs BY NAME
         SELECT d.dictionary_id, {corpus_id} AS corpus_id, r.* EXCLUDE (dictionary, corpus)
-        FROM read_parquet($files) r JOIN evidence.dictionaries d USING (dictionary) ORDER BY dictionary_id
+        FROM {named_rows(evidence)} r JOIN evidence.dictionaries d USING (dictionary) ORDER BY dictionary_id
         """,
         params,
     )

@@ -22,7 +22,7 @@ from .cofiring import RowFeatures, cofirings_table
 from .errors import StoreError
 from .evidence import Evidence
 from .feature_chunk import NUM_SPLITS, RECORD, make_chunk
-from .load import files
+from .names import files, named_rows
 from .text_rows import TextRows, columns, read_text_rows, run_starts
 from .token_features import Pairs, TokenFeatures
 
@@ -45,7 +45,7 @@ def load_by_document(
         f"""
         INSERT INTO evidence.activations_by_document
         SELECT {segment_id}, window_id + {first_window}, position, feature, activation
-        FROM read_parquet($files) WHERE dictionary = $name
+        FROM {named_rows(evidence)} WHERE dictionary = $name
         ORDER BY window_id, position, feature
         """,
         {"files": files(evidence, "activations"), "name": dictionary},

@@ -12,7 +12,8 @@ from pathlib import Path
 import duckdb
 
 from .evidence import Evidence
-from .load import SMALL_TABLES, TEXT_TABLES, dictionary_names
+from .load import SMALL_TABLES, TEXT_TABLES
+from .names import dictionary_names
 from .records import OPTIONAL_TABLES
 
 ALL = (*TEXT_TABLES, "dictionaries", "activations", *SMALL_TABLES, "runs")

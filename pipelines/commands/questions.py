@@ -10,6 +10,10 @@ from .common import StorePath
 if TYPE_CHECKING:
     from saeql.store.console import Console
 
+StoredDictionary = Annotated[
+    str | None, Parameter(help="A dictionary of the store; its first, unless named.", negative="")
+]
+
 
 def search(
     run: StorePath,
@@ -29,6 +33,7 @@ def search(
     ] = None,
     limit: Annotated[int, Parameter(help="Number of features.")] = 10,
     where: Annotated[str | None, Parameter(help="SQL condition on the view features.")] = None,
+    dictionary: StoredDictionary = None,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
 ) -> None:
     """Find features by words, meaning, token, effect, text or direction, best first, with what matched.
@@ -42,7 +47,8 @@ def search(
     store, opened = open_store(run)
     with store:
         asked = {"words": text, "meaning": meaning, "token": token, "effect": effect, "prompt": prompt, "like": like}
-        print_hits(*find(opened, store, asked, among=among, limit=limit, where=where), as_json=json)
+        found = find(opened, store, asked, dictionary=dictionary, among=among, limit=limit, where=where)
+        print_hits(*found, as_json=json)
 
 
 def show(
@@ -51,6 +57,7 @@ def show(
     *,
     examples: Annotated[int, Parameter(help="Number of top examples.")] = 5,
     split: Annotated[str, Parameter(help="Split of the examples: train or test.")] = "train",
+    dictionary: StoredDictionary = None,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
 ) -> None:
     """One feature: label and score, statistics, promoted tokens, neighbours, top examples.
@@ -61,7 +68,7 @@ def show(
     from ..stores import open_store
 
     with open_store(run)[0] as opened:
-        print_feature(opened, feature, num_examples=examples, split=split, as_json=json)
+        print_feature(opened, feature, dictionary=dictionary, num_examples=examples, split=split, as_json=json)
 
 
 def sql(

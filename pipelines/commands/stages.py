@@ -212,6 +212,13 @@ def store(
         list[Path] | None,
         Parameter(help="Runs or evidence folders whose dictionaries and texts go into this store too.", negative=""),
     ] = None,
+    name: Annotated[
+        str | None,
+        Parameter(
+            name="--as",
+            help="With --add: what its dictionary is called in this store; where its name is taken, NAME@RUN.",
+        ),
+    ] = None,
     parquet: Annotated[
         Path | None,
         Parameter(help="Also write the store to this folder as Parquet, to share or to keep on a bucket.", negative=""),
@@ -221,10 +228,17 @@ def store(
 
     Example: saeql store runs/demo --add runs/other
     """
+    from saeql.sae.config import ConfigError
+
     from ..provenance import added_evidence
 
-    with added_evidence(run, add or []):
+    if name is not None and not add:
+        raise ConfigError("--as names the dictionary of the run that --add adds: say --add RUN2 too")
+    with added_evidence(run, add or [], name) as new:
         run_stage("store", run)
+    for evidence in new:
+        for own, called in evidence.names.items():
+            print(f"{own} of {evidence.folder} is called {called} in this store", file=sys.stderr)
     if parquet is not None:
         from saeql.store.parquet_store import write_parquet
 

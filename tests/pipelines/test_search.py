@@ -157,7 +157,7 @@ def test_a_store_is_added_to_and_rebuilt(tiny_run: Path, tmp_path: Path, capsys:
     assert "has no evidence" in capsys.readouterr().err
 
 
-def test_another_seed_of_the_same_name_is_not_taken_for_the_same_dictionary(
+def test_another_seed_of_the_same_name_has_a_name_of_its_own(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
@@ -167,13 +167,38 @@ def test_another_seed_of_the_same_name_is_not_taken_for_the_same_dictionary(
     rows = evidence.read("neighbours")
     turned = pa.array([(n + 1) % 96 for n in rows["neighbour"].to_pylist()], pa.int32())
     evidence.write("neighbours", rows.set_column(rows.column_names.index("neighbour"), "neighbour", turned))
-    with Run.open(run).store() as store:
-        wanted = store.sql("SELECT * FROM neighbours ORDER BY ALL").to_pylist()
-    with pytest.raises(SystemExit) as caught:
-        main(["store", str(run), "--add", str(other)])
-    told = capsys.readouterr().err
-    assert caught.value.code == 2 and "another dictionary named 'topk_96_k4'" in told and "saeql compare" in told
-    assert json.loads((run / "store.json").read_text()) == {"add": []}
-    main(["store", str(run)])  # as it was
-    with Run.open(run).store() as store:
-        assert store.sql("SELECT * FROM neighbours ORDER BY ALL").to_pylist() == wanted
+    labels = evidence.read("labels")
+    renamed = pa.array([f"other {text}" for text in labels["label"].to_pylist()])
+    evidence.write("labels", labels.set_column(labels.column_names.index("label"), "label", renamed))
+    query = "SELECT * EXCLUDE (dictionary) FROM {} WHERE dictionary = $name ORDER BY ALL"
+
+    def read(table: str, name: str) -> list[dict]:
+        with Run.open(run).store() as store:
+            return store.trusted_sql(query.format(table), {"name": name}).to_pylist()
+
+    wanted = {table: read(table, "topk_96_k4") for table in ("neighbours", "labels", "examples", "runs")}
+    for refused in (["--as", "seed two"], ["--as", "topk_96_k4"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["store", str(run), "--add", str(other), *refused])
+        assert caught.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+        assert not (run / "store.json").exists()
+    main(["store", str(run), "--add", str(other)])
+    assert "is called topk_96_k4@other in this store" in capsys.readouterr().err
+    assert {table: read(table, "topk_96_k4") for table in wanted} == wanted
+    assert read("examples", "topk_96_k4@other") == wanted["examples"] and read("runs", "topk_96_k4@other")
+    assert all(row["label"].startswith("other ") for row in read("labels", "topk_96_k4@other"))
+    neighbours = {(row["feature"], row["neighbour"]) for row in read("neighbours", "topk_96_k4@other")}
+    assert neighbours == set(zip(rows["feature"].to_pylist(), turned.to_pylist(), strict=True))
+    assert main(["store", str(run)]) is None and read("labels", "topk_96_k4@other")  # remembered
+    main(["show", str(run), "3", "--dictionary", "topk_96_k4@other"])
+    assert "other " in capsys.readouterr().out
+    word = next(text for text in labels["label"].to_pylist() if text != "unexplained").split()[0]
+    main(["search", str(run), f"other {word}", "--dictionary", "topk_96_k4@other", "--json"])
+    assert {hit["dictionary"] for hit in json.loads(capsys.readouterr().out)} == {"topk_96_k4@other"}
+    for argv in (["show", "3"], ["search", "--like", "3"], ["search", "--token", "the"]):
+        with pytest.raises(SystemExit) as caught:
+            main([argv[0], str(run), *argv[1:], "--dictionary", "none"])
+        assert caught.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    main(["store", str(run), "--add", str(other), "--as", "second"])
+    assert json.loads((run / "store.json").read_text())["names"] == {"../other/evidence": {"topk_96_k4": "second"}}
+    assert read("labels", "second") and not read("labels", "topk_96_k4@other")
