@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow as pa
 
 from saeql.sae.config import ConfigError, to_dict
-from saeql.store.errors import StoreError
 from saeql.store.evidence import Evidence
 from saeql.store.names import name_apart
 
@@ -67,7 +66,11 @@ def more_evidence(run: Path) -> list[Evidence]:
     if not file.exists():
         return []
     held = json.loads(file.read_text(encoding="utf-8"))
-    return [Evidence(run / name, held.get("names", {}).get(name)) for name in held["add"]]
+    return [_evidence_at(run, name, held.get("names", {}).get(name)) for name in held["add"]]
+
+
+def _evidence_at(run: Path, place: str, names: dict[str, str] | None = None) -> Evidence:
+    return Evidence(os.path.normpath(run / place), names)
 
 
 @contextmanager
@@ -92,14 +95,14 @@ def added_evidence(run: Path, others: list[Path], name: str | None = None) -> It
         if place == "evidence" or (known is not None and name is None):
             continue
         rest = [Evidence(run / "evidence"), *(e for n, e in enumerate(held) if n != known)]
-        found = name_apart(rest, Evidence(run / place), other.resolve().name, name)
+        found = name_apart(rest, _evidence_at(run, place), other.resolve().name, name)
         held = [*held, found] if known is None else [*held[:known], found, *held[known + 1 :]]
         new.append(found)
     if new:
         _write_added(run, held)
     try:
         yield new
-    except StoreError:
+    except Exception:
         if new:
             _write_added(run, before)
         raise
