@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -153,6 +154,22 @@ def search_direction(
     return [SearchHit(name, s.feature, s.score, "", "", None, float("nan"), s.matched) for s in scored[:limit]]
 
 
+def direction(run: "Run", like: str) -> int | np.ndarray:
+    """What `--like` names: a feature, or the direction [d_out] of a steering vector's file where the dictionary writes.
+
+    Raises VectorError for no such file, ConfigError for a vector of another place.
+    """
+    if like.lstrip("-").isdecimal():
+        return int(like)
+    from .steering.vector_files import load_vector
+
+    rows = load_vector(Path(like)).rows
+    lacking = [place for place in run.spec.writes if place not in rows]
+    if lacking:
+        raise ConfigError(f"{like} is a vector at {', '.join(rows)}, and {run.spec.name} writes at {lacking[0]}")
+    return torch.cat([rows[place] for place in run.spec.writes]).numpy()
+
+
 def scored_like(dictionary: "SparseAutoencoder", name: str, feature: int, limit: int) -> list[Scored]:
     """The other features with decoder rows nearest to that of `feature`. Raises ConfigError where there is none."""
     _check_feature(dictionary, name, feature)
@@ -206,4 +223,4 @@ def find(
     if way == "prompt":
         found = search_prompt(run, store, what, limit=limit, where=where)
         return found.hits, found
-    return search_direction(run, store, what, among=among, limit=limit, where=where), None
+    return search_direction(run, store, direction(run, what), among=among, limit=limit, where=where), None

@@ -27,7 +27,10 @@ def search(
     token: Annotated[str | None, Parameter(help='Features that fire on this token, such as " bank".')] = None,
     effect: Annotated[str | None, Parameter(help="Features that raise the logit of this token.")] = None,
     prompt: Annotated[str | None, Parameter(help="Features that fire on this text; loads the model.")] = None,
-    like: Annotated[int | None, Parameter(help="Features whose decoder row is nearest to that of this one.")] = None,
+    like: Annotated[
+        str | None,
+        Parameter(help="Features whose decoder row is nearest to that of this one, or to a steering vector: a file."),
+    ] = None,
     among: Annotated[
         str | None, Parameter(help="With --like: another dictionary to look in, a name in the run or a folder or file.")
     ] = None,

@@ -12,6 +12,7 @@ import torch
 from saeql.pipelines import Run
 from saeql.pipelines.cli import main
 from saeql.pipelines.search import search_direction, search_prompt
+from saeql.pipelines.steering.vectors import SteeringVector
 from saeql.sae.config import ConfigError
 from saeql.store.errors import StoreError
 from saeql.store.evidence import Evidence
@@ -63,6 +64,21 @@ def test_direction_is_cosine(tiny_run: Path) -> None:
             search_direction(run, store, 96)
         with pytest.raises(StoreError, match="needs 32 numbers"):
             search_direction(run, store, np.ones(31))
+
+
+def test_nearest_to_the_vector_of_a_file(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = Run.open(tiny_run)
+    place, row = run.spec.writes[0], run.dictionary().W_dec.detach()[7] * 3
+    file, elsewhere = (SteeringVector("v", {p: row}, {p: 1.0}) for p in (place, "resid_post.99"))
+    file.save(tmp_path / "v.safetensors")
+    elsewhere.save(tmp_path / "w.safetensors")
+    main(["search", str(tiny_run), "--like", str(tmp_path / "v.safetensors"), "--limit", "2", "--json"])
+    first = json.loads(capsys.readouterr().out)[0]
+    assert first["feature"] == 7 and first["score"] == pytest.approx(1, abs=1e-5)
+    for name, told in (("w", f"writes at {place}"), ("none", "no steering vector at")):
+        with pytest.raises(SystemExit) as caught:
+            main(["search", str(tiny_run), "--like", str(tmp_path / f"{name}.safetensors")])
+        assert caught.value.code == 2 and told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
