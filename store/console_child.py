@@ -22,7 +22,7 @@ import pyarrow as pa
 from .console_frames import ERROR, READY, ROWS, TABLE, read_frame, write_frame
 from .console_gate import Catalogue, check_condition, check_statement
 from .errors import OldStoreError, SQLError, StoreError, one_line
-from .query import arrow_reader, connect_read_only, refusal
+from .query import arrow_reader, connect_read_only, damage, is_damage, refusal
 
 #: Address space beyond memory_limit: strings and hash tables that DuckDB does not count, results on their way out.
 _SPARE_BYTES = 512 << 20
@@ -135,11 +135,8 @@ class _Worker:
                 self._refuse("sql", "the statement is nested too deeply")
             elif "Too many open files" in message:
                 self._refuse("sql", f"a statement cannot open files: {message}")
-            elif isinstance(error, (duckdb.IOException, duckdb.FatalException)) or "Corrupt database file" in message:
-                self._refuse(
-                    "store",
-                    f"{self.name} is damaged, rebuild it from its evidence with `saeql index --rebuild`: {message}",
-                )
+            elif is_damage(error):
+                self._refuse("store", damage(self.name, error))
             else:
                 self._refuse("sql", refusal(message))
         finally:

@@ -104,11 +104,8 @@ def run_statement(
         if deadline.passed:
             raise SQLError(f"the query ran longer than {timeout_seconds:g} s and was stopped") from error
         message = one_line(error)
-        # nothing but the store's own file can be read, so a failed read is a damaged file
-        if isinstance(error, (duckdb.IOException, duckdb.FatalException)) or "Corrupt database file" in message:
-            raise StoreError(
-                f"{path} is damaged, rebuild it from its evidence with `saeql index --rebuild`: {message}"
-            ) from error
+        if is_damage(error):
+            raise StoreError(damage(path, error)) from error
         raise SQLError(refusal(message)) from error
     finally:
         cursor.close()
@@ -132,7 +129,7 @@ def run_own(
 ) -> list[dict[str, Any]]:
     """Rows of a query of saeql's own, without checks and without Arrow: less than half the time for a few rows.
 
-    Raises StoreError for a damaged or closed file.
+    Raises StoreError for a damaged or closed file, and where the question takes more memory than the store may have.
     """
     with own_cursor(connection, path) as cursor:
         found = cursor.execute(query, params) if params else cursor.execute(query)
@@ -158,9 +155,19 @@ def own_cursor(connection: duckdb.DuckDBPyConnection, path: Path) -> Iterator[du
     except duckdb.ConnectionException as error:
         raise StoreError(f"{path} has been closed: open it again") from error
     except duckdb.Error as error:
-        raise StoreError(
-            f"{path} is damaged, rebuild it from its evidence with `saeql index --rebuild`: {one_line(error)}"
-        ) from error
+        if is_damage(error):
+            raise StoreError(damage(path, error)) from error
+        raise StoreError(f"{path} cannot answer: {one_line(error)}") from error
+
+
+def is_damage(error: Exception) -> bool:
+    """Nothing but the store's own files can be read, so a read that failed is a damaged file."""
+    return isinstance(error, (duckdb.IOException, duckdb.FatalException)) or "Corrupt database file" in str(error)
+
+
+def damage(path: Path | str, error: Exception | str) -> str:
+    """What to say of it."""
+    return f"{path} is damaged, rebuild it from its evidence with `saeql index --rebuild`: {one_line(error)}"
 
 
 def _only_statement(cursor: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
