@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from saeql.store.errors import StoreError
 from saeql.store.feature_store import FeatureStore
 from saeql.store.records import EMBEDDINGS
 from saeql.store.search import SearchHit
@@ -86,7 +87,10 @@ def search_meaning(
     the default embedder.
 
     Without embeddings in the store, or without the model that made them, words are searched, and a line says so.
+    Raises StoreError for an empty text.
     """
+    if not text.strip():
+        raise StoreError("there is nothing to search for: give a text")
     config = run.config.embedder if run is not None else EmbedderConfig()
     try:
         embedder = Embedder(config) if config.model != "none" else None

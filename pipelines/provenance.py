@@ -92,6 +92,8 @@ def added_evidence(run: Path, others: list[Path], name: str | None = None) -> It
             raise ConfigError(f"{other} has no evidence: name a run that is indexed, or its evidence folder")
         place = os.path.relpath(folder.resolve(), run.resolve())
         known = next((n for n, e in enumerate(held) if os.path.relpath(e.folder, run) == place), None)
+        if place == "evidence" and name is not None:
+            raise ConfigError(f"{other} is the run of this store: its dictionary keeps its name")
         if place == "evidence" or (known is not None and name is None):
             continue
         rest = [Evidence(run / "evidence"), *(e for n, e in enumerate(held) if n != known)]

@@ -232,7 +232,8 @@ class FeatureStore:
     def hits(
         self, found: Sequence[Scored], *, limit: int = 10, where: str | None = None, dictionary: str | None = None
     ) -> list[SearchHit]:
-        """The first `limit` of scored features that meet `where`, with their labels. Raises SQLError."""
+        """The first `limit` of scored features that meet `where`, with their labels. Raises SQLError, StoreError."""
+        _check_number("features", limit, 1)
         scope = self._scope(dictionary)
         if where is not None:
             query = f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n)"
@@ -402,11 +403,12 @@ class FeatureStore:
         self, feature: int, *, dictionary: str | None = None, split: str = "train", bins: int = 50
     ) -> tuple[np.ndarray, np.ndarray]:
         """(counts [bins], edges [bins + 1]) of a feature's activations on its dictionary's first corpus, from 0 to the
-        largest; both empty where it never fires. Raises FeatureNotFound.
+        largest; both empty where it never fires. Raises FeatureNotFound, StoreError for a split that there is not.
         """
+        _check_split(split)
         _, (dictionary_id, _) = self._known_feature(feature, dictionary)
         segment = self._segment(dictionary_id)
-        if segment is None or split not in SPLITS:
+        if segment is None:
             return np.zeros(0, np.int64), np.zeros(0)
         found = own_columns(
             self._connection,
@@ -430,13 +432,13 @@ class FeatureStore:
     ) -> list[Example]:
         """Examples of a feature, strongest first; kind 'decile' exists on train only, None takes both, deciles first.
 
-        Raises FeatureNotFound. `corpus` is the dictionary's first unless named.
+        Raises FeatureNotFound, StoreError for no such split. `corpus` is the dictionary's first unless named.
         """
+        _check_split(split)
+        _check_number("examples", limit, 0)
         name, (dictionary_id, _) = self._known_feature(feature, dictionary)
         segment = self._segment(dictionary_id, corpus)
         if segment is None:
-            return []
-        if split not in SPLITS:
             return []
         rows = example_rows(self._rows, segment["segment_id"], int(feature), split, kind)
         found = contexts(self._text(segment["corpus_id"]), self._titles, rows[:limit])
@@ -590,6 +592,16 @@ class FeatureStore:
         if name not in self._known:
             raise FeatureNotFound(f"{self.path} has no dictionary {name!r}: it has {', '.join(self._known)}")
         return name, self._known[name]
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise StoreError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+
+
+def _check_number(of: str, asked: int, least: int) -> None:
+    if asked < least:
+        raise StoreError(f"ask for at least {least} {of}, not {asked}")
 
 
 def _identity(path: Path) -> tuple[Path, int, int] | tuple[Path]:

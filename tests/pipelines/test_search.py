@@ -218,3 +218,22 @@ def test_another_seed_of_the_same_name_has_a_name_of_its_own(
     main(["store", str(run), "--add", str(other), "--as", "second"])
     assert json.loads((run / "store.json").read_text())["names"] == {"../other/evidence": {"topk_96_k4": "second"}}
     assert read("labels", "second") and not read("labels", "topk_96_k4@other")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["search", "river", "--limit", "-3"], "at least 1 features, not -3"),
+        (["search", "--meaning", " "], "nothing to search for"),
+        (["show", "3", "--split", "dev"], "no split 'dev': there are train, calibration, test"),
+        (["show", "3", "--examples", "-1"], "at least 0 examples"),
+        (["store", "--as", "mine"], "say --add RUN2 too"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(
+    tiny_run: Path, argv: list[str], told: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([argv[0], str(tiny_run), *argv[1:]])
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and told in lines[0]
