@@ -13,7 +13,7 @@ def visible(text: str) -> str:
     def hidden(c: str) -> bool:
         return c not in "\n\t" and (unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 
-    if text.isprintable():  # which no hidden character is
+    if text.replace("\n", "").replace("\t", "").isprintable():  # which no hidden character is
         return text
     return "".join(f"[U+{ord(c):04X}]" if hidden(c) else c for c in text)
 
