@@ -11,7 +11,7 @@ from saeql.store.cards import Cards
 from saeql.store.feature_batch import FeatureBatch
 from saeql.store.feature_store import Example, FeatureStore
 
-from ..charts import Chart, bins_chart, density_bins, histogram_chart
+from ..charts import Chart, bins_chart, density_bins, histogram_chart, with_density
 from ..receipts.card import CardLine, card_lines
 from ..receipts.token_identity_control import attributes_to_token
 from .shading import Piece, pieces
@@ -22,8 +22,8 @@ NUM_READ = 300  # examples of both kinds, more than there are
 NUM_EFFECTS = 10
 NUM_NEAR = 10
 
-#: Densities of all features in bins, counted once for the cards of an open store.
-_BINS: "WeakKeyDictionary[Cards, tuple[np.ndarray, np.ndarray]]" = WeakKeyDictionary()
+#: Histograms of the densities of all features, and the edges of their bins, drawn once for the cards of an open store.
+_DENSITIES: "WeakKeyDictionary[Cards, tuple[Chart | None, np.ndarray]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class FeaturePage:
     cofirings: list[dict[str, Any]]
     counts: np.ndarray  # of activations, and the edges of their bins
     edges: np.ndarray
-    densities: tuple[np.ndarray, np.ndarray]  # of all features, see charts.density_bins
+    densities: tuple[Chart | None, np.ndarray]  # of all features, and the edges of their bins
     split: str
     shade: bool
 
@@ -66,7 +66,8 @@ class FeaturePage:
     @cached_property
     def density_chart(self) -> Chart | None:
         """All features by density, with a stroke at this one."""
-        return bins_chart(self.densities, mark=self.row["density"] or None, width=470, height=240)
+        chart, edges = self.densities
+        return None if chart is None else with_density(chart, edges, self.row["density"])
 
     @cached_property
     def largest_effect(self) -> float:
@@ -124,16 +125,17 @@ def feature_page(
         cofirings=store.cofirings(feature, dictionary=name, limit=NUM_NEAR),
         counts=counts,
         edges=edges,
-        densities=_bins(store.cards(name)),
+        densities=_densities(store.cards(name)),
         split=split,
         shade=shade,
     )
 
 
-def _bins(cards: Cards) -> tuple[np.ndarray, np.ndarray]:
-    if cards not in _BINS:
-        _BINS[cards] = density_bins(cards.numbers("density"))
-    return _BINS[cards]
+def _densities(cards: Cards) -> tuple[Chart | None, np.ndarray]:
+    if cards not in _DENSITIES:
+        bins = density_bins(cards.numbers("density"))
+        _DENSITIES[cards] = bins_chart(bins, width=470, height=240), bins[1]
+    return _DENSITIES[cards]
 
 
 def snippets(page: FeaturePage, shown_run: str) -> dict[str, str]:
