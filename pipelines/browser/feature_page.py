@@ -17,6 +17,7 @@ from ..receipts.token_identity_control import attributes_to_token
 from .shading import Piece, pieces
 
 NUM_TOP = 20
+NUM_HELD_OUT = 10
 NUM_OF_DECILE = 2
 NUM_READ = 300  # examples of both kinds, more than there are
 NUM_EFFECTS = 10
@@ -52,6 +53,7 @@ class FeaturePage:
     densities: tuple[Chart | None, np.ndarray]  # of all features, and the edges of their bins
     split: str
     shade: bool
+    held_out: list[ShownExample]  # strongest on test, where those of both splits are wanted
 
     @property
     def feature(self) -> int:
@@ -83,9 +85,11 @@ def feature_page(
     split: str = "train",
     whole: list[dict[str, Any]] | None = None,
     shade: bool = False,
+    both: bool = False,
 ) -> FeaturePage:
     """Ask the store. `whole` are the receipts of the dictionary, where somebody has them; `shade` draws where it is
-    active also where that is not about the tokens there. Raises FeatureNotFound.
+    active also where that is not about the tokens there; `both` adds the `NUM_HELD_OUT` strongest examples of test.
+    Raises FeatureNotFound.
     """
     row = store.feature(feature, dictionary)
     name = row["dictionary"]
@@ -107,6 +111,7 @@ def feature_page(
         if split == "train"
         else store.examples(feature, dictionary=name, split=split, limit=NUM_TOP)
     )
+    held_out = store.examples(feature, dictionary=name, split="test", limit=NUM_HELD_OUT) if both else []
     samples: dict[int, list[ShownExample]] = {}
     for example in (e for e in found if e.kind == "decile"):
         group = samples.setdefault(example.decile or 0, [])
@@ -128,6 +133,7 @@ def feature_page(
         densities=_densities(store.cards(name)),
         split=split,
         shade=shade,
+        held_out=[shown(example) for example in held_out],
     )
 
 

@@ -92,7 +92,7 @@ class _Drawer:
 
     def _parts(self, batch: FeatureBatch, feature: int, number: int) -> list[str]:
         name = self.job.dictionaries[number].name
-        page = feature_page(batch, feature, dictionary=name, whole=self._whole[number], shade=True)
+        page = feature_page(batch, feature, dictionary=name, whole=self._whole[number], shade=True, both=True)
         html = self.pages.card(page, name, snippets(page, self.job.shown_run))
         cuts = [0, *(found.start() for found in _PARTS.finditer(html)), len(html)]
         return [html[start:end] for start, end in pairwise(cuts)]

@@ -14,7 +14,7 @@ from browser_server import Page
 from test_browser_hostile import HIDDEN, TEXTS
 from two_dictionaries import OTHER, two_dictionaries
 
-from saeql.pipelines.browser.feature_page import feature_page
+from saeql.pipelines.browser.feature_page import NUM_HELD_OUT, feature_page
 from saeql.pipelines.cli import main
 from saeql.pipelines.shown import share, visible
 from saeql.pipelines.site.export import export_site
@@ -97,7 +97,7 @@ def test_pages_stand_alone(site: Path) -> None:
 
 def test_features_are_those_of_the_server(site: Path, store_path: Path) -> None:
     with FeatureStore.open(store_path) as store:
-        num_marks = 0
+        num_marks = num_held_out = 0
         for place, row in enumerate(store.dictionaries()):
             drawn = features_of(site, place)
             assert len(drawn) == row["d_sae"]
@@ -107,9 +107,10 @@ def test_features_are_those_of_the_server(site: Path, store_path: Path) -> None:
                 label = visible(wanted.row["label"])
                 assert page.text.startswith(f"{feature} {' '.join(label.split())}")
                 marks = [a for t, a in page.elements if t == "mark"]
-                pieces = [p for e in wanted.top for p in e.pieces] + [
-                    p for _, g in wanted.deciles for e in g for p in e.pieces
-                ]
+                held_out = feature_page(store, feature, dictionary=row["dictionary"], split="test").top[:NUM_HELD_OUT]
+                samples = [e for _, group in wanted.deciles for e in group]
+                pieces = [p for e in [*wanted.top, *held_out, *samples] for p in e.pieces]
+                num_held_out += len(held_out)
                 num_marks += len(marks)
                 assert [(a["class"] or "").split()[0] for a in marks] == [f"l{p.level}" for p in pieces if p.level]
                 for near in wanted.neighbours:
@@ -117,7 +118,7 @@ def test_features_are_those_of_the_server(site: Path, store_path: Path) -> None:
                     assert f'href="feature{suffix}.html?id={near["neighbour"]}"' in drawn[feature]
                 for control in wanted.card:
                     assert visible(control.title) in page.text
-        assert num_marks > 100
+        assert num_marks > 100 and num_held_out > 10
 
 
 def test_lists_are_those_of_the_store(site: Path, store_path: Path) -> None:

@@ -303,6 +303,12 @@ async function feature(frame, around) {
   const file = await load(`f${Math.floor(at / site.per_file)}`);
   const page = new DOMParser().parseFromString(file.parts.map((part) => part[at % site.per_file]).join(""), "text/html");
   if (given.get("shade") === "all") page.querySelector(".by-position")?.classList.add("shaded");
+  if (given.get("split") === "test") {
+    page.querySelector("article").classList.add("tested");
+    page.querySelector(".to-train").removeAttribute("aria-current");
+    page.querySelector(".to-test").setAttribute("aria-current", "true");
+    page.querySelectorAll(".if-plain").forEach((link) => { link.setAttribute("href", `${link.getAttribute("href")}&split=test`); });
+  }
   frame.replaceChildren(...page.body.childNodes);
   document.title = `${frame.querySelector("h1").textContent.trim().replace(/\s+/g, " ")} · saeql`;
   for (const [step, rel, text] of [[-1, "prev", (n) => `← ${n}`], [1, "next", (n) => `${n} →`]]) {
