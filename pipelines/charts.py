@@ -156,8 +156,9 @@ def bins_chart(
         for count, start, end in zip(counts.tolist(), ends[:-1], ends[1:], strict=True)
     ]
     chart = _with_bars(chart, counts, edges, x_ticks, titles)
+    shown = x_ticks[::-1][:: 2 if width < 600 and len(x_ticks) > 6 else 1]  # or they run into each other
     chart = replace(
-        chart, x_ticks=[(chart.x(t, x_ticks), "100 %" if t == 0 else f"{10.0 ** (t + 2):g} %") for t in x_ticks]
+        chart, x_ticks=[(chart.x(t, x_ticks), "100 %" if t == 0 else f"{10.0 ** (t + 2):g} %") for t in shown[::-1]]
     )
     return with_density(chart, edges, mark)
 

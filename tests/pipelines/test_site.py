@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -279,3 +281,18 @@ def test_hostile_texts_stay_texts_and_no_path_leaves_the_machine(tiny_run: Path,
 def test_steps_come_back() -> None:
     values = np.array([5, 7, 7, 3, 2**31 - 1, 0])
     np.testing.assert_array_equal(np.cumsum(steps(values), dtype=np.int64).astype(np.int32), values)
+
+
+def test_exporting_a_site_needs_no_torch(store_path: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from saeql.pipelines.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "except SystemExit as ended:\n"
+        "    assert not ended.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    asked = ["export", str(store_path), str(tmp_path / "site"), "--format", "site", "--top", "3"]
+    done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "6 features" in done.stdout, done.stderr
