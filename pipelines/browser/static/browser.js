@@ -87,7 +87,6 @@ if (filters) {
   let timer = 0;
   const slow = () => ["meaning", "like"].includes($("#f-by").value);
   const hint = () => { $("#f-q").placeholder = $("#f-by").selectedOptions[0].dataset.hint; };
-  hint(); // a site's script may have set the way
   filters.addEventListener("input", (event) => {
     hint();
     clearTimeout(timer);

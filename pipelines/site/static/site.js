@@ -284,6 +284,7 @@ async function startList(form) {
   if (!location.search) return; // its first page was drawn with the site
   const given = new URLSearchParams(location.search);
   for (const field of form.elements) if (field.name && given.has(field.name)) field.value = given.get(field.name);
+  form.querySelector("[name=q]").placeholder = form.querySelector("[name=by]").selectedOptions[0].dataset.hint;
   form.querySelector("[name=sort] option").textContent = given.get("q") ? "best match" : "number";
   form.querySelector("details").open = ["min_density", "max_density", "min_auroc", "order"].some((name) => given.get(name));
   const results = document.getElementById("results");
