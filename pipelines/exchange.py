@@ -1,18 +1,14 @@
 """Dictionaries in and out: folders and hub repositories of other libraries, runs and folders of ours."""
 
 from pathlib import Path
-from typing import Any
 
-from saeql.sae.config import ConfigError
 from saeql.sae.convert import from_weights, to_weights
 from saeql.sae.exchange import read, write
 from saeql.sae.files import CONFIG_FILE, load_dictionary, save_dictionary
 
 from .models import hub_folder
-from .neuronpedia import export_neuronpedia
 from .run import Run
-from .saedashboard import export_saedashboard
-from .share import export_store, import_store
+from .share import import_store
 
 
 def import_any(source: str, out: Path, *, format: str | None = None, revision: str | None = None) -> str:
@@ -36,48 +32,6 @@ def import_dictionary(source: str, out: Path, *, format: str | None = None, revi
     save_dictionary(dictionary, out)
     kind = f"{dictionary.architecture} {dictionary.config.form}"
     return f"{out}: {kind}, d_in {dictionary.d_in}, d_out {dictionary.d_out}, d_sae {dictionary.d_sae}"
-
-
-#: Formats of whole runs; those of dictionaries are in `saeql.sae.exchange`.
-RUN_FORMATS = ("parquet", "neuronpedia", "saedashboard")
-#: Options of `export` that one format takes, and no other.
-OPTIONS = {
-    "neuronpedia": ("creator", "creator_id", "release"),
-    "site": ("dictionary", "only", "top", "features_per_file", "workers"),
-}
-
-
-def export(source: Path, out: Path, *, format: str = "saelens", **options: Any) -> str:
-    """Write a run or its dictionary in any format; returns one line.
-
-    `options` are those of `OPTIONS`, unset where None or empty. Raises ConfigError for one of another format, and what
-    the format's own function raises.
-    """
-    options = {name: value for name, value in options.items() if value not in (None, "", ())}
-    for name in options:
-        if name not in OPTIONS.get(format, ()):
-            owner = next(owner for owner, names in OPTIONS.items() if name in names)
-            raise ConfigError(f"--{name.replace('_', '-')} is for --format {owner}, not {format}")
-    if format == "site":
-        from .site.export import export_site
-
-        return str(export_site(source, out, **options))
-    if format not in RUN_FORMATS:
-        return export_dictionary(source, out, format=format)
-    run = Run.open(source)
-    if format == "parquet":
-        written = export_store(run, out)
-    elif format == "saedashboard":
-        written = export_saedashboard(run, out)
-    else:
-        written = export_neuronpedia(
-            run,
-            out,
-            creator=options.get("creator", ""),
-            creator_id=options.get("creator_id", ""),
-            release=options.get("release") or run.path.resolve().name,
-        )
-    return f"{written}: {format}"
 
 
 def export_dictionary(source: Path, out: Path, *, format: str = "saelens") -> str:

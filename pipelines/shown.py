@@ -13,7 +13,7 @@ def visible(text: str) -> str:
     def hidden(c: str) -> bool:
         return c not in "\n\t" and (unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 
-    if text.isprintable():  # which no hidden character is
+    if text.replace("\n", "").replace("\t", "").isprintable():  # which no hidden character is
         return text
     return "".join(f"[U+{ord(c):04X}]" if hidden(c) else c for c in text)
 
@@ -29,6 +29,8 @@ def token_text(token: str, mark_spaces: bool = False) -> str:
 
 def number(value: object, digits: int = 3) -> str:
     """A number as people read it: thousands separated, `digits` significant digits; an en dash for None or NaN."""
+    if type(value) is float and 1e-3 <= abs(value) < 1000:  # most are
+        return f"{value:.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "\N{EN DASH}"
     if isinstance(value, (bool, str)):

@@ -206,9 +206,23 @@ def main() -> None:
     finally:
         if arguments.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
+    with_targets(result)
     report(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def with_targets(result: dict[str, Any]) -> None:
+    """Puts what was wanted beside every number, and whether it was met."""
+    for name, found in result["pages"].items():
+        median, most = TARGETS.get(name, TARGET)
+        found |= {"median_ms_wanted": median, "p95_ms_wanted": most}
+        found["is_met"] = found["median_ms"] <= median and found["p95_ms"] <= most
+    first = statistics.median(result["starts"])
+    result["first_byte"] = {"median_s": first, "wanted_s": FIRST_BYTE_SECONDS, "is_met": first <= FIRST_BYTE_SECONDS}
+    memory = result["memory_mb"]
+    is_met = None if memory is None else memory <= MEMORY_MB
+    result["memory"] = {"mb": memory, "wanted_mb": MEMORY_MB, "is_met": is_met}
 
 
 def report(result: dict[str, Any]) -> None:
@@ -219,7 +233,8 @@ def report(result: dict[str, Any]) -> None:
         median, most = TARGETS.get(name, TARGET)
         times = f"{found['median_ms']:7.1f} / {found['p95_ms']:7.1f} ms (first {found['first_ms']:.0f})"
         busy = "" if found["mean_cpu_ms"] is None else f"{found['mean_cpu_ms']:6.1f} ms of CPU"
-        print(f"{name:<28} {times} {busy}   <= {median} / {most} ms   {found['median_bytes']:,} bytes")
+        met = "met" if found["is_met"] else "MISSED"
+        print(f"{name:<28} {times} {busy}   <= {median} / {most} ms {met}   {found['median_bytes']:,} bytes")
     if "memory_mb_with_meaning" in result:
         print(f"memory after search by meaning: {result['memory_mb_with_meaning']:.0f} MB")
 

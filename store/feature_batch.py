@@ -21,8 +21,8 @@ Rows = list[dict[str, Any]]
 class FeatureBatch:
     """What `FeatureStore` answers about `features` (ascending) of a dictionary, on its first corpus.
 
-    Methods are those of the store and give the same; examples and activations are those of train. Raises
-    FeatureNotFound for a feature that is not in the dictionary.
+    Methods are those of the store and give the same; activations are those of train. Raises FeatureNotFound for a
+    feature that is not in the dictionary.
     """
 
     def __init__(self, store: FeatureStore, features: Sequence[int], dictionary: str):
@@ -83,10 +83,8 @@ class FeatureBatch:
         kind: str | None = "top",
         limit: int = 10,
     ) -> list[Example]:
-        """Examples on train, strongest first; kind None takes both, deciles first. Raises ValueError for others."""
-        if split != "train":
-            raise ValueError("a batch of features has the examples of train")
-        return [e for e in self._examples[feature] if kind in (None, e.kind)][:limit]
+        """Examples on a split, strongest first; kind None takes both, deciles first."""
+        return [e for e in self._examples[feature] if e.split == split and kind in (None, e.kind)][:limit]
 
     def activation_histogram(
         self, feature: int, *, dictionary: str | None = None, bins: int = 50
@@ -114,16 +112,15 @@ class FeatureBatch:
     def _read_examples(self) -> dict[int, list[Example]]:
         found: dict[int, list[Example]] = defaultdict(list)
         rows = self._of_segment(
-            "kind, decile, rank, window_id, position, activation, offsets, activations",
+            "split::VARCHAR AS split, kind, decile, rank, window_id, position, activation, offsets, activations",
             "examples",
-            "kind, decile DESC, rank",
-            "split = 'train'",
+            "split, kind, decile DESC, rank",
         )
         if self._first is None or not rows:
             return found
         corpus = self._first["corpus"]
         for row in contexts(self.store._text(self._first["corpus_id"]), self.store._titles, rows):
-            found[row["feature"]].append(Example(dictionary=self.dictionary, split="train", corpus=corpus, **row))
+            found[row["feature"]].append(Example(dictionary=self.dictionary, corpus=corpus, **row))
         return found
 
     def _read_activations(self) -> dict[int, np.ndarray]:

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from .feature_columns import SCORES, STATISTICS
 from .search import Ask
 
 Rows = list[dict[str, Any]]
-
-_STATISTICS = "density, mean_activation, max_activation, p50, p90, p99, token_entropy, num_documents"
-_SCORES = ("auroc", "auroc_low", "auroc_high", "f1", "n_active", "n_inactive")
 
 
 def feature_row(
@@ -27,26 +25,21 @@ def feature_row(
     *,
     vocabulary: np.ndarray,
     effects: Rows,
-    card: dict[str, Any] | None,
+    known: dict[str, Any] | None,
     is_compared: bool,
 ) -> dict[str, Any] | None:
     """The feature's row of `features`; None where it has no statistics.
 
-    `vocabulary` is that of `text_rows.read_vocabulary`, `effects` are `stored_effects`, `card` is the feature's of
-    `Cards` where those are in memory, and `is_compared` says whether the dictionary has rows in `stability`.
+    `vocabulary` is that of `text_rows.read_vocabulary`, `effects` are `stored_effects`, `known` is what `Cards`
+    and `FeatureColumns` have of it where those are in memory, and `is_compared` says whether the dictionary has rows
+    in `stability`.
     """
     of_segment = f"segment_id = {segment_id} AND feature = {feature}"
     of_dictionary = f"dictionary_id = {dictionary_id} AND feature = {feature}"
-    by_split = {
-        row.pop("split"): row
-        for row in ask(f"SELECT split, {_STATISTICS} FROM derived.feature_stats WHERE {of_segment}")
-    }
-    if "train" not in by_split:
+    if known is None:
+        known = _asked(ask, of_segment, of_dictionary)
+    if known is None:
         return None
-    train = by_split["train"]
-    text = "" if card else "label, kind, "  # to decode labels takes as long as all of the rest
-    label = _first(ask(f"SELECT {text}{', '.join(_SCORES)} FROM evidence.labels WHERE {of_dictionary}"))
-    label |= card or {}
     tokens = _first(ask(f"SELECT top_tokens FROM derived.feature_tokens WHERE {of_segment}"))
     seen = {}
     if is_compared:
@@ -54,18 +47,30 @@ def feature_row(
     return {
         "dictionary": name,
         "feature": feature,
-        "label": label.get("label") or "unexplained",
-        "kind": label.get("kind") or "none",
-        **{score: label.get(score) for score in _SCORES},
-        "density": train.pop("density"),
-        "test_density": by_split.get("test", {}).get("density"),
-        **train,
+        "label": known.get("label") or "unexplained",
+        "kind": known.get("kind") or "none",
+        **{score: known.get(score) for score in SCORES},
+        "density": known["density"],
+        "test_density": known.get("test_density"),
+        **{name: known[name] for name in STATISTICS if name != "density"},
         "top_tokens": tokens.get("top_tokens") or [],
         "promotes": _texts(effects, "promoted", vocabulary),
         "suppresses": _texts(effects, "suppressed", vocabulary),
         "stability": seen.get("stability"),
         "first_seen": seen.get("first_seen"),
     }
+
+
+def _asked(ask: Ask, of_segment: str, of_dictionary: str) -> dict[str, Any] | None:
+    """What `FeatureColumns.of` gives, and label and kind."""
+    by_split = {
+        row.pop("split"): row
+        for row in ask(f"SELECT split, {', '.join(STATISTICS)} FROM derived.feature_stats WHERE {of_segment}")
+    }
+    if "train" not in by_split:
+        return None
+    label = _first(ask(f"SELECT label, kind, {', '.join(SCORES)} FROM evidence.labels WHERE {of_dictionary}"))
+    return by_split["train"] | {"test_density": by_split.get("test", {}).get("density")} | label
 
 
 def neighbour_rows(

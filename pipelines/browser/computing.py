@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
+from saeql.store.errors import FeatureNotFound
 from saeql.store.feature_store import FeatureStore
 
 from ..charts import Chart, Series, series_chart
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ..steering.edits import Edit
 
 NUM_SHOWN = 24
+_log = logging.getLogger(__name__)
 MODES = ("add", "clamp", "scale", "ablate", "ablate_mean", "replace", "cap", "ablate_direction")
 UNITS = ("norm", "p99", "raw")
 
@@ -37,19 +40,31 @@ def computing_routes(site: Site) -> APIRouter:
     def _prompt(request: Request) -> Response:
         text, problem, read = request.query_params.get("text", ""), "", None
         _check_text(site, text)
+        asked = request.query_params.get("feature")
         with site.open.reading() as store:
+            names = site.names(store)
+            name = _own(site, names)
+            feature = None if not asked else whole_of("a feature", asked)
+            if feature is not None and not 0 <= feature < len(store.cards(name).features):
+                raise FeatureNotFound(f"{name} has no feature {feature}")
             if text.strip() and not site.may_compute(request):
                 problem = "Reading a text needs the token: open the address that `saeql serve` printed."
             elif text.strip():
                 try:
-                    read = _read(site, store, text)
+                    read = _read(site, store, text, feature)
                 except Refused as refused:
                     problem = refused.message
                 except ValueError as error:
                     problem = str(error)
-            names = site.names(store)
             return site.page(
-                request, "prompt.html", names=names, name=_own(site, names), text=text, problem=problem, read=read
+                request,
+                "prompt.html",
+                names=names,
+                name=name,
+                text=text,
+                problem=problem,
+                read=read,
+                asked=None if feature is None else {"feature": feature, "label": store.cards(name).label(feature)},
             )
 
     @pages.get("/steer")
@@ -139,6 +154,8 @@ async def _events(work: Callable[[threading.Event, Callable[[dict[str, Any]], No
         except Refused as refused:
             put({"error": refused.message})
         except Exception as error:
+            if not _is_ours(error):
+                _log.exception("a text could not be written")
             put({"error": one_line(error)})
         finally:
             put(None)
@@ -151,9 +168,13 @@ async def _events(work: Callable[[threading.Event, Callable[[dict[str, Any]], No
         cancelled.set()
 
 
+def _is_ours(error: Exception) -> bool:
+    return isinstance(error, ValueError) and type(error).__module__.startswith("saeql.")
+
+
 def one_line(error: Exception) -> str:
     """What is told of an error: its own words where saeql says them, else its kind."""
-    if isinstance(error, ValueError) and type(error).__module__.startswith("saeql."):
+    if _is_ours(error):
         return " ".join(str(error).split())
     return f"the server could not do this ({type(error).__name__})"
 
@@ -202,8 +223,10 @@ def _dose_chart(found: list[Dose]) -> Chart | None:
     return series_chart(series, "multiple of the strengths set", "nats", marks=[(1.0, "as set")])
 
 
-def _read(site: Site, store: FeatureStore, text: str) -> dict[str, Any]:
-    """What the prompt page shows: features by their share of their largest, each with the text in its shades."""
+def _read(site: Site, store: FeatureStore, text: str, feature: int | None) -> dict[str, Any]:
+    """What the prompt page shows: features by their share of their largest, each with the text in its shades, and of
+    `feature` the text in shades of the largest activation that it has anywhere on train.
+    """
     from ..search import prompt_hits
 
     with site.models.turn():
@@ -219,9 +242,20 @@ def _read(site: Site, store: FeatureStore, text: str) -> dict[str, Any]:
                 "pieces": pieces(reading.tokens, values.tolist(), float(values.max())),
             }
         )
+    own = None
+    if feature is not None:
+        values, cards = reading.of(feature), store.cards(site.models.dictionary())
+        most = float(cards.max_activation[cards.rows([feature])[0]])
+        own = {
+            "largest": float(values.max()),
+            "share": float(values.max()) / most if most > 0 else None,
+            "num_active": int((values > 0).sum()),
+            "pieces": pieces(reading.tokens, values.tolist(), most),
+        }
     strongest = reading.shares.max(1)
     return {
         "features": shown,
+        "own": own,
         "tokens": list(zip(pieces_each(reading.tokens, strongest.tolist()), found.by_token, strict=True)),
         "num_features": len({int(i) for i in reading.indices[reading.shares > 0]}),
     }

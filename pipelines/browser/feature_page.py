@@ -11,19 +11,20 @@ from saeql.store.cards import Cards
 from saeql.store.feature_batch import FeatureBatch
 from saeql.store.feature_store import Example, FeatureStore
 
-from ..charts import Chart, bins_chart, density_bins, histogram_chart
+from ..charts import Chart, bins_chart, density_bins, histogram_chart, with_density
 from ..receipts.card import CardLine, card_lines
 from ..receipts.token_identity_control import attributes_to_token
 from .shading import Piece, pieces
 
 NUM_TOP = 20
+NUM_HELD_OUT = 10
 NUM_OF_DECILE = 2
 NUM_READ = 300  # examples of both kinds, more than there are
 NUM_EFFECTS = 10
 NUM_NEAR = 10
 
-#: Densities of all features in bins, counted once for the cards of an open store.
-_BINS: "WeakKeyDictionary[Cards, tuple[np.ndarray, np.ndarray]]" = WeakKeyDictionary()
+#: Histograms of the densities of all features, and the edges of their bins, drawn once for the cards of an open store.
+_DENSITIES: "WeakKeyDictionary[Cards, tuple[Chart | None, np.ndarray]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class FeaturePage:
     cofirings: list[dict[str, Any]]
     counts: np.ndarray  # of activations, and the edges of their bins
     edges: np.ndarray
-    densities: tuple[np.ndarray, np.ndarray]  # of all features, see charts.density_bins
+    densities: tuple[Chart | None, np.ndarray]  # of all features, and the edges of their bins
     split: str
     shade: bool
+    held_out: list[ShownExample]  # strongest on test, where those of both splits are wanted
 
     @property
     def feature(self) -> int:
@@ -66,7 +68,8 @@ class FeaturePage:
     @cached_property
     def density_chart(self) -> Chart | None:
         """All features by density, with a stroke at this one."""
-        return bins_chart(self.densities, mark=self.row["density"] or None, width=470, height=240)
+        chart, edges = self.densities
+        return None if chart is None else with_density(chart, edges, self.row["density"])
 
     @cached_property
     def largest_effect(self) -> float:
@@ -82,9 +85,11 @@ def feature_page(
     split: str = "train",
     whole: list[dict[str, Any]] | None = None,
     shade: bool = False,
+    both: bool = False,
 ) -> FeaturePage:
     """Ask the store. `whole` are the receipts of the dictionary, where somebody has them; `shade` draws where it is
-    active also where that is not about the tokens there. Raises FeatureNotFound.
+    active also where that is not about the tokens there; `both` adds the `NUM_HELD_OUT` strongest examples of test.
+    Raises FeatureNotFound.
     """
     row = store.feature(feature, dictionary)
     name = row["dictionary"]
@@ -106,6 +111,7 @@ def feature_page(
         if split == "train"
         else store.examples(feature, dictionary=name, split=split, limit=NUM_TOP)
     )
+    held_out = store.examples(feature, dictionary=name, split="test", limit=NUM_HELD_OUT) if both else []
     samples: dict[int, list[ShownExample]] = {}
     for example in (e for e in found if e.kind == "decile"):
         group = samples.setdefault(example.decile or 0, [])
@@ -124,16 +130,18 @@ def feature_page(
         cofirings=store.cofirings(feature, dictionary=name, limit=NUM_NEAR),
         counts=counts,
         edges=edges,
-        densities=_bins(store.cards(name)),
+        densities=_densities(store.cards(name)),
         split=split,
         shade=shade,
+        held_out=[shown(example) for example in held_out],
     )
 
 
-def _bins(cards: Cards) -> tuple[np.ndarray, np.ndarray]:
-    if cards not in _BINS:
-        _BINS[cards] = density_bins(cards.numbers("density"))
-    return _BINS[cards]
+def _densities(cards: Cards) -> tuple[Chart | None, np.ndarray]:
+    if cards not in _DENSITIES:
+        bins = density_bins(cards.numbers("density"))
+        _DENSITIES[cards] = bins_chart(bins, width=470, height=240), bins[1]
+    return _DENSITIES[cards]
 
 
 def snippets(page: FeaturePage, shown_run: str) -> dict[str, str]:

@@ -127,7 +127,7 @@ class Models:
         if made_by != embedder.identity:
             raise Refused(404, f"no search by meaning: the store's embeddings are of {made_by or 'nothing'}")
         vector = embedder.embed([text])[0]
-        return Found.of(store.nearest_in_meaning(vector, NUM_FOUND, dictionary=dictionary))
+        return Found.of(store.nearest_in_meaning(vector, NUM_FOUND, dictionary=dictionary)[:NUM_FOUND])
 
     def _sentence_encoder(self) -> "Embedder":
         if self._embedder is None:

@@ -8,6 +8,7 @@ from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..shown import number, share, token_text, visible
+from .shading import shaded
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
@@ -52,6 +53,13 @@ def environment(
         lstrip_blocks=True,
         auto_reload=False,
     )
-    made.filters |= {"number": number, "share": share, "token": token_text, "code": _code, "fixed": fixed}
+    made.filters |= {
+        "number": number,
+        "share": share,
+        "token": token_text,
+        "code": _code,
+        "fixed": fixed,
+        "shaded": shaded,
+    }
     made.globals |= {"link": link, "assets": assets, "is_site": site_templates is not None}
     return made

@@ -43,6 +43,7 @@ class Answer:
     seconds: float
     chart: Chart | None
     feature_column: int | None  # whose cells lead to features
+    dictionary_column: int | None  # which of them, where the rows say
 
 
 def sql_routes(site: Site) -> APIRouter:
@@ -128,6 +129,7 @@ def _answer(table: pa.Table, seconds: float) -> Answer:
         seconds=seconds,
         chart=_chart(names, numeric, rows),
         feature_column=names.index("feature") if "feature" in names else None,
+        dictionary_column=names.index("dictionary") if "dictionary" in names else None,
     )
 
 

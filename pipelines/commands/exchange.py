@@ -59,7 +59,7 @@ def export(
     Example: saeql export runs/demo exported --format sparsify
     Example: saeql export runs/demo pages --format site
     """
-    from ..exchange import export as export_any
+    from ..export_formats import export as export_any
 
     print(
         export_any(

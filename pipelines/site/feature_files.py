@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +21,7 @@ BATCH_FEATURES = 512
 #: Of every process, for the engine.
 MEMORY = "1GB"
 #: Where a feature's HTML is cut: like parts of neighbouring features stand together in a file and take a quarter less.
-_PARTS = re.compile(r"(?=<(?:section|figure|div class=\"(?:main|side)-column\")\b)")
+_PARTS = re.compile(r"<(?:section|figure|div class=\"(?:main|side)-column\")\b")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ class _Drawer:
             files.data(f"{number}/f{(start + first) // size}", {"parts": together})
         return files.written
 
-    def _parts(self, found: FeatureBatch, feature: int, number: int) -> list[str]:
+    def _parts(self, batch: FeatureBatch, feature: int, number: int) -> list[str]:
         name = self.job.dictionaries[number].name
-        page = feature_page(found, feature, dictionary=name, whole=self._whole[number], shade=True)
-        return _PARTS.split(self.pages.card(page, name, snippets(page, self.job.shown_run)))
+        page = feature_page(batch, feature, dictionary=name, whole=self._whole[number], shade=True, both=True)
+        html = self.pages.card(page, name, snippets(page, self.job.shown_run))
+        cuts = [0, *(found.start() for found in _PARTS.finditer(html)), len(html)]
+        return [html[start:end] for start, end in pairwise(cuts)]

@@ -144,6 +144,29 @@ def test_steering_streams_plots_and_stops(page: Any, browser: Browser) -> None:
     assert not browser.site.models.is_busy
 
 
+def test_features_to_steer_are_found_by_words(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/steer?features=3:1.5&prompt=the+river")
+    page.locator("#add").press_sequentially("river", delay=20)
+    page.locator("#add-found option").first.wait_for(state="attached")
+    first = page.locator("#add-found option").first.get_attribute("value")
+    page.locator("#add").press("Enter")
+    page.wait_for_url(f"**features=3%3A1.5%2C{first}%3A0.4**")
+    assert page.locator(".edit").count() == 2
+    page.locator("#add").fill("nosuchwordatall")
+    page.locator("#add-button").click()
+    page.locator("#state", has_text="no feature is found").wait_for()
+
+
+def test_a_text_is_tried_from_the_page_of_a_feature(page: Any, browser: Browser) -> None:
+    page.goto(f"{browser.url}/features/7")
+    page.locator(".jumps a", has_text="Try a text").click()
+    assert page.url.endswith("#try-title")
+    page.locator("#try-text").fill("the river bank")
+    page.locator("#try-text").press("Enter")
+    page.wait_for_url("**/prompt?feature=7&text=the+river+bank")
+    assert "Feature 7" in page.locator("#own-title").inner_text() and page.locator(".pick a").count() == 3
+
+
 def test_a_feature_is_steered_on_its_own_page(page: Any, browser: Browser) -> None:
     page.goto(f"{browser.url}/features/3")
     both = page.locator("#box-baseline"), page.locator("#box-steered")

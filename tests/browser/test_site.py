@@ -11,6 +11,7 @@ import pytest
 from tabs import looked_at, watched
 from two_dictionaries import OTHER, two_dictionaries
 
+from saeql.pipelines.browser.feature_page import NUM_HELD_OUT
 from saeql.pipelines.site.export import export_site
 from saeql.store.feature_store import FeatureStore
 from saeql.store.listing import Filters
@@ -102,6 +103,21 @@ def test_lists_are_those_of_the_store(page: Any, url: str, store: FeatureStore, 
                 sorted(" ".join(f"{k} {', '.join(v[:4])}".split()) for k, v in h.matched.items()) for h in wanted.hits
             ]
             assert [sorted(" ".join(w.split()).split("; ")) for w in why] == said, query  # equal scores have no order
+
+
+def test_examples_of_test_are_a_state_of_the_address(page: Any, url: str, store: FeatureStore) -> None:
+    feature = next(f for f in range(96) if store.examples(f, split="test"))
+    name = store.dictionaries()[0]["dictionary"]
+    page.goto(f"{url}feature.html?id={feature}")
+    drawn(page)
+    assert page.locator(".of-train .example").count() and not page.locator(".of-test").is_visible()
+    page.locator(".to-test").click()
+    page.wait_for_url("**split=test")
+    page.locator("article.tested").wait_for()
+    assert not page.locator(".of-train").is_visible() and page.locator(".of-test").is_visible()
+    held_out = store.examples(feature, dictionary=name, split="test", limit=NUM_HELD_OUT)
+    assert page.locator(".of-test .example").count() == len(held_out)
+    assert page.locator(".to-test").get_attribute("aria-current") == "true"
 
 
 def test_search_as_you_type_begins_words(page: Any, url: str, store: FeatureStore) -> None:

@@ -144,6 +144,40 @@ def test_overview_has_the_metrics(browser: Browser, store: FeatureStore) -> None
     assert "This store has one dictionary" in compared and "fvu" in compared
 
 
+def test_overview_draws_the_sweep_and_the_layers(run_copy: Path, tmp_path: Path) -> None:
+    from saeql.pipelines.token_identity import PlaceIdentity, TokenIdentity
+    from saeql.sae.metrics import Estimate
+
+    run = Path(shutil.copytree(run_copy, tmp_path / "run", ignore=shutil.ignore_patterns("activations", "evidence")))
+    rows = [
+        {"dictionary": f"topk_{k}", "architecture": "topk", "hook_point": "resid_post.0", "l0": k, "fvu": 1 / k,
+         "fvu_low": 0.9 / k, "fvu_high": 1.1 / k}
+        for k in (4, 8, 16)
+    ]  # fmt: skip
+    advice = [{"hook_point": "resid_post.0", "dictionary": "topk_8", "reason": "it is <b>enough</b>"}]
+    (run / "sweep").mkdir()
+    (run / "sweep" / "sweep.json").write_text(json.dumps({"dictionaries": rows, "advice": advice}))
+    places = [
+        PlaceIdentity(f"resid_post.{n}", n, {t: Estimate(0.9 - n / 10, 50, 0.1, 0.95) for t in ("own", "previous")})
+        for n in range(3)
+    ]
+    (run / "token_identity").mkdir()
+    found = TokenIdentity("tiny", 100, 50, 20, 0.1, places).to_dict()
+    (run / "token_identity" / "token_identity.json").write_text(json.dumps(found))
+    with served(run / "features.duckdb", run) as browser:
+        page = browser.ask("/").text
+        assert_inert(page)
+        sweep, layers = (
+            page.partition(f"<h2>{title}</h2>")[2].partition("<h2>")[0] for title in ("Sweep", "Tokens over the layers")
+        )
+        assert sweep.count("<circle") == 3 and "topk_8: l0 8, fvu 0.125, on the front" in sweep
+        assert "take <b>topk_8</b>: it is &lt;b&gt;enough&lt;/b&gt;" in sweep
+        assert layers.count("<circle") == 6 and "resid_post.2: 0.700 of test positions" in layers
+        (run / "sweep" / "sweep.json").write_text("[")
+    with served(run / "features.duckdb", run) as browser:
+        assert "<h2>Sweep</h2>" not in browser.ask("/").text
+
+
 # --- what computes ---------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +222,36 @@ def test_prompt_is_what_search_finds(browser: Browser, tiny_run: Path, store: Fe
     page = browser.ask(f"/prompt?text={quote(TEXT)}", token=True)
     assert_inert(page.text)
     assert f"/features/{wanted.hits[0].feature}" in page.text
+
+
+def test_a_text_is_read_for_one_feature(browser: Browser, store: FeatureStore) -> None:
+    hits = browser.ask("/api/v1/prompt", {"text": TEXT}, token=True).json
+    feature, values = hits["features"][0]["feature"], hits["values"][0]
+    page = browser.ask("/prompt", text=TEXT, feature=feature, token=True).text
+    assert_inert(page)
+    own = Page(page.partition('id="own-title"')[2].partition("</section>")[0])
+    num = sum(value > 0 for value in values)
+    assert f"Active on {num} of {len(values)} tokens" in own.text
+    assert len([t for t, _ in own.elements if t == "mark"]) == num
+    silent = next(f for f in range(96) if f not in {h["feature"] for h in hits["features"]})
+    said = browser.ask("/prompt", text=" the", feature=silent, token=True).text
+    assert "It is not active here" in said or "Active on 1 of 1" in said
+    assert browser.ask("/prompt", text=TEXT, feature=96, token=True).status == 404
+    assert browser.ask("/prompt", feature="x").status == 400
+    assert 'action="/prompt"' in browser.ask("/features/7").text
+
+
+def test_faults_while_writing_are_logged_and_not_told(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*given: object) -> None:
+        raise KeyError("a secret")
+
+    monkeypatch.setattr("saeql.pipelines.browser.computing.write_both", fails)
+    answer = browser.ask("/api/v1/steer", {"prompt": "x", "edits": [{"feature": 3}]}, token=True)
+    assert events(answer.body) == [{"error": "the server could not do this (KeyError)"}]
+    assert "KeyError: 'a secret'" in caplog.text and "Traceback" in caplog.text
+    assert not browser.site.models.is_busy
 
 
 def events(body: bytes) -> list[dict]:

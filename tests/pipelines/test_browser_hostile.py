@@ -14,31 +14,32 @@ from browser_server import TOKEN, Browser, assert_inert, served
 from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 
-#: What tokens, labels and titles of the store say.
-TEXTS = [
-    "<script>window.pwn = 1</script>",
-    "<img src=x onerror=window.pwn=1>",
-    '"><svg onload=window.pwn=1>',
-    "' onmouseover='window.pwn=1",
-    "</mark></p></main><script>window.pwn=1</script>",
-    "javascript:window.pwn=1",
-    "{{ 7 * 191 }}",
-    "{% include '/etc/passwd' %}",
-    "${7*191} #{7*191} <%= 7*191 %>",
-    "\u202eevil\u202c",
-    "\u2066a\u2069\u200f\u200e",
-    "\x00\x1b[31m\x07",
-    "\u2028\u2029\ufeff\u00ad",
-    "&lt;script&gt;",
-    "<!--#exec cmd='id'-->",
-    "]]><script>window.pwn=1</script>",
-    "<style>@import '//evil.example';</style>",
-    "<meta http-equiv=refresh content='0;url=//evil.example'>",
-    "<base href='//evil.example/'>",
-    "a" * 3000,
-    "=cmd|' /C calc'!A0",
-    "\ud7ff\uf8ff\U000e0001",
-]
+#: What tokens, labels and titles of the store say, and what each would do where it is not kept as text.
+TEXT_HARM = {
+    "<script>window.pwn = 1</script>": "run a script",
+    "<img src=x onerror=window.pwn=1>": "run a script when an image fails",
+    '"><svg onload=window.pwn=1>': "end an attribute and run a script",
+    "' onmouseover='window.pwn=1": "add a handler to an element",
+    "</mark></p></main><script>window.pwn=1</script>": "end the elements around it and run a script",
+    "javascript:window.pwn=1": "run a script where it becomes an address",
+    "{{ 7 * 191 }}": "run as a template of the server",
+    "{% include '/etc/passwd' %}": "show a file of the server",
+    "${7*191} #{7*191} <%= 7*191 %>": "run in templates of other kinds",
+    "\u202eevil\u202c": "reorder the text that follows",
+    "\u2066a\u2069\u200f\u200e": "reorder, isolated and by marks",
+    "\x00\x1b[31m\x07": "cut a text, and colour and ring a terminal",
+    "\u2028\u2029\ufeff\u00ad": "end a line of a script, and hide in a word",
+    "&lt;script&gt;": "become a tag where it is unescaped twice",
+    "<!--#exec cmd='id'-->": "run a command by a server's includes",
+    "]]><script>window.pwn=1</script>": "end a block of data and run a script",
+    "<style>@import '//evil.example';</style>": "fetch a style sheet from elsewhere",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>": "lead the reader elsewhere",
+    "<base href='//evil.example/'>": "make every link lead elsewhere",
+    "a" * 3000: "push a page wider than any screen",
+    "=cmd|' /C calc'!A0": "run a program from a CSV in a spreadsheet",
+    "\ud7ff\uf8ff\U000e0001": "look like nothing, or like another text",
+}
+TEXTS = list(TEXT_HARM)
 HIDDEN = "\u202e\u202c\u2066\u2069\u200f\u200e\x00\x1b\x07\u2028\u2029\ufeff\u00ad\U000e0001"
 
 
@@ -141,6 +142,42 @@ REQUESTS: dict[str, bytes] = {
 }
 
 
+#: What each would do to a server that minded it not.
+REQUEST_HARM = {
+    "another host": "let a page whose name points here read all of it",
+    "a host that ends like ours": "the same, past a check of the end of the name",
+    "a host with our name as user": "the same, past a check of its beginning",
+    "two hosts": "pass by the first, be served as the second",
+    "no host": "pass a check that only looks at names given",
+    "an address with a host": "be taken for a request to somebody else",
+    "another origin": "let a foreign page read features",
+    "no origin at all": "let a page in a sandbox read features",
+    "another port's page": "let another program of this machine read features",
+    "a page of another site": "put an answer of the API into a foreign page",
+    "a form of another site": "run SQL by a form on a foreign page",
+    "a path out of the files": "show the server's own sources",
+    "the same, written otherwise": "the same, past a check before decoding",
+    "with backslashes": "the same, on Windows",
+    "an absolute file": "show the users of the machine",
+    "a zero byte": "end a name before its check does",
+    "a feature that is a path": "read a folder as a feature",
+    "a feature that is SQL": "drop a table",
+    "a huge feature": "overflow a number",
+    "a negative feature": "read from the end of a column",
+    "digits of another script": "be a number for one check and text for the next",
+    "broken UTF-8": "end the request in a stack trace",
+    "a header split": "set a cookie of the attacker's",
+    "a redirect elsewhere": "send the reader, and the token, to another host",
+    "a length that is no number": "end the request in a stack trace",
+    "a length and chunks": "hide a second request in the first",
+    "a method of its own": "reach a page past checks by method",
+    "TRACE": "echo the cookie to a script",
+    "no HTTP": "end the server's parser",
+    "an endless header": "fill its memory",
+    "an upgrade": "open a socket from a foreign page",
+}
+
+
 @pytest.mark.parametrize("what", REQUESTS)
 def test_hostile_requests_are_refused(browser: Browser, what: str) -> None:
     with socket.create_connection(("127.0.0.1", browser.port), timeout=10) as connection:
@@ -178,6 +215,24 @@ BODIES: dict[str, bytes] = {
 }
 
 
+BODY_HARM = {
+    "no JSON": "reach another parser",
+    "a list": "be taken for fields",
+    "nothing": "end in a stack trace",
+    "a deep one": "exhaust the parser's stack",
+    "a number that is none": "pass a comparison with a limit",
+    "a huge number": "ask for all rows there are",
+    "a key of its own": "set what no caller may set",
+    "lone surrogates": "end in a stack trace when it is encoded",
+    "two statements": "drop a view after a harmless statement",
+    "a file": "show the users of the machine",
+    "an attachment": "write a file",
+    "settings": "tell where files of this machine lie",
+    "a bomb": "fill the memory by one call that cannot be interrupted",
+    "many rows": "fill memory and time",
+}
+
+
 @pytest.mark.parametrize("what", BODIES)
 def test_hostile_bodies_are_refused(browser: Browser, what: str) -> None:
     answer = browser.ask("/api/v1/sql", BODIES[what], token=True)
@@ -187,6 +242,40 @@ def test_hostile_bodies_are_refused(browser: Browser, what: str) -> None:
         assert answer.status in (400, 413, 422) and set(answer.json) == {"error"}, answer.text
     assert "root:" not in answer.text and str(browser.site.settings.store.parent) not in answer.text
     assert browser.ask("/features").status == 200
+
+
+def test_more_than_forty_inputs_are_hostile_each_in_its_own_way() -> None:
+    assert REQUEST_HARM.keys() == REQUESTS.keys() and BODY_HARM.keys() == BODIES.keys()
+    inputs = [*TEXT_HARM, *REQUESTS.values(), *BODIES.values()]
+    harms = [*TEXT_HARM.values(), *REQUEST_HARM.values(), *BODY_HARM.values()]
+    assert len(set(inputs)) == len(inputs) == len(harms) == 67 and all(harms)
+
+
+def test_two_hundred_requests_at_once_are_answered_or_refused(browser: Browser) -> None:
+    paths = ["/features?page=1", "/features/7", "/api/v1/features/3", "/features?q=river", "/"]
+    connections = [socket.create_connection(("127.0.0.1", browser.port), timeout=60) for _ in range(200)]
+    said = []
+    try:
+        for n, connection in enumerate(connections):  # all are there before the first is read
+            connection.sendall(f"GET {paths[n % 5]} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+        for connection in connections:
+            parts = []
+            while part := connection.recv(65536):
+                parts.append(part)
+            said.append(b"".join(parts))
+    finally:
+        for connection in connections:
+            connection.close()
+    answers = [whole.split(b" ")[1] for whole in said]
+    assert set(answers) <= {b"200", b"429"} and b"200" in answers, set(answers)
+    for whole in said:
+        head, _, body = whole.partition(b"\r\n\r\n")
+        assert b"Traceback" not in body and (b" 429 " not in head or b"retry-after: 1" in head.lower())
+        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r")[0])
+        assert len(body) == length  # nothing was cut off
+    assert browser.ask("/features/7").status == 200
+    with browser.site.open.reading():
+        assert browser.site.open._readers == 1  # none was left behind
 
 
 def test_the_token_is_told_nowhere(browser: Browser) -> None:

@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from browser_server import Page
 from test_browser_hostile import HIDDEN, TEXTS
 from two_dictionaries import OTHER, two_dictionaries
 
-from saeql.pipelines.browser.feature_page import feature_page
+from saeql.pipelines.browser.feature_page import NUM_HELD_OUT, feature_page
 from saeql.pipelines.cli import main
 from saeql.pipelines.shown import share, visible
 from saeql.pipelines.site.export import export_site
@@ -97,7 +99,7 @@ def test_pages_stand_alone(site: Path) -> None:
 
 def test_features_are_those_of_the_server(site: Path, store_path: Path) -> None:
     with FeatureStore.open(store_path) as store:
-        num_marks = 0
+        num_marks = num_held_out = 0
         for place, row in enumerate(store.dictionaries()):
             drawn = features_of(site, place)
             assert len(drawn) == row["d_sae"]
@@ -107,9 +109,10 @@ def test_features_are_those_of_the_server(site: Path, store_path: Path) -> None:
                 label = visible(wanted.row["label"])
                 assert page.text.startswith(f"{feature} {' '.join(label.split())}")
                 marks = [a for t, a in page.elements if t == "mark"]
-                pieces = [p for e in wanted.top for p in e.pieces] + [
-                    p for _, g in wanted.deciles for e in g for p in e.pieces
-                ]
+                held_out = feature_page(store, feature, dictionary=row["dictionary"], split="test").top[:NUM_HELD_OUT]
+                samples = [e for _, group in wanted.deciles for e in group]
+                pieces = [p for e in [*wanted.top, *held_out, *samples] for p in e.pieces]
+                num_held_out += len(held_out)
                 num_marks += len(marks)
                 assert [(a["class"] or "").split()[0] for a in marks] == [f"l{p.level}" for p in pieces if p.level]
                 for near in wanted.neighbours:
@@ -117,7 +120,7 @@ def test_features_are_those_of_the_server(site: Path, store_path: Path) -> None:
                     assert f'href="feature{suffix}.html?id={near["neighbour"]}"' in drawn[feature]
                 for control in wanted.card:
                     assert visible(control.title) in page.text
-        assert num_marks > 100
+        assert num_marks > 100 and num_held_out > 10
 
 
 def test_lists_are_those_of_the_store(site: Path, store_path: Path) -> None:
@@ -278,3 +281,18 @@ def test_hostile_texts_stay_texts_and_no_path_leaves_the_machine(tiny_run: Path,
 def test_steps_come_back() -> None:
     values = np.array([5, 7, 7, 3, 2**31 - 1, 0])
     np.testing.assert_array_equal(np.cumsum(steps(values), dtype=np.int64).astype(np.int32), values)
+
+
+def test_exporting_a_site_needs_no_torch(store_path: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from saeql.pipelines.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "except SystemExit as ended:\n"
+        "    assert not ended.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    asked = ["export", str(store_path), str(tmp_path / "site"), "--format", "site", "--top", "3"]
+    done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "6 features" in done.stdout, done.stderr

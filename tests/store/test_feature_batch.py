@@ -21,11 +21,12 @@ def test_a_batch_says_what_the_store_says(store: FeatureStore, features) -> None
         for kind, limit in (("top", 10), ("decile", 300), (None, 300)):
             found = batch.examples(feature, kind=kind, limit=limit)
             assert found == store.examples(feature, dictionary=name, kind=kind, limit=limit), (feature, kind)
+        assert batch.examples(feature, split="test") == store.examples(feature, dictionary=name, split="test")
         for mine, theirs in zip(
             batch.activation_histogram(feature), store.activation_histogram(feature, dictionary=name), strict=True
         ):
             np.testing.assert_array_equal(mine, theirs)
-    assert any(batch.examples(f) for f in features)
+    assert all(any(batch.examples(f, split=split) for f in features) for split in ("train", "test"))
 
 
 def test_a_feature_that_is_not_there_is_named(store: FeatureStore) -> None:

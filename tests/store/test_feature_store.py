@@ -325,3 +325,25 @@ def test_rows_of_a_feature_are_those_of_the_views(store: FeatureStore) -> None:
                 found = store.logit_effects(feature, dictionary=name, direction=direction, limit=2)
                 every = view("logit_effects", "rank")
                 assert found == [e for e in every if e["direction"] == direction and e["rank"] < 2]
+
+
+def test_rows_of_features_kept_in_memory_are_those_that_are_asked_for(store_path: Path) -> None:
+    with FeatureStore.open(store_path) as store:
+        for name in [row["dictionary"] for row in store.dictionaries()]:
+            features = range(store._known[name][1])
+            asked = [_row_or_none(store, feature, name) for feature in features]
+            assert store._known[name][0] not in store._feature_columns
+            store.cards(name)
+            kept = [_row_or_none(store, feature, name) for feature in features]
+            assert store._known[name][0] in store._feature_columns
+            assert repr(asked) == repr(kept) and any(row and row["auroc"] is None for row in kept)
+        documents = store._rows("SELECT document_id, title FROM documents")
+        titles = {row["document_id"]: row["title"] for row in documents}
+        assert store._titles([*titles, max(titles) + 1, -1]) == titles
+
+
+def _row_or_none(store: FeatureStore, feature: int, name: str) -> dict | None:
+    try:
+        return dict(store.feature(feature, name))
+    except FeatureNotFound:
+        return None

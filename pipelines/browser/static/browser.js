@@ -86,7 +86,9 @@ function asked() {
 if (filters) {
   let timer = 0;
   const slow = () => ["meaning", "like"].includes($("#f-by").value);
+  const hint = () => { $("#f-q").placeholder = $("#f-by").selectedOptions[0].dataset.hint; };
   filters.addEventListener("input", (event) => {
+    hint();
     clearTimeout(timer);
     if (event.target.name === "where") return; // half a condition is none
     timer = setTimeout(() => show(asked(), "replace"), event.target.tagName === "SELECT" ? 0 : slow() ? 500 : 120);
@@ -222,7 +224,28 @@ if (steer) {
     history.replaceState(null, "", address());
     if (!edits().length) location.assign(address());
   });
-  const add = () => { if (/^\d{1,10}$/.test($("#add").value)) location.assign(address([`${$("#add").value}:0.4`])); };
+  // words stand for the feature that a search by them finds first; the others are offered
+  const found = async (words) => {
+    const fields = { q: words, rows: 8, dictionary: steer.dataset.dictionary };
+    const answer = await fetch("/api/v1/features?" + new URLSearchParams(fields));
+    return answer.ok ? (await answer.json()).features : [];
+  };
+  const add = async () => {
+    const text = $("#add").value.trim();
+    if (!text) return;
+    const feature = /^\d{1,10}$/.test(text) ? text : (await found(text))[0]?.feature;
+    if (feature === undefined) state(`no feature is found by "${text}"`);
+    else location.assign(address([`${feature}:0.4`]));
+  };
+  let looking = 0;
+  $("#add").addEventListener("input", () => {
+    clearTimeout(looking);
+    const text = $("#add").value.trim();
+    if (text.length < 2 || /^\d+$/.test(text)) return;
+    looking = setTimeout(async () => {
+      $("#add-found").replaceChildren(...(await found(text)).map((one) => Object.assign(document.createElement("option"), { value: one.feature, label: one.label })));
+    }, 150);
+  });
   $("#add-button").addEventListener("click", add);
   $("#add").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); add(); } });
 }

@@ -284,6 +284,7 @@ async function startList(form) {
   if (!location.search) return; // its first page was drawn with the site
   const given = new URLSearchParams(location.search);
   for (const field of form.elements) if (field.name && given.has(field.name)) field.value = given.get(field.name);
+  form.querySelector("[name=q]").placeholder = form.querySelector("[name=by]").selectedOptions[0].dataset.hint;
   form.querySelector("[name=sort] option").textContent = given.get("q") ? "best match" : "number";
   form.querySelector("details").open = ["min_density", "max_density", "min_auroc", "order"].some((name) => given.get(name));
   const results = document.getElementById("results");
@@ -303,6 +304,12 @@ async function feature(frame, around) {
   const file = await load(`f${Math.floor(at / site.per_file)}`);
   const page = new DOMParser().parseFromString(file.parts.map((part) => part[at % site.per_file]).join(""), "text/html");
   if (given.get("shade") === "all") page.querySelector(".by-position")?.classList.add("shaded");
+  if (given.get("split") === "test") {
+    page.querySelector("article").classList.add("tested");
+    page.querySelector(".to-train").removeAttribute("aria-current");
+    page.querySelector(".to-test").setAttribute("aria-current", "true");
+    page.querySelectorAll(".if-plain").forEach((link) => { link.setAttribute("href", `${link.getAttribute("href")}&split=test`); });
+  }
   frame.replaceChildren(...page.body.childNodes);
   document.title = `${frame.querySelector("h1").textContent.trim().replace(/\s+/g, " ")} · saeql`;
   for (const [step, rel, text] of [[-1, "prev", (n) => `← ${n}`], [1, "next", (n) => `${n} →`]]) {
