@@ -61,6 +61,7 @@ def effect(
     from ..steering.effect_config import EffectConfig
     from ..steering.effect_evidence import save_effects
     from ..steering.effect_report import print_study, study_dict, write_study
+    from ..steering.kept_passes import EFFECT_WORK, KeptPasses
     from ..steering.vector_files import load_vector
     from ..verify import recorded
 
@@ -74,6 +75,7 @@ def effect(
     kept = save and words is None and not vector
     folder = out or opened.path / "effects"
     with opened.locked() if kept or out is None else nullcontext():
+        passes = KeptPasses(opened.path / EFFECT_WORK) if kept or out is None else KeptPasses()
         study = opened.effect(
             features=feature or (),
             search=search,
@@ -82,11 +84,13 @@ def effect(
             words=tuple(w for w in (words or "").split(",") if w.strip()),
             vectors=[load_vector(file) for file in vector or ()],
             config=config,
+            passes=passes,
         )
         with recorded(opened.path, "effect") if out is None else nullcontext():
             write_study(study, folder)
         if kept and not save_effects(opened, study):
             note(f"effects saved; the store takes them in with `saeql store {run}`")
+        passes.remove()
     if json:
         print(dumps(study_dict(study), ensure_ascii=False))
     else:

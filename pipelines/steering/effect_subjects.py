@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..output_effects import WritePlace, direction_effects
+from ..output_effects import WritePlace
 from ..output_labels import TokenTexts
 from ..progress import OnProgress
 from ..split_rows import FeatureRows, read_feature_rows, read_token_ids, sample_windows
 from .concept_words import Concept, ConceptError, Stems, concept_of_words, concepts_of_features
 from .edits import SteerError
 from .effect_config import EffectConfig
+from .kept_passes import KeptPasses
 from .rival_directions import own_lens_scores
 from .vectors import SteeringVector
 
@@ -56,8 +57,9 @@ class Ground:
     Raises ModelError for an encoder, which predicts no next token.
     """
 
-    def __init__(self, run: "Run", config: EffectConfig):
+    def __init__(self, run: "Run", config: EffectConfig, passes: KeptPasses | None = None):
         self.run, self.config = run, config
+        self.passes = passes or KeptPasses()
         self.place = WritePlace.of(run)
 
     @cached_property
@@ -190,7 +192,7 @@ def best_features(
     choosing = [choosing[i] for i in order.tolist()]
     windows, _ = ground.windows("calibration", config.choosing_tokens)
     random = ground.place.random_directions(config.random_directions, config.seed + 2)
-    effects = direction_effects(
+    effects = ground.passes.effects(
         ground.place,
         torch.cat([ground.decoder[torch.from_numpy(features)], random]),
         windows,
