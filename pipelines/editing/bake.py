@@ -182,8 +182,13 @@ def print_baked(baked: Baked, *, as_json: bool) -> None:
         f"{verdict}: largest difference of a logit {moved.largest_difference:.2g} (at most {moved.tolerance:g} asked, "
         f"logits up to {moved.largest_logit:.3g}), {moved.num_windows} held-out windows, float32"
     )
-    if moved.largest_in_float64 is not None:
-        print(f"in float64, on the window with the largest: {moved.largest_in_float64:.2g}; the rest is rounding")
+    if (found := moved.rounding) is not None:
+        print(
+            f"more than asked at {moved.num_beyond} of {moved.num_windows * moved.window_tokens} tokens, most at "
+            f"[{visible(found.text)}], token {found.position} of its window. In float64 that window is "
+            f"{found.largest_in_float64:.2g} apart: the rest is rounding. In float32 the hooked model's logits at that "
+            f"token are {found.of_hooked:.2g} from those that it has in float64, the edited one's {found.of_edited:.2g}"
+        )
     for name, found in (
         ("cross-entropy before", moved.ce_before),
         ("after", moved.ce_after),
