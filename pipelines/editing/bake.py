@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saeql.store.feature_store import FeatureStore
-
 from ..atomic import write_whole
 from ..model_build import build
 from ..model_config import ModelConfig
 from ..models import model_folder
 from ..output import cell, note, visible
 from ..steering.edits import Edit
+from ..steering.selection import labels_of
 from ..steering.steerer import Steerer
 from ..steering.vectors import SteeringVector
 from .affine import AffineChange, EditError, require_affine
@@ -127,14 +126,9 @@ def _everywhere(steerer: Steerer, edits: Sequence[Edit]) -> list[Edit]:
     return made
 
 
-def labels_of(store: FeatureStore, edits: Sequence[Edit]) -> list[str]:
-    """What an edit is about, for each: the feature's label or the vector's name."""
-    return [store.feature(e.feature)["label"] if isinstance(e.feature, int) else e.feature.name for e in edits]
-
-
 def _record(run: "Run", baked: Baked, made: Sequence[Edit]) -> dict[str, Any]:
     with run.store() as store:
-        labels = labels_of(store, baked.edits)
+        labels = labels_of(store, baked.edits, run.spec.name)
     identity = run.exact_language_model.identity
     return {
         "made_by": f"saeql {version('saeql')} edit",

@@ -179,7 +179,7 @@ def test_wrong_options_are_one_line(
 def test_what_fine_tuning_changes_in_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """SmolLM2-135M on text that it has not seen, this project's own pages, for a few hundred steps."""
     pages = Path(__file__).parents[2] / "docs"
-    options = FineTuning(steps=200, checkpoints=2, batch_windows=4, context_tokens=64, learning_rate=1e-4)
+    options = FineTuning(steps=200, checkpoints=2, batch_windows=2, context_tokens=64, learning_rate=1e-4)
     made = fine_tune(ModelConfig(), str(pages), tmp_path / "tuned", options)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
