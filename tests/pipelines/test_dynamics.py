@@ -183,7 +183,7 @@ def test_what_fine_tuning_changes_in_a_real_model(tmp_path: Path, capsys: pytest
     made = fine_tune(ModelConfig(), str(pages), tmp_path / "tuned", options)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        f'[corpus]\nsource = "{pages}"\nmax_tokens = 60000\n[harvest]\ncontext_tokens = 64\n'
+        f'[corpus]\nsource = "{pages}"\nmax_tokens = 40000\n[harvest]\ncontext_tokens = 64\n'
         "[dictionary]\nd_sae = 1024\nk = 16\n[train]\nnum_steps = 300\nbatch_tokens = 512\ninit_tokens = 4096\n"
     )
     models = [part for folder in made for part in ("--models", str(folder))]
