@@ -218,22 +218,32 @@ def _parsed(receipt: dict[str, Any]) -> dict[str, Any]:
     return kept | {"detail": json.loads(receipt["detail"]) if receipt["detail"] else None}
 
 
+def print_labels(edits: "Sequence[Edit]", labels: Sequence[str]) -> None:
+    """Print what every edit is about, a line each."""
+    for change, label in zip(edits, labels, strict=True):
+        print(f"{change.describe()}: {visible(label)}")
+
+
 def print_steering(
     edits: "Sequence[Edit]",
     prompts: Sequence[str],
     baselines: Sequence[str],
     steered: Sequence[str],
     *,
+    labels: Sequence[str] = (),
     as_json: bool = False,
 ) -> None:
-    """Print continuations of prompts with and without edits, side by side."""
+    """Print continuations of prompts with and without edits, side by side; `labels` say what each edit is about."""
     texts = list(zip(prompts, baselines, steered, strict=True))
     if as_json:
         names = ("prompt", "baseline", "steered")
         made = [asdict(change) | {"strength": change.amount, "to": change.goal} for change in edits]
+        made = [own | {"label": label} for own, label in zip(made, labels, strict=True)] if labels else made
         record = {"edits": made, "texts": [dict(zip(names, text, strict=True)) for text in texts]}
         print(json.dumps(record, ensure_ascii=False, default=str))
         return
+    if labels:
+        print_labels(edits, labels)
     for prompt, baseline, changed in texts:
         table = Table(title=Text(f"prompt: {prompt}"), title_justify="left", expand=True)
         table.add_column("baseline", ratio=1)

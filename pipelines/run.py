@@ -67,6 +67,7 @@ from .verify import Verification, recorded, verify_run
 if TYPE_CHECKING:
     from .steering.effect_config import EffectConfig
     from .steering.effect_results import EffectStudy
+    from .steering.kept_passes import KeptPasses
     from .steering.vectors import SteeringVector
 
 #: Evidence about the dictionary as it is that no stage makes anew: training removes it.
@@ -226,6 +227,7 @@ class Run:
         words: Sequence[str] = (),
         vectors: "Sequence[SteeringVector]" = (),
         config: "EffectConfig | None" = None,
+        passes: "KeptPasses | None" = None,
     ) -> "EffectStudy":
         """What steering with features or vectors does to their concepts, beside rival directions (docs/effects.md).
 
@@ -236,7 +238,7 @@ class Run:
         from .steering.effect_subjects import Asked
 
         asked = Asked(tuple(features), search, where, top, tuple(words), tuple(vectors))
-        return measure_effects(self, asked, config)
+        return measure_effects(self, asked, config, passes)
 
     def _feature_scales(self, opened: FeatureStore | None) -> dict[int, FeatureScale]:
         query = (

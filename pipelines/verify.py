@@ -24,6 +24,7 @@ from .harvest_part import PARTS, HarvestPart
 from .index_shards import INDEX_WORK
 from .label_parts import LABEL_WORK
 from .progress import progress
+from .steering.kept_passes import EFFECT_WORK
 
 HASHES_FILE = "hashes.json"
 #: Runs of their own inside a run, each with its own hashes.
@@ -105,7 +106,7 @@ def _versions(run: Path) -> dict[str, tuple[int, int, int]]:
     """What tells that a file was written again: (inode, size, time), for every file that `hashes.json` covers."""
     found = {}
     for folder, folders, names in os.walk(run):
-        work = (PARTS,) if Path(folder).name == "activations" else (INDEX_WORK, LABEL_WORK)
+        work = (PARTS,) if Path(folder).name == "activations" else (INDEX_WORK, LABEL_WORK, EFFECT_WORK)
         left_out = ("checkpoints", CONTROLS_FOLDER, *work)
         folders[:] = [name for name in folders if name not in left_out and ".tmp." not in name]
         is_shard_folder = MANIFEST in names

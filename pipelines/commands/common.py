@@ -1,5 +1,6 @@
 """What several commands share: parameters, overrides of configuration keys, running stages."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +46,15 @@ def execute(path: Path, config: Any, *, report_to: str, resume: bool) -> Any:
 
 
 def writing_options(tokens: int, temperature: float, repetition_penalty: float) -> dict[str, Any]:
-    """Options of `generate`: the likeliest token at a temperature of 0, else drawn."""
+    """Options of `generate`: the likeliest token at a temperature of 0, else drawn. Raises ConfigError for none."""
+    from saeql.sae.config import ConfigError
+
+    if tokens < 1:
+        raise ConfigError(f"--tokens {tokens}: at least 1 is written")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"--temperature {temperature:g}: 0, for the likeliest token, or more")
+    if not 0 < repetition_penalty < math.inf:
+        raise ConfigError(f"--repetition-penalty {repetition_penalty:g}: above 0; 1 is none")
     drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     return {"max_new_tokens": tokens, "repetition_penalty": repetition_penalty, **drawn}
 

@@ -21,7 +21,11 @@ def dynamics(
     ] = None,
     cosine: Annotated[float, Parameter(help="Decoder cosine from which a feature is still the same.")] = 0.7,
     control: Annotated[
-        bool, Parameter(help="Also what training alone moves: the first checkpoint again.", negative="--no-control")
+        bool,
+        Parameter(
+            help="Also what training alone moves: of every step, the checkpoint before it again.",
+            negative="--no-control",
+        ),
     ] = True,
     crosscoder: Annotated[
         bool, Parameter(help="Also a crosscoder over the first and last model.", negative="--no-crosscoder")

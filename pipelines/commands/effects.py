@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from .common import RunPath, Search, Where, refuse_ranks
+from .common import RunPath, Search, Vectors, Where, refuse_ranks
 
 
 def effect(
@@ -21,14 +21,11 @@ def effect(
     words: Annotated[
         str | None,
         Parameter(
-            help="Measure on these words (law,court,judge) instead of each feature's own: every other one chooses and "
-            "makes directions, the rest measure."
+            help="Measure on these words (law,court,judge) instead of each feature's own; a --vector needs them. Every "
+            "other one chooses and makes directions, the rest measure."
         ),
     ] = None,
-    vector: Annotated[
-        list[Path] | None,
-        Parameter(help="Steering vector, of `saeql vector`; needs --words. As often as wanted.", negative=""),
-    ] = None,
+    vector: Vectors = None,
     strengths: Annotated[
         str,
         Parameter(help="Comma-separated, in median activation norms, both signs.", allow_leading_hyphen=True),
@@ -41,6 +38,7 @@ def effect(
         bool, Parameter(help="Keep what was found of features, on their own words, in the run's evidence and store.")
     ] = True,
     seed: Annotated[int, Parameter(help="Of random directions, sampling and intervals.")] = 0,
+    any_strength: Annotated[bool, Parameter(help="Allow strengths at which models only break.", negative="")] = False,
     json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
 ) -> None:
     """What steering with features does to the words they are about, beside every other direction that could do it.
@@ -61,6 +59,7 @@ def effect(
     from ..steering.effect_config import EffectConfig
     from ..steering.effect_evidence import save_effects
     from ..steering.effect_report import print_study, study_dict, write_study
+    from ..steering.kept_passes import EFFECT_WORK, KeptPasses
     from ..steering.vector_files import load_vector
     from ..verify import recorded
 
@@ -70,10 +69,13 @@ def effect(
     except ValueError:
         raise ConfigError(f"--strengths {strengths!r}: numbers with commas, such as -0.2,0.1,0.3") from None
     opened = Run.open(run)
-    config = EffectConfig(strengths=given, random_directions=random, tokens=tokens, prompts=texts, seed=seed)
+    config = EffectConfig(
+        strengths=given, random_directions=random, tokens=tokens, prompts=texts, seed=seed, any_strength=any_strength
+    )
     kept = save and words is None and not vector
     folder = out or opened.path / "effects"
     with opened.locked() if kept or out is None else nullcontext():
+        passes = KeptPasses(opened.path / EFFECT_WORK) if kept or out is None else KeptPasses()
         study = opened.effect(
             features=feature or (),
             search=search,
@@ -82,11 +84,13 @@ def effect(
             words=tuple(w for w in (words or "").split(",") if w.strip()),
             vectors=[load_vector(file) for file in vector or ()],
             config=config,
+            passes=passes,
         )
         with recorded(opened.path, "effect") if out is None else nullcontext():
             write_study(study, folder)
         if kept and not save_effects(opened, study):
             note(f"effects saved; the store takes them in with `saeql store {run}`")
+        passes.remove()
     if json:
         print(dumps(study_dict(study), ensure_ascii=False))
     else:

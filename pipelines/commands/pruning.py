@@ -56,7 +56,7 @@ def prune(
     """
     from ..output import note
     from ..progress import progress
-    from ..pruning.checkpoint import write_checkpoint
+    from ..pruning.checkpoint import check_free, write_checkpoint
     from ..pruning.curve import PruneOptions, Pruner
     from ..pruning.report import print_curve
     from ..pruning.units import PruneError
@@ -70,6 +70,8 @@ def prune(
         raise PruneError(f"--shares {shares!r}: numbers such as 0.1,0.2,0.4") from None
     if share is not None and out is None:
         raise PruneError("--share writes a pruned model: name its folder with --out")
+    if share is not None and out is not None:
+        check_free(out)
     opened = Run.open(run)
     if not features and search is None and where is None:
         where = "kind != 'none'"

@@ -74,9 +74,10 @@ def steer(
 
     Example: saeql steer runs/demo --feature 123 --feature 45:0.2 --prompt "I think that"
     """
-    from ..output import print_steering
+    from ..output import print_labels, print_steering
     from ..run import Run
     from ..steering.edits import Edit, SteerError
+    from ..steering.selection import labels_of
 
     if stream and (json or len(prompt) > 1):
         raise SteerError("--stream prints one text as it is written: leave --json out, and give one --prompt")
@@ -85,8 +86,11 @@ def steer(
     edits = named_edits(opened, pattern, feature, search, where, top, vector)
     for change in edits:
         change.check()
-    steerer = opened.steerer(allow_mismatch=allow_mismatch)
     options = writing_options(tokens, temperature, repetition_penalty)
+    steerer = opened.steerer(allow_mismatch=allow_mismatch)
+    steerer.placed(edits)  # refuses what cannot be made before anything is written
+    with opened.store() as store:
+        labels = labels_of(store, edits, opened.spec.name)
 
     def write(changes: list[Edit], **more: Any) -> list[str]:
         import torch
@@ -97,10 +101,10 @@ def steer(
     if stream:
         from transformers import TextStreamer
 
-        print("; ".join(e.describe() for e in edits))
+        print_labels(edits, labels)
         write(edits, streamer=TextStreamer(steerer.lm.tokenizer, skip_prompt=True))
         return
-    print_steering(edits, prompt, write([]), write(edits), as_json=json)
+    print_steering(edits, prompt, write([]), write(edits), labels=labels, as_json=json)
 
 
 def vector(
@@ -135,9 +139,11 @@ def vector(
     Example: saeql vector runs/demo --positive happy.txt --negative sad.txt --out happy.safetensors
     """
     from ..run import Run
-    from ..steering.vector_files import load_vector, save_vector
+    from ..steering.vector_files import check_name, load_vector, save_vector
     from ..steering.vector_job import make_vector, print_parts, taken_apart
 
+    if out is not None:
+        check_name(out)
     opened = Run.open(run)
     made = load_vector(of) if of is not None else make_vector(
         opened, method, positive=positive, negative=negative, tokens=tuple(token or ()), hook_point=hook_point,

@@ -25,7 +25,8 @@ from .steps import KEPT, LEAST_ROWS, NOT_ALIVE, Step, step
 
 #: How a dictionary after the first starts.
 STARTS = ("previous", "scratch")
-CONTROL = "control"
+#: Folder of the steps' controls; and the key of the crosscoder's.
+CONTROLS, CONTROL = "controls", "control"
 _STAGES = ("harvest", "train")
 _BATCH_TOKENS = 4096
 
@@ -45,7 +46,7 @@ class DynamicsOptions:
     """Training steps of dictionaries after the first; None: as many."""
     cosine: float = 0.7
     control: bool = True
-    """Train on the first checkpoint again, to see what training alone moves."""
+    """Train on the checkpoint before each step again, to see what training alone moves."""
     crosscoder: bool = True
     examples: int = 3
     listed: int = 8
@@ -73,7 +74,9 @@ class Dynamics:
 
     names: Sequence[str]
     steps: Mapping[str, Mapping[str, Any]]
-    """By "a -> b" summaries of `steps.Step`; the control's is under "control"."""
+    """By "a -> b" summaries of `steps.Step`."""
+    controls: Mapping[str, Mapping[str, Any]]
+    """The same by the same names: a's dictionary trained on as b's was, but on a again. Empty without controls."""
     survivors: Sequence[int]
     """Of the features alive at the first checkpoint, how many are still kept at each."""
     features: pa.Table
@@ -86,6 +89,7 @@ class Dynamics:
         return {
             "checkpoints": list(self.names),
             "steps": dict(self.steps),
+            "controls": dict(self.controls),
             "survivors": list(self.survivors),
             "crosscoder": self.crosscoder,
             "options": asdict(self.options),
@@ -122,15 +126,16 @@ def follow(
         for n in range(len(runs) - 1)
     }
     summaries = {name: found.summary(fired[n], fired[n + 1]) for n, (name, found) in enumerate(steps.items())}
-    if options.control:
-        control = _control(runs[0], config, options, out, told)
+    controls = {}
+    for n, name in enumerate(steps if options.control else ()):
+        control = _control(runs[n], config, options, out / CONTROLS / names[n], told)
         after = _firing(control, options)
-        again = step(dictionaries[0], control.dictionary(), fired[0], after, cosine=options.cosine)
-        summaries[CONTROL] = again.summary(fired[0], after)
+        again = step(dictionaries[n], control.dictionary(), fired[n], after, cosine=options.cosine)
+        controls[name] = again.summary(fired[n], after)
     contexts = _contexts(runs[0])
     features, survivors = _feature_rows(names, list(steps.values()), fired, contexts)
     across = _crosscoder(runs, options, out, told, contexts) if options.crosscoder else (None, None)
-    return Dynamics(names, summaries, survivors, features, *across, options)
+    return Dynamics(names, summaries, controls, survivors, features, *across, options)
 
 
 def _names(models: Sequence[str]) -> list[str]:
@@ -168,15 +173,20 @@ def _later_train(train: TrainConfig, options: DynamicsOptions) -> TrainConfig:
     return train if options.later_steps is None else replace(train, num_steps=options.later_steps)
 
 
-def _control(first: Run, config: RunConfig, options: DynamicsOptions, out: Path, told: Callable[[str], object]) -> Run:
-    """On the first checkpoint once more: going on from its dictionary, or from another seed where all start anew."""
-    told("control: the first checkpoint again")
-    made = _later(replace(first.config, dictionary=config.dictionary), options, first)
+def _control(
+    before: Run, config: RunConfig, options: DynamicsOptions, folder: Path, told: Callable[[str], object]
+) -> Run:
+    """A step without its change of the model: going on from the dictionary of the checkpoint before, or from another
+    seed where all start anew, as long and on the same text as the step does.
+    """
+    told(f"control: checkpoint {folder.name} again")
+    recipe = replace(before.config, dictionary=config.dictionary, train=config.train)
+    made = _later(recipe, options, before)
     if options.start == "scratch":
         made = replace(made, seed=made.seed + 1)
-    control = Run.create(out / CONTROL, made)
+    control = Run.create(folder, made)
     if not control.activations.exists():
-        share_harvest(first, control)
+        share_harvest(before, control)
     list(control.execute(("train",), again=False))
     return control
 

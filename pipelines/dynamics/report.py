@@ -1,6 +1,7 @@
 """Training dynamics as tables and as a plot."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ..output import print_records
@@ -16,7 +17,7 @@ def print_dynamics(found: Dynamics, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.summary(), ensure_ascii=False))
         return
-    rows = [[name, *(own[c] for c in _COLUMNS)] for name, own in found.steps.items()]
+    rows = [[name, *(own[c] for c in _COLUMNS)] for name, own in _beside(found)]
     print_records(["step", *_COLUMNS], rows, "table")
     kept = ", ".join(f"{name} {n}" for name, n in zip(found.names, found.survivors, strict=True))
     print(f"of the first checkpoint's features: {kept}\n")
@@ -31,19 +32,31 @@ def print_dynamics(found: Dynamics, *, as_json: bool) -> None:
         print_records(["latent", "share", title], rows, "table")
 
 
+def _beside(found: Dynamics) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every step, and under it its control."""
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    for name, own in found.steps.items():
+        rows.append((name, own))
+        if name in found.controls:
+            rows.append((f"control: {name.split(' -> ')[0]} again", found.controls[name]))
+    return rows
+
+
 def plot(found: Dynamics) -> bytes:
     """Fates by step; the crosscoder's shares where there is one; as PNG."""
     figure = new_figure(10 if found.latents is not None else 6, 4, of="training dynamics")
     axes: Any = figure.subplots(1, 2 if found.latents is not None else 1, squeeze=False)[0]
-    names, bottom = list(found.steps), [0] * len(found.steps)
+    beside = _beside(found)
+    names, bottom = [name for name, _ in beside], [0] * len(beside)
     for fate in ("kept", "turned", "silent"):
-        counts = [found.steps[name][fate] for name in names]
+        counts = [own[fate] for _, own in beside]
         axes[0].bar(range(len(names)), counts, 0.6, bottom=bottom, label=fate)
         bottom = [low + n for low, n in zip(bottom, counts, strict=True)]
-    born = [found.steps[name]["born"] for name in names]
+    born = [own["born"] for _, own in beside]
     axes[0].scatter(range(len(names)), born, color="black", label="born", zorder=3)
     axes[0].set_xticks(range(len(names)), names, fontsize=7, rotation=15)
     axes[0].set_title("features alive before the step", fontsize=9)
+    axes[0].legend(fontsize=7)
     if found.latents is not None:
         axes[1].hist(found.latents["share"].to_numpy(), bins=[n / 40 for n in range(41)], color="tab:purple")
         for edge in ONE_MODEL:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saeql.store.feature_store import FeatureStore
-
 from ..atomic import write_whole
 from ..model_build import build
 from ..model_config import ModelConfig
 from ..models import model_folder
 from ..output import cell, note, visible
 from ..steering.edits import Edit
+from ..steering.selection import labels_of
 from ..steering.steerer import Steerer
 from ..steering.vectors import SteeringVector
 from .affine import AffineChange, EditError, require_affine
@@ -127,14 +126,9 @@ def _everywhere(steerer: Steerer, edits: Sequence[Edit]) -> list[Edit]:
     return made
 
 
-def labels_of(store: FeatureStore, edits: Sequence[Edit]) -> list[str]:
-    """What an edit is about, for each: the feature's label or the vector's name."""
-    return [store.feature(e.feature)["label"] if isinstance(e.feature, int) else e.feature.name for e in edits]
-
-
 def _record(run: "Run", baked: Baked, made: Sequence[Edit]) -> dict[str, Any]:
     with run.store() as store:
-        labels = labels_of(store, baked.edits)
+        labels = labels_of(store, baked.edits, run.spec.name)
     identity = run.exact_language_model.identity
     return {
         "made_by": f"saeql {version('saeql')} edit",
@@ -182,8 +176,13 @@ def print_baked(baked: Baked, *, as_json: bool) -> None:
         f"{verdict}: largest difference of a logit {moved.largest_difference:.2g} (at most {moved.tolerance:g} asked, "
         f"logits up to {moved.largest_logit:.3g}), {moved.num_windows} held-out windows, float32"
     )
-    if moved.largest_in_float64 is not None:
-        print(f"in float64, on the window with the largest: {moved.largest_in_float64:.2g}; the rest is rounding")
+    if (found := moved.rounding) is not None:
+        print(
+            f"more than asked at {moved.num_beyond} of {moved.num_windows * moved.window_tokens} tokens, most at "
+            f"[{visible(found.text)}], token {found.position} of its window. In float64 that window is "
+            f"{found.largest_in_float64:.2g} apart: the rest is rounding. In float32 the hooked model's logits at that "
+            f"token are {found.of_hooked:.2g} from those that it has in float64, the edited one's {found.of_edited:.2g}"
+        )
     for name, found in (
         ("cross-entropy before", moved.ce_before),
         ("after", moved.ce_after),

@@ -28,6 +28,7 @@ class WhatMoved:
     """An edited model on held-out windows; intervals are 95 %, over documents."""
 
     num_windows: int
+    window_tokens: int
     num_tokens: int
     """Predictions compared."""
     ce_before: Estimate
@@ -45,8 +46,10 @@ class WhatMoved:
     """Between the logits of the edited model and of the hooked one, over all windows and tokens."""
     largest_logit: float
     tolerance: float
-    largest_in_float64: float | None
-    """The same in float64, over the window with the largest; None where float32 is within the tolerance."""
+    num_beyond: int
+    """Tokens of all windows at which it is more than the tolerance."""
+    rounding: "Rounding | None"
+    """Why, where it is; None where no token is beyond."""
 
     @property
     def is_equal(self) -> bool:
@@ -56,6 +59,19 @@ class WhatMoved:
     def record(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "is_equal": self.is_equal}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The token whose logits are furthest apart, and how far float32 itself is off there."""
+
+    position: int
+    text: str
+    largest_in_float64: float
+    """Between edited and hooked model in float64, over the token's window."""
+    of_hooked: float
+    """Between the hooked model in float32 and in float64, at the token."""
+    of_edited: float
 
 
 def heldout_windows(run: "Run", num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +103,7 @@ def what_moved(
     owners = groups.of(owners[:, 1:])
     sums = np.zeros((4, len(groups)))  # cross-entropy before and after, divergence, changed predictions
     moved: torch.Tensor | None = None
-    largest, scale, worst = 0.0, 0.0, 0
+    largest, scale, beyond, worst = 0.0, 0.0, 0, (0, 0)
     with progress("edit", windows.size, "tok") as advance:
         for start in range(0, len(windows), batch_windows):
             at = slice(start, start + batch_windows)
@@ -96,9 +112,11 @@ def what_moved(
             new = edited(input_ids=ids, use_cache=False).logits
             with hooked():
                 wanted = lm.model(input_ids=ids, use_cache=False).logits
-            apart = (new - wanted).abs().amax((1, 2))
+            apart = (new - wanted).abs().amax(2)  # [B, T]
+            beyond += int((apart > tolerance).sum())
             if float(apart.max()) > largest:
-                largest, worst = float(apart.max()), start + int(apart.argmax())
+                window, position = divmod(int(apart.argmax()), apart.shape[1])
+                largest, worst = float(apart.max()), (start + window, position)
             scale = max(scale, float(wanted.abs().max()))
             del wanted, apart
             before, _ = compare_logits(base, base, ids)
@@ -111,7 +129,7 @@ def what_moved(
                 moved = shift if moved is None else moved + shift
             advance(ids.numel())
     assert moved is not None
-    exact = None if largest <= tolerance else _in_float64(lm, edited, hooked, windows[worst : worst + 1])
+    rounding = None if largest <= tolerance else _rounding(lm, edited, hooked, windows[worst[0]], worst[1])
     count = np.bincount(owners.ravel(), minlength=len(groups)).astype(np.float64)
     num_tokens, draws = int(count.sum()), Bootstrap(len(groups))
 
@@ -125,7 +143,7 @@ def what_moved(
         return list(zip(lm.token_texts(tokens.tolist()), (sign * values).tolist(), strict=True))
 
     return WhatMoved(
-        len(windows),
+        *windows.shape,
         num_tokens,
         mean(before),
         mean(after),
@@ -137,20 +155,33 @@ def what_moved(
         largest,
         scale,
         tolerance,
-        exact,
+        beyond,
+        rounding,
     )
 
 
-def _in_float64(
-    lm: LanguageModel, edited: Any, hooked: Callable[[], AbstractContextManager[None]], windows: np.ndarray
-) -> float:
-    """Largest difference of a logit of the two in float64: what of it is not rounding of float32."""
-    ids = torch.from_numpy(windows).long().to(lm.input_device)
-    lm.model.double()
-    try:
+def _rounding(
+    lm: LanguageModel, edited: Any, hooked: Callable[[], AbstractContextManager[None]], window: np.ndarray, at: int
+) -> Rounding:
+    """What of the difference at token `at` of a window [T] is rounding of float32."""
+    ids = torch.from_numpy(window[None]).long().to(lm.input_device)
+
+    def logits(model: Any) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits[0]
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
         with hooked():
-            wanted = lm.model(input_ids=ids, use_cache=False).logits
-        return float((edited.double()(input_ids=ids, use_cache=False).logits - wanted).abs().max())
+            wanted = logits(lm.model)
+        return wanted, logits(edited)
+
+    rough = both()
+    for model in (lm.model, edited):
+        model.double()
+    try:
+        exact = both()
     finally:
         for model in (lm.model, edited):  # weights were float32: not a bit is lost
             model.float()
+    off = [float((a[at] - b[at]).abs().max()) for a, b in zip(rough, exact, strict=True)]
+    apart = float((exact[0] - exact[1]).abs().max())
+    return Rounding(at, lm.token_texts([int(window[at])])[0], apart, *off)

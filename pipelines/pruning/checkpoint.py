@@ -22,6 +22,12 @@ from .units import Masks, PruneError, Units, by_input, taken_out
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
 
 
+def check_free(folder: Path) -> None:
+    """Raises PruneError where a folder is in use."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PruneError(f"{folder} is in use: name a folder that is not there or empty")
+
+
 def write_checkpoint(
     lm: LanguageModel, units: Sequence[Units], masks: Masks, folder: Path, about: dict[str, Any], *, cut: bool = True
 ) -> bool:
@@ -29,8 +35,7 @@ def write_checkpoint(
 
     Weights are written in the precision that the run holds them in. Raises PruneError where the folder is in use.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PruneError(f"{folder} is in use: name a folder that is not there or empty")
+    check_free(folder)
     with taken_out(units, masks):
         width = _common_width(lm.model, units, masks) if cut else None
         model = _cut(lm.model, units, masks, width) if width is not None else _zeroed(lm.model, units, masks)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from saeql.sae.config import ConfigError, check_least
 
+from .edits import MAX_STRENGTH
+
 
 @dataclass(frozen=True, kw_only=True)
 class EffectConfig:
@@ -40,10 +42,19 @@ class EffectConfig:
     """Draws of test documents behind each interval."""
     seed: int = 0
     """Seed of random directions, of sampling, and of draws."""
+    any_strength: bool = False
+    """Allow strengths at which models only break."""
 
     def __post_init__(self):
         if not self.strengths or not all(map(math.isfinite, self.strengths)) or max(self.strengths) <= 0:
             raise ConfigError(f"strengths must be finite and one of them above 0, not {list(self.strengths)}")
+        limit = MAX_STRENGTH["norm"]
+        beyond = next((s for s in self.strengths if abs(s) > limit), None)
+        if beyond is not None and not self.any_strength:
+            raise ConfigError(
+                f"strength {beyond:g} is beyond {limit:g}, where a model only breaks; any_strength (--any-strength) "
+                "allows it"
+            )
         check_least(
             self, "", random_directions=2, other_directions=2, window_tokens=4, choosing_tokens=4, candidates=1,
             prompts=0, prompt_tokens=1, new_tokens=2, num_bootstrap=1, other_concepts=1,

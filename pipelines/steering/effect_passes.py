@@ -12,7 +12,7 @@ import torch
 
 from saeql.sae.metrics import DocumentGroups
 
-from ..output_effects import Effects, direction_effects, prefix_effects
+from ..output_effects import Effects, prefix_effects
 from ..progress import progress
 from ..split_rows import read_token_ids
 from .concept_words import Concept
@@ -109,7 +109,7 @@ class EffectPasses:
         if not jobs:
             return
         with progress(label, None, "passes") as advance:
-            effects = direction_effects(
+            effects = self.ground.passes.effects(
                 self.ground.place,
                 torch.stack([job.direction for job in jobs]),
                 self.windows,

@@ -21,18 +21,23 @@ from .effect_passes import EffectPasses
 from .effect_results import GROUPS, PROMPT, SELF, EffectStudy, GroupEffect, MethodEffect, SubjectEffect
 from .effect_subjects import Asked, Ground, subjects_of
 from .effect_texts import StudyTexts, prompts_of, study_texts
+from .kept_passes import KeptPasses
 from .rival_directions import OWN_METHODS
 
 if TYPE_CHECKING:
     from ..run import Run
 
 
-def measure_effects(run: "Run", asked: Asked, config: EffectConfig | None = None) -> EffectStudy:
+def measure_effects(
+    run: "Run", asked: Asked, config: EffectConfig | None = None, passes: KeptPasses | None = None
+) -> EffectStudy:
     """Measure steering effects of a run's features or of vectors on its test text.
+
+    `passes` keeps what is measured on the way; the caller removes it once the study is written.
 
     Raises SteerError for what cannot be measured, ModelError for an encoder.
     """
-    ground = Ground(run, config or EffectConfig())
+    ground = Ground(run, config or EffectConfig(), passes)
     with progress("choose", None, "passes") as advance:
         subjects = subjects_of(ground, asked, advance.to)
     passes = EffectPasses(ground, subjects)

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..output_effects import WritePlace, direction_effects
+from ..output_effects import WritePlace
 from ..output_labels import TokenTexts
 from ..progress import OnProgress
 from ..split_rows import FeatureRows, read_feature_rows, read_token_ids, sample_windows
 from .concept_words import Concept, ConceptError, Stems, concept_of_words, concepts_of_features
 from .edits import SteerError
 from .effect_config import EffectConfig
+from .kept_passes import KeptPasses
 from .rival_directions import own_lens_scores
+from .selection import check_top, chosen_features
 from .vectors import SteeringVector
 
 if TYPE_CHECKING:
@@ -56,8 +58,9 @@ class Ground:
     Raises ModelError for an encoder, which predicts no next token.
     """
 
-    def __init__(self, run: "Run", config: EffectConfig):
+    def __init__(self, run: "Run", config: EffectConfig, passes: KeptPasses | None = None):
         self.run, self.config = run, config
+        self.passes = passes or KeptPasses()
         self.place = WritePlace.of(run)
 
     @cached_property
@@ -101,6 +104,8 @@ class Ground:
 
 def subjects_of(ground: Ground, asked: Asked, on_progress: OnProgress | None = None) -> list[Subject]:
     """The subjects of a question. Raises SteerError where it names no feature, one that is not there, or no concept."""
+    if asked.top is not None:
+        check_top(asked.top)
     given = concept_of_words(ground.stems, asked.words) if asked.words else None
     found = [_of_vector(ground, vector, given) for vector in asked.vectors]
     features = _named(ground, asked)
@@ -123,16 +128,15 @@ def _named(ground: Ground, asked: Asked) -> list[int]:
     if asked.search is None and asked.where is None:
         return list(dict.fromkeys(asked.features))
     with ground.run.store() as store:
-        name, limit = ground.run.spec.name, asked.top or 1
-        if asked.search is not None:
-            hits = store.search(asked.search, limit=limit, where=asked.where, dictionary=name)
-            more = [hit.feature for hit in hits]
-        else:
-            assert asked.where is not None
-            more = store.matching(asked.where, limit=limit, dictionary=name)
-    if not more:
-        raise SteerError(f"no feature meets {asked.search or asked.where!r}")
-    return list(dict.fromkeys([*asked.features, *more]))
+        found = chosen_features(
+            store,
+            [str(f) for f in asked.features],
+            search=asked.search,
+            where=asked.where,
+            top=1 if asked.top is None else asked.top,
+            dictionary=ground.run.spec.name,
+        )
+    return list(dict.fromkeys(found))
 
 
 def _of_features(ground: Ground, features: Sequence[int], given: Concept | None) -> list[Subject]:
@@ -190,7 +194,7 @@ def best_features(
     choosing = [choosing[i] for i in order.tolist()]
     windows, _ = ground.windows("calibration", config.choosing_tokens)
     random = ground.place.random_directions(config.random_directions, config.seed + 2)
-    effects = direction_effects(
+    effects = ground.passes.effects(
         ground.place,
         torch.cat([ground.decoder[torch.from_numpy(features)], random]),
         windows,

@@ -26,6 +26,7 @@ def chosen(
     `features`, best labels first; `vectors` join them.
     Raises SteerError for what is no feature, and where nothing is found; SQLError for a condition that is none.
     """
+    check_top(top)
     found = [_parsed(text, edit) for text in features] + [replace(edit, feature=vector) for vector in vectors]
     if search is not None:
         hits = store.search(search, limit=top, where=where, dictionary=dictionary)
@@ -41,11 +42,30 @@ def chosen(
 
 
 def chosen_features(
-    store: FeatureStore, features: Sequence[str], *, search: str | None, where: str | None, top: int
+    store: FeatureStore,
+    features: Sequence[str],
+    *,
+    search: str | None,
+    where: str | None,
+    top: int,
+    dictionary: str | None = None,
 ) -> list[int]:
     """Ids of the features named, as `chosen` takes them. Raises what it raises."""
-    found = chosen(store, Edit(0), features=features, search=search, where=where, top=top)
+    found = chosen(store, Edit(0), features=features, search=search, where=where, top=top, dictionary=dictionary)
     return [edit.feature for edit in found if isinstance(edit.feature, int)]
+
+
+def check_top(top: int) -> None:
+    """Raises SteerError for a number of features that is none."""
+    if top < 1:
+        raise SteerError(f"--top {top}: at least 1 feature is taken")
+
+
+def labels_of(store: FeatureStore, edits: Sequence[Edit], dictionary: str | None = None) -> list[str]:
+    """What an edit is about, for each: the feature's label or the vector's name."""
+    return [
+        store.feature(e.feature, dictionary)["label"] if isinstance(e.feature, int) else e.feature.name for e in edits
+    ]
 
 
 def _parsed(text: str, edit: Edit) -> Edit:

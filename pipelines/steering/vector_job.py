@@ -105,6 +105,8 @@ def _lines(path: Path) -> list[str]:
         found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ReadingError(f"{path} cannot be read: {error}") from None
+    if not any(found):
+        raise ReadingError(f"{path} has no text: give one a line")
     return [line for line in found if line]
 
 

@@ -74,9 +74,10 @@ def test_show_search_sql_and_steer(tiny_run: Path, capsys: pytest.CaptureFixture
     assert "feature" in run(capsys, "sql", tiny_run, query)
     shown = json.loads(run(capsys, "steer", tiny_run, "--feature", 5, "--prompt", "The river", "--json"))
     assert shown["texts"][0]["baseline"] and shown["edits"][0]["strength"] == 0.4
+    assert shown["edits"][0]["label"] == card["label"]
     for mode in ("add", "ablate"):
         text = run(capsys, "steer", tiny_run, "--feature", 5, "--mode", mode, "--prompt", "The river", "--tokens", 5)
-        assert "baseline" in text and f"feature 5, {mode}" in text
+        assert "baseline" in text and f"feature 5, {mode}" in text and card["label"] in text
 
 
 def test_export_and_import_bring_the_same_dictionary_back(
@@ -163,7 +164,9 @@ def test_empty_corpus(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "is empty" in fails(capsys, "run", tiny_config, "--out", tmp_path / "run", *flags)
 
 
-def test_bad_requests_to_a_finished_run(tiny_run: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_requests_to_a_finished_run(
+    tiny_run: Path, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert "no feature 96: its features are 0 to 95" in fails(capsys, "show", tiny_run, 96)
     assert "0 to 95" in fails(capsys, "steer", tiny_run, "--feature", 96, "--prompt", "x")
     assert "no steering mode" in fails(capsys, "steer", tiny_run, "--feature", 6, "--prompt", "x", "--mode", "ad")
@@ -179,6 +182,14 @@ def test_bad_requests_to_a_finished_run(tiny_run: Path, tiny_config: Path, capsy
     assert "no run and no store in" in fails(capsys, "show", tiny_run.parent, 1)
     assert "did you mean" in fails(capsys, "serch", tiny_run, "x").lower()
     assert "requires an argument" in fails(capsys, "steer", tiny_run)
+    steer = ("steer", tiny_run, "--feature", 6, "--prompt", "x")
+    assert "--tokens 0: at least 1" in fails(capsys, *steer, "--tokens", 0)
+    assert "--temperature -1: 0, for the likeliest" in fails(capsys, *steer, "--temperature", -1)
+    assert "--repetition-penalty 0: above 0" in fails(capsys, *steer, "--repetition-penalty", 0)
+    assert "--top 0: at least 1" in fails(capsys, "steer", tiny_run, "--search", "river", "--prompt", "x", "--top", 0)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    texts = ("--positive", tmp_path / "empty.txt", "--negative", tmp_path / "empty.txt")
+    assert "empty.txt has no text" in fails(capsys, "vector", tiny_run, *texts)
 
 
 def test_a_directory_with_other_things_in_it_is_left_alone(

@@ -108,8 +108,9 @@ def test_dynamics_from_the_command_line(
         argv += ["--models", str(folder)]
     main(argv)
     found = json.loads(capsys.readouterr().out)
-    assert found["checkpoints"] == ["step-0", "step-40"] and list(found["steps"]) == ["step-0 -> step-40", "control"]
-    moved, control = found["steps"].values()
+    assert found["checkpoints"] == ["step-0", "step-40"] and list(found["steps"]) == ["step-0 -> step-40"]
+    assert list(found["controls"]) == list(found["steps"])
+    (moved,), (control,) = found["steps"].values(), found["controls"].values()
     for own in (moved, control):
         assert own["kept"] + own["silent"] + own["turned"] == own["alive_before"] > 10
     assert control["kept_share"] > moved["kept_share"]  # the model changed, training alone moves less
@@ -128,6 +129,33 @@ def test_dynamics_from_the_command_line(
     assert started == str(Run.open(tmp_path / "d" / "checkpoints" / "step-0").dictionary_path.absolute())
     main([*argv, "--no-crosscoder"])  # finished runs are taken as they are
     assert json.loads(capsys.readouterr().out)["steps"] == found["steps"]
+
+
+def test_a_control_differs_from_its_step_in_the_model_alone(
+    checkpoints: list[Path], tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Where the model does not change, step and control are one training; where it does, they are not."""
+
+    def followed(out: str, models: Sequence[Path], *more: str) -> None:
+        named = [part for folder in models for part in ("--models", str(folder))]
+        main(["dynamics", str(tiny_config), *KEYS, *named, "--out", str(tmp_path / out), "--no-crosscoder", *more])
+
+    first, last = checkpoints
+    followed("d", (first, last, last), "--later-steps", "10", "--json")
+    found = json.loads(capsys.readouterr().out)
+    changes, same = found["steps"]
+    assert (changes, same) == ("0-step-0 -> 1-step-40", "1-step-40 -> 2-step-40")
+    assert found["steps"][same] == found["controls"][same]
+    assert found["steps"][changes] != found["controls"][changes]
+    for name in ("0-step-0", "1-step-40"):
+        own, control = (Run.open(tmp_path / "d" / folder / name) for folder in ("checkpoints", "controls"))
+        assert control.config.dictionary.start_from == str(own.dictionary_path.absolute())
+        assert control.config.model == own.config.model and control.config.train.num_steps == 10
+    followed("anew", (last, last), "--start", "scratch")
+    assert "control: 0-step-40 again" in capsys.readouterr().out
+    anew = json.loads((tmp_path / "anew" / "dynamics.json").read_text(encoding="utf-8"))
+    (step,), (control,) = anew["steps"].values(), anew["controls"].values()
+    assert step["kept"] == step["alive_before"] > control["kept"]  # one model: one seed is one dictionary, two are not
 
 
 @pytest.mark.parametrize(
@@ -151,18 +179,17 @@ def test_wrong_options_are_one_line(
 def test_what_fine_tuning_changes_in_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """SmolLM2-135M on text that it has not seen, this project's own pages, for a few hundred steps."""
     pages = Path(__file__).parents[2] / "docs"
-    options = FineTuning(steps=200, checkpoints=2, batch_windows=4, context_tokens=64, learning_rate=1e-4)
+    options = FineTuning(steps=200, checkpoints=2, batch_windows=2, context_tokens=64, learning_rate=1e-4)
     made = fine_tune(ModelConfig(), str(pages), tmp_path / "tuned", options)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        f'[corpus]\nsource = "{pages}"\nmax_tokens = 60000\n[harvest]\ncontext_tokens = 64\n'
+        f'[corpus]\nsource = "{pages}"\nmax_tokens = 40000\n[harvest]\ncontext_tokens = 64\n'
         "[dictionary]\nd_sae = 1024\nk = 16\n[train]\nnum_steps = 300\nbatch_tokens = 512\ninit_tokens = 4096\n"
     )
     models = [part for folder in made for part in ("--models", str(folder))]
     main(["dynamics", str(recipe), *models, "--out", str(tmp_path / "d"), "--later-steps", "150", "--json"])
     found = json.loads(capsys.readouterr().out)
-    control = found["steps"].pop("control")
-    assert all(own["kept_share"] <= control["kept_share"] for own in found["steps"].values())
+    assert all(own["kept_share"] <= found["controls"][name]["kept_share"] for name, own in found["steps"].items())
     assert found["survivors"][0] > found["survivors"][2]
     across = found["crosscoder"]
     assert across["summary"]["shared_cosine_median"] < across["control"]["shared_cosine_median"]

@@ -123,6 +123,44 @@ def test_positions_of_one_forward_pass(steerer: Steerer, features: list[int], po
             assert torch.equal(changed[:, place], base[:, place])
 
 
+@pytest.mark.parametrize("schedule", ["constant", "fade:3", "first:2", "every:2"])
+@pytest.mark.parametrize(
+    ("positions", "changed"),  # of a prompt of four tokens and two written ones
+    [
+        ("all", [0, 1, 2, 3, 4, 5]),
+        ("prompt", [0, 1, 2, 3]),
+        ("generated", [4, 5]),
+        ((0, 3), [0, 3]),
+        ((-1, 2), [2, 3]),
+        ((1, 5), [1, 5]),
+    ],
+)
+def test_every_mode_at_every_rule_of_tokens(
+    steerer: Steerer, features: list[int], positions: Any, changed: list[int], schedule: str
+):
+    """Prompt, then token by token with a cache: each row is the edit written out, times its weight by hand."""
+    base = rows_after(steerer, [])
+    weight = dict.fromkeys(range(6), 0.0)
+    for place in changed:
+        count = place - changed[0]
+        weight[place] = {
+            "constant": 1.0, "fade:3": max(0.0, 1 - count / 3), "first:2": float(count < 2), "every:2": 1.0 - count % 2,
+        }[schedule]  # fmt: skip
+    weights = torch.tensor([weight[place] for place in range(6)])[None, :, None]
+    model = steerer.lm.model
+    for edit in EDITS:
+        mine = replace(edit, feature=features[0], positions=positions, schedule=schedule)
+        seen, cache = [], None
+        with steerer.applied([mine]), capture(model, [AFTER]) as reader, torch.no_grad():
+            for part in (IDS[:, :4], IDS[:, 4:5], IDS[:, 5:]):
+                cache = model(input_ids=part, past_key_values=cache, use_cache=True).past_key_values
+                seen.append(reader.acts[AFTER])
+        expected = base + weights * (by_hand(steerer, base, mine) - base)
+        torch.testing.assert_close(
+            torch.cat(seen, 1), expected, rtol=1e-4, atol=1e-4, msg=lambda m, e=mine: f"{e}: {m}"
+        )
+
+
 def test_padding_and_cache_do_not_move_positions(steerer: Steerer, features: list[int]):
     """Token by token with a cache and padding before the prompt: the same tokens are changed as in one pass."""
     model, edit = steerer.lm.model, Edit(features[0], "add", 0.5, positions=(2, 4))

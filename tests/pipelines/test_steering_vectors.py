@@ -14,6 +14,7 @@ from saeql.pipelines.steering.decompose import decompose
 from saeql.pipelines.steering.edits import Edit, SteerError
 from saeql.pipelines.steering.gguf_vectors import load_gguf, save_gguf
 from saeql.pipelines.steering.reading import METHODS, ReadingError, direction, read_rows, unembedding_direction
+from saeql.pipelines.steering.vector_files import check_name
 from saeql.pipelines.steering.vectors import SteeringVector, VectorError
 from saeql.sae.hooks import capture
 
@@ -110,6 +111,9 @@ def test_damaged_and_foreign_files_are_one_line(tmp_path: Path):
     ):
         with pytest.raises(VectorError, match=message):
             SteeringVector.load(tmp_path / name)
+    for name, message in (("v.txt", "written as .safetensors or .gguf"), ("no/v.gguf", "there is no folder")):
+        with pytest.raises(VectorError, match=message):
+            check_name(tmp_path / name)
     with pytest.raises(VectorError, match="is no GGUF file"):
         load_gguf(tmp_path / "cut.gguf")
     with pytest.raises(VectorError, match="zero or not finite"):
