@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 #: Controls that read control runs, which may have been made since the stage was stopped: never kept.
-_COMPARISONS = ("C6", "C7", "C8", "C9")
+_COMPARISONS = ("C6", "C7", "C8", "C9", "C14b")
 
 
 class LabelError(ValueError):
