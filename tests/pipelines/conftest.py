@@ -9,6 +9,7 @@ import pytest
 
 from saeql.pipelines.config import RunConfig, to_toml
 from saeql.pipelines.label_job import label_run
+from saeql.pipelines.label_parts import LABEL_WORK
 from saeql.pipelines.run import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,6 +28,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     done = {stage: {"seconds": 1.0, "finished": "now"} for stage in ("harvest", "train", "index")}
     (made.path / "stages.json").write_text(json.dumps(done), encoding="utf-8")
     label_run(made)
+    assert not (made.path / LABEL_WORK).exists()
     return made
 
 

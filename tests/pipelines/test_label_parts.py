@@ -68,7 +68,6 @@ def assert_same(run: Run, other: Run):
 
 
 def test_a_stopped_label_stage_goes_on_behind_its_parts(planted: Run, tmp_path: Path, monkeypatch, capsys):
-    assert not (planted.path / LABEL_WORK).exists()
     run = unlabelled(planted, tmp_path / "run")
     left = interrupted(run, "SIGTERM", 4)
     assert [name.split(".")[0] for name in left] == ["candidates", "choices", "key", "receipts", "receipts"]
