@@ -58,6 +58,11 @@ class Pairs:
         support = np.bincount(table[kept], weights=self.support[kept], minlength=num_codes).astype(np.int64)
         return Pairs(features, codes, hits, support)
 
+    def frequent(self, least: int) -> "Pairs":
+        """Without codes of fewer than `least` rows."""
+        keep = self.support[self.codes] >= least
+        return Pairs(self.features[keep], self.codes[keep], self.hits[keep], self.support)
+
 
 def _group(features: np.ndarray, codes: np.ndarray, num_codes: int, weights: np.ndarray):
     """Distinct (feature, code) pairs in sorted order with their summed weight; `features` ascend."""
@@ -91,8 +96,7 @@ class Beside:
         """
         a, b = first[self.first].astype(np.int64), second[self.second].astype(np.int64)
         pairs = self.pairs.regroup(np.where((a >= 0) & (b >= 0), a * num_seconds + b, -1), num_firsts * num_seconds)
-        keep = pairs.support[pairs.codes] >= least
-        return Pairs(pairs.features[keep], pairs.codes[keep], pairs.hits[keep], pairs.support)
+        return pairs.frequent(least)
 
 
 class Counter:

@@ -227,7 +227,7 @@ def _dinkelbach(
     f1, order, most = 2 * start[0] / (positives + start[1]), codes[:0], sizes[-1]
     for _ in range(4):
         gain = hits - f1 / 2 * support
-        order = np.argpartition(-gain, most)[:most] if len(gain) > most else np.arange(len(gain))
+        order = _largest(gain, most)
         order = order[gain[order] > 0]
         before, f1 = f1, 2 * (start[0] + hits[order].sum()) / (positives + start[1] + support[order].sum())
         if f1 <= before:
@@ -236,6 +236,15 @@ def _dinkelbach(
     total_hits, total_support = start[0] + np.cumsum(hits[order]), start[1] + np.cumsum(support[order])
     for size in sorted({min(n, len(order)) for n in sizes} - {0}):
         yield codes[order[:size]], float(2 * total_hits[size - 1] / (positives + total_support[size - 1]))
+
+
+def _largest(values: np.ndarray, num: int) -> np.ndarray:
+    """Indices of the `num` largest, ascending; of equal ones the first, on every processor."""
+    if len(values) <= num:
+        return np.arange(len(values))
+    bar = np.partition(values, len(values) - num)[len(values) - num]
+    above = np.flatnonzero(values > bar)
+    return np.sort(np.concatenate([above, np.flatnonzero(values == bar)[: num - len(above)]]))
 
 
 def _places(counter: Counter, beside: Beside, offset: int) -> Found:

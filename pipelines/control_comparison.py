@@ -1,4 +1,4 @@
-"""A run beside its control runs: receipts C6 to C9 as evidence of the run, and one table."""
+"""A run beside its control runs: receipts C6 to C9 and C14b as evidence of the run, and one table."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +15,11 @@ from .receipts.frozen_baselines import FrozenBaselines
 from .receipts.random_dictionary import RandomDictionary
 from .receipts.randomised_model import RandomisedModel
 from .receipts.receipt import Receipt, receipts_table
+from .receipts.second_corpus import SecondCorpus
 from .receipts.seed_stability import SeedStability
 from .run import Run
 
-CONTROLS = (RandomDictionary, FrozenBaselines, RandomisedModel, SeedStability)
+CONTROLS = (RandomDictionary, FrozenBaselines, RandomisedModel, SeedStability, SecondCorpus)
 COLUMNS = [
     "dictionary", "alive", "labelled", "contextual & labelled", "n", "median AUROC", "95 % over features",
     "trained - it", "95 % over features and documents",
@@ -26,7 +27,7 @@ COLUMNS = [
 
 
 def compare_controls(trained: Trained) -> list[Receipt]:
-    """Receipts of all four controls, by the control runs that there are."""
+    """Receipts of these controls, by the control runs that there are."""
     return [receipt for control in CONTROLS for receipt in control.of(trained.run).compare(trained)]
 
 
@@ -47,7 +48,7 @@ def save_receipts(run: Run, receipts: Sequence[Receipt]) -> None:
 def control_table(trained: Trained) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: the run, then every control run that is finished, beside it."""
     rows = [_row("trained", feature_scores(trained.run))]
-    for kind in KINDS:
+    for kind in (kind.name for kind in KINDS.values() if kind.has_own_dictionary):
         pair = trained.pair(kind)
         if pair.control is not None:
             rows.append(_row(kind, feature_scores(pair.control), pair))

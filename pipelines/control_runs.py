@@ -5,28 +5,34 @@
     controls/<kind>/activations       a link to the parent's, where the model is the same
     controls/<kind>/dictionaries, evidence, stages.json, ...   as in every run
 
-What is made here is compared by the controls C6 to C9 (`receipts/`).
+What is made here is compared by the controls C6 to C9 (`receipts/`). One kind is the run's own dictionary on another
+text, which its labels were not made from (C14b).
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from saeql.sae.config import suggestion
+from saeql.sae.config import suggestion, with_keys
 
-from .atomic import write_whole
+from .atomic import remove_folder, write_whole
 from .config import RunConfig
+from .corpus import EMBEDDED_TEXT
 from .harvest_merge import TABLES_OF_HARVEST
 from .run import Run
+from .stages import StageRecord
 from .sweep import SweepConfig
-from .verify import CONTROLS_FOLDER
+from .verify import CONTROLS_FOLDER, recorded
 
 CONTROL_FILE = "control.json"
-#: What is made for a comparison of labels; the last one where asked for.
-CONTROL_STAGES = ("harvest", "train", "index", "label", "evaluate")
+#: What is made for a comparison of labels.
+CONTROL_STAGES = ("harvest", "train", "index", "label")
+#: Tokens of a second corpus, where nothing else is asked for.
+SECOND_CORPUS_TOKENS = 200_000
 
 
 class ControlRunError(ValueError):
@@ -42,11 +48,18 @@ class ControlKind:
     summary: str
     switch: Callable[[Run], RunConfig]
     reads: tuple[str, ...] = ("harvest",)
+    has_own_dictionary: bool = True
+    """False: it takes the parent's, and has no labels of its own."""
 
     @property
     def has_own_activations(self) -> bool:
-        """Whether it reads another model, and so harvests."""
-        return not self.reads
+        """Whether it reads another model or another text, and so harvests."""
+        return "harvest" not in self.reads
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What has to be finished before it is compared."""
+        return CONTROL_STAGES if self.has_own_dictionary else CONTROL_STAGES[:-1]
 
 
 def _fixed(start: str) -> Callable[[Run], RunConfig]:
@@ -81,6 +94,12 @@ def _randomised(what: str) -> Callable[[Run], RunConfig]:
     return lambda run: replace(run.config, model=replace(run.config.model, randomise=what))
 
 
+def _second_corpus(run: Run) -> RunConfig:
+    corpus = run.config.corpus
+    most = min(corpus.max_tokens or SECOND_CORPUS_TOKENS, SECOND_CORPUS_TOKENS)
+    return replace(run.config, corpus=replace(corpus, source=EMBEDDED_TEXT, mixture=(), max_tokens=most))
+
+
 _RATES = ("harvest", "train", "index")
 KINDS = {
     kind.name: kind
@@ -101,6 +120,10 @@ KINDS = {
             "second-seed", "C9", "another initialisation and order of rows",
             lambda run: replace(run.config, seed=run.config.seed + 1),
         ),
+        ControlKind(
+            "second-corpus", "C14b", "the same dictionary on another text", _second_corpus, ("train",),
+            has_own_dictionary=False,
+        ),
     )
 }  # fmt: skip
 
@@ -114,7 +137,8 @@ def kind_of(name: str) -> ControlKind:
 
 def command(run: Run, kind: str) -> str:
     """What makes a control run."""
-    return f"saeql control {run.path} --kind {kind}"
+    text = "" if kind_of(kind).has_own_dictionary else " --corpus.source FILE"
+    return f"saeql control {run.path} --kind {kind}{text}"
 
 
 def control_path(run: Run, kind: str) -> Path:
@@ -127,11 +151,12 @@ def is_control(run: Run) -> bool:
     return (run.path / CONTROL_FILE).exists()
 
 
-def make_control(run: Run, kind: str, *, out: Path | None = None) -> Run:
+def make_control(run: Run, kind: str, *, out: Path | None = None, corpus: Mapping[str, str] | None = None) -> Run:
     """The control run of a kind, begun or as it was left; `out`: in another folder, to which a link is kept.
 
-    Raises ControlRunError where the parent is not far enough, or has changed since; RunError where the folder holds
-    something else.
+    `corpus` sets keys of [corpus] ({"corpus.max_tokens": "500000"}) of a control that harvests for itself. Raises
+    ControlRunError where the parent is not far enough, or has changed since, or the keys do not fit; RunError where the
+    folder holds something else.
     """
     wanted, finished = kind_of(kind), run.finished()
     if is_control(run):
@@ -143,6 +168,7 @@ def make_control(run: Run, kind: str, *, out: Path | None = None) -> Run:
                 f"`saeql {stage} {run.path}` first"
             )
     place = control_path(run, kind)
+    _check_corpus(wanted, place, corpus or {})
     if out is not None and out.resolve() != place.resolve():
         if place.exists() or place.is_symlink():
             raise ControlRunError(f"{run.path} has its control {kind} in {place.resolve()}: remove it to make another")
@@ -155,13 +181,27 @@ def make_control(run: Run, kind: str, *, out: Path | None = None) -> Run:
             raise ControlRunError(
                 f"{place} was made before the last {changed[0]} of {run.path}: remove it to make it anew"
             )
-        return Run.open(place)
-    config = replace(wanted.switch(run), sweep=SweepConfig())
+        made = Run.open(place)
+        return Run.create(place, with_keys(made.config, corpus)) if corpus else made
+    config = with_keys(replace(wanted.switch(run), sweep=SweepConfig()), corpus or {})
     control = Run.create(place, config)
     if not wanted.has_own_activations and not control.activations.exists():
         share_harvest(run, control)
     write_whole(place / CONTROL_FILE, json.dumps(_record(run, wanted), indent=2) + "\n")  # last: all is there
     return control
+
+
+def _check_corpus(kind: ControlKind, place: Path, corpus: Mapping[str, str]) -> None:
+    foreign = [key for key in corpus if not key.startswith("corpus.")]
+    if foreign:
+        raise ControlRunError(f"--{foreign[0]} cannot be set here: only keys of [corpus] can")
+    if corpus and not kind.has_own_activations:
+        own = ", ".join(k.name for k in KINDS.values() if k.has_own_activations)
+        raise ControlRunError(
+            f"--{next(iter(corpus))}: control {kind.name} reads the run's activations; keys of [corpus] go with {own}"
+        )
+    if not kind.has_own_dictionary and "corpus.source" not in corpus and not (place / "config.toml").exists():
+        raise ControlRunError(f"control {kind.name} needs a text that the run has not read: --corpus.source FILE")
 
 
 def changes(run: Run, kind: str) -> list[str]:
@@ -176,20 +216,34 @@ def execute_control(
     run: Run, control: Run, *, evaluate: bool = True, **options: Any
 ) -> Iterator[tuple[str, float | None]]:
     """Run the stages of a control run that are not finished, the parent held against other writers meanwhile."""
-    stages = CONTROL_STAGES if evaluate else CONTROL_STAGES[:-1]
+    kind = kind_of(json.loads((control.path / CONTROL_FILE).read_text(encoding="utf-8"))["kind"])
     with run.locked(shared=True):
-        yield from control.execute(stages, **options)
+        if not kind.has_own_dictionary:
+            yield from control.execute(("harvest",), **options)
+            with control.locked():
+                _take_dictionary(run, control)
+        yield from control.execute((*kind.stages, "evaluate") if evaluate else kind.stages, **options)
+
+
+def _take_dictionary(run: Run, control: Run) -> None:
+    """Give a control run the parent's dictionary as it is, in place of a training."""
+    if "train" in control.finished():
+        return
+    with recorded(control.path, "train"):
+        remove_folder(control.dictionary_path)
+        shutil.copytree(run.dictionary_path, control.dictionary_path)
+    StageRecord(control.path).mark_finished("train", 0.0)
 
 
 def find_control(run: Run, kind: str) -> Run | None:
-    """A control run that can be compared: labelled, and made of what the parent still holds; None for none."""
+    """A control run that can be compared: finished, and made of what the parent still holds; None for none."""
     if status(run, kind) != "finished":
         return None
     return Run.open(control_path(run, kind))
 
 
 def status(run: Run, kind: str) -> str:
-    """ "finished" (labelled), "none", "out of date", or how far it is."""
+    """ "finished" (it can be compared), "none", "out of date", or how far it is."""
     place = control_path(run, kind)
     if not (place / CONTROL_FILE).exists() or not (place / "config.toml").exists():
         return "none"
@@ -197,7 +251,7 @@ def status(run: Run, kind: str) -> str:
     if changed:
         return f"out of date: {changed[0]} ran again"
     finished = Run.open(place).finished()
-    if "label" in finished:
+    if kind_of(kind).stages[-1] in finished:
         return "finished"
     return f"{[*finished][-1]} done" if finished else "begun"
 

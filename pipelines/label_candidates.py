@@ -54,10 +54,11 @@ def _context_families(counter: Counter, beside: Mapping[int, Beside]) -> Iterato
     texts, size, kinds = vocabulary.texts, len(vocabulary), len(DISJOINT_CLASSES)
     itself, any_token, class_of = np.arange(size + 1), np.zeros(size + 1, np.int64), disjoint_class_of(vocabulary)
     for offset in (-1, 1):
-        pairs = beside[offset].regroup(any_token, itself, size, 1, least)
-        yield pairs, partial(lambda c, offset: Neighbour(offset, Token(texts[c])), offset=offset)
+        pairs = beside[offset].regroup(any_token, itself, size, 1, 1)
+        make = partial(lambda c, offset: Neighbour(offset, Token(texts[c])), offset=offset)
+        yield pairs.frequent(least), make
         if offset < 0:
-            for name in TOKEN_CLASSES:
+            for name in TOKEN_CLASSES:  # of tokens however rare
                 make = partial(lambda c, n: Neighbour(-1, TokenClass(n)), n=name)
                 yield pairs.regroup(np.where(vocabulary.classes[name], 0, -1), 1), make
 

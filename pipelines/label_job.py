@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 #: Controls that read control runs, which may have been made since the stage was stopped: never kept.
-_COMPARISONS = ("C6", "C7", "C8", "C9")
+_COMPARISONS = ("C6", "C7", "C8", "C9", "C14b")
 
 
 class LabelError(ValueError):
@@ -55,9 +55,12 @@ class LabelOptions:
     """Empty: `label.explainers`."""
 
     def apply(self, config: LabelConfig) -> LabelConfig:
-        """`config` with what is given here."""
+        """`config` with what is given here. Raises LabelError where there is no such tier."""
         changed = {"receipts": self.receipts} if self.receipts else {}
-        return replace(config, **changed, **({"explainers": self.explainers} if self.explainers else {}))
+        try:
+            return replace(config, **changed, **({"explainers": self.explainers} if self.explainers else {}))
+        except ValueError as error:
+            raise LabelError(str(error)) from None
 
 
 def label_run(run: "Run", options: LabelOptions | None = None) -> None:

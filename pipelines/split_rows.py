@@ -108,24 +108,31 @@ def num_features(evidence: Evidence, dictionary: str) -> int:
 
 
 def read_feature_rows(
-    evidence: Evidence, dictionary: str, *, active_fraction: float, tagger: "Tagger | None" = None
+    evidence: Evidence,
+    dictionary: str,
+    *,
+    active_fraction: float,
+    tagger: "Tagger | None" = None,
+    tau: np.ndarray | None = None,
 ) -> FeatureRows:
     """The three splits of `dictionary`; tau comes from train alone. Weak activations of train are not kept.
 
-    `tagger` is asked for parts of speech when a predicate is about them.
+    `tagger` is asked for parts of speech when a predicate is about them. `tau` [F] is that of another text, on which
+    the question was settled.
 
     Raises EvidenceError where the evidence is missing or inconsistent.
     """
     features = num_features(evidence, dictionary)
     vocabulary = Vocabulary.from_table(evidence.read("vocabulary"))
-    tau, splits = np.zeros(features, np.float32), {}
+    given, splits = tau, {}
+    tau = np.zeros(features, np.float32) if given is None else given
     for split in SPLITS:
         table = evidence.read("windows", split=split)
         windows = RowTable.from_windows(vocabulary, table["token_ids"])
         windows.tagger = tagger
         lookup = _RowLookup(table["window_id"].to_numpy(), windows.tokens.shape[1])
         fires = _read_activations(evidence, dictionary, split, lookup, features)
-        if split == "train":
+        if split == "train" and given is None:
             np.maximum.at(tau, fires.features, fires.values)
             tau *= np.float32(active_fraction)
         documents = pad_lists(table["document_ids"]).ravel()

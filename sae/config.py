@@ -301,7 +301,22 @@ def load_toml(cls: type[ConfigT], path: str | Path | None, overrides: Mapping[st
             raise ConfigError(f"no configuration file {path}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not TOML: {error}") from None
-    for dotted, text in (overrides or {}).items():
+    _set_keys(data, overrides or {})
+    try:
+        return from_dict(cls, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from None
+
+
+def with_keys(config: ConfigT, overrides: Mapping[str, str]) -> ConfigT:
+    """`config` with `overrides` as `load_toml` takes them. Raises ConfigError where it names an unknown key."""
+    data = to_dict(config)
+    _set_keys(data, overrides)
+    return from_dict(type(config), data)
+
+
+def _set_keys(data: dict[str, Any], overrides: Mapping[str, str]) -> None:
+    for dotted, text in overrides.items():
         *sections, key = dotted.split(".")
         place = data
         for section in sections:
@@ -309,10 +324,6 @@ def load_toml(cls: type[ConfigT], path: str | Path | None, overrides: Mapping[st
             if not isinstance(place, dict):
                 raise ConfigError(f'unknown key "{dotted}": "{section}" is not a section')
         place[key] = _parse_override(text)
-    try:
-        return from_dict(cls, data)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from None
 
 
 def _parse_override(text: str) -> Any:

@@ -5,17 +5,17 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from .common import RunPath, refuse_ranks, report_stages
+from .common import Overrides, RunPath, parse_overrides, refuse_ranks, report_stages
 
 
 def control(
     run: RunPath,
-    *,
+    *overrides: Overrides,
     kind: Annotated[
         list[str] | None,
         Parameter(
             help="Make these, one after the other: random, random-covariance, neurons, pca, frozen-decoder, "
-            "soft-frozen, frozen-encoder, randomised-model, randomised-all, second-seed.",
+            "soft-frozen, frozen-encoder, randomised-model, randomised-all, second-seed, second-corpus.",
             negative="",
         ),
     ] = None,
@@ -30,7 +30,9 @@ def control(
 ) -> None:
     """Make runs that differ from a finished one in one switch, and print its labels beside theirs (docs/controls.md).
 
-    Without --kind: compare with those that there are. Receipts C6 to C9 go into the run's evidence.
+    Without --kind: compare with those that there are. Receipts C6 to C9 and C14b go into the run's evidence. Of the
+    kinds that read text themselves (randomised-model, randomised-all, second-corpus) keys of [corpus] can be set as
+    --corpus.key value.
 
     Example: saeql control runs/demo --kind random --kind frozen-decoder
     """
@@ -47,8 +49,11 @@ def control(
     kinds = [kind_of(name).name for name in kind or ()]
     if out is not None and len(kinds) != 1:
         raise ControlRunError("--out names the folder of one control run: give it one --kind")
+    keys = parse_overrides(overrides)
+    if keys and not kinds:
+        raise ControlRunError(f"--{next(iter(keys))} goes with a --kind that reads text itself")
     for name in kinds:
-        made = make_control(opened, name, out=out)
+        made = make_control(opened, name, out=out, corpus=keys)
         note(f"{name}: {made.path}")
         report_stages(execute_control(opened, made, evaluate=evaluate))
     with opened.locked():

@@ -189,6 +189,10 @@ def evaluate(
     from ..run import Run
 
     opened = Run.open(run)
+    if dictionary is None and (reads or writes or allow_mismatch):
+        from saeql.sae.config import ConfigError
+
+        raise ConfigError("--reads, --writes and --allow-mismatch are of another dictionary: name it by --dictionary")
     if dictionary is None:
         run_stage("evaluate", run)
         name, places = opened.spec.name, opened.spec.places

@@ -17,6 +17,7 @@ TITLES: dict[str, str] = {
     "C5 token identity": "token table alone",
     "C3 label permutation": "permuted labels, p",
     "C14 activation range": "fits the strongest only",
+    "C14b second corpus of the feature": "AUROC on another text",
     "C6 random dictionary percentile": "above random labels",
     "C9 seed stability of the feature": "in a second seed",
     "C13 token identifiability masked token": "lost when the token is masked",

@@ -66,6 +66,15 @@ class ControlPair:
                 self.scores = mine, other
 
     @cached_property
+    def other_text(self) -> dict[str, Any]:
+        """Tokens that each of the two harvested, where that is not the same; else empty."""
+        assert self.control is not None
+        mine, other = self.trained.run, self.control
+        if mine.config.corpus == other.config.corpus:
+            return {}
+        return {"tokens": num_tokens(mine), "tokens_control": num_tokens(other)}
+
+    @cached_property
     def moves(self) -> DocumentMoves:
         """By how much the differences move with the documents; both runs are drawn the same ones."""
         assert self.control is not None
@@ -95,6 +104,7 @@ class ControlPair:
             "n_control": found.n_other,
             word: float(statistic(mine)),
             f"{word}_control": float(statistic(other)),
+            **self.other_text,
         }
         verdict = REPORTED if not asked else judged(found.value, at_least) if found.low > 0 else FAILED
         return Receipt(
@@ -133,3 +143,8 @@ class ControlPair:
         else:
             detail["missing"] = "its labels have no receipt of C3"
         return Receipt(control=name, value=value, verdict=REPORTED, n=alive, detail=detail)
+
+
+def num_tokens(run: "Run") -> int:
+    """Tokens of all documents that a run harvested."""
+    return int(run.evidence.read("documents", columns=["num_tokens"])["num_tokens"].to_numpy().sum())

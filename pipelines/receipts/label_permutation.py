@@ -11,8 +11,6 @@ from ..explainers.base import Candidate
 from ..predicates import Predicate
 from ..split_rows import SplitRows
 from .control import Labelled
-from .label_scorer import LabelScorer
-from .predicate_scorer import PredicateScorer
 from .receipt import FAILED, PASSED, REPORTED, Receipt, judged
 from .statistics import aurocs, benjamini_hochberg
 from .thresholds import THRESHOLDS
@@ -77,12 +75,17 @@ def _testable(labelled: Labelled) -> list[int]:
 
 
 def _own(labelled: Labelled, features: Sequence[int]) -> np.ndarray:
-    scores, out = [labelled.scores[f] for f in features], np.zeros(len(features))
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for index, own in enumerate(scores):
-        shapes.setdefault((len(own["active"]), len(own["N1"])), []).append(index)
+    scores = [labelled.scores[f] for f in features]
+    return _aurocs([(own["active"], own["N1"]) for own in scores])
+
+
+def _aurocs(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """AUROC of each pair of positive and negative scores; those of one shape are counted together."""
+    out, shapes = np.zeros(len(pairs)), dict[tuple[int, int], list[int]]()
+    for index, (positive, negative) in enumerate(pairs):
+        shapes.setdefault((len(positive), len(negative)), []).append(index)
     for indices in shapes.values():
-        out[indices] = aurocs(*(np.stack([scores[i][side] for i in indices]) for side in ("active", "N1")))
+        out[indices] = aurocs(*(np.stack([pairs[i][side] for i in indices]) for side in (0, 1)))
     return out
 
 
@@ -145,7 +148,7 @@ def _scores_of_others(labelled: Labelled, others: dict[int, list[int]]) -> dict[
 
     A scorer that does anything else with executable labels than execute them is asked about all of them, row by row.
     """
-    is_executed = isinstance(labelled.label_scorer, LabelScorer | PredicateScorer)
+    is_executed = getattr(labelled.label_scorer, "executes", False)
     executable = {f: own for f, own in others.items() if is_executed and labelled.labels[f].predicate is not None}
     found = _executed(labelled, executable)
     found |= _scored(labelled, {f: own for f, own in others.items() if f not in executable})
@@ -208,14 +211,10 @@ def _scored(labelled: Labelled, others: dict[int, list[int]]) -> dict[int, np.nd
         block = [(label, f, place) for label in labels[start : start + _LABELS_AT_ONCE] for f, place in asked[label]]
         asked_as = [_as(labelled.labels[label], labelled.labels[f]) for label, f, _ in block]
         scores = labelled.label_scorer.score(asked_as, [rows[f] for _, f, _ in block], test)
-        shapes: dict[tuple[int, int], list[int]] = {}
-        for index, (_, f, _) in enumerate(block):
-            shapes.setdefault((len(examples[f].active), len(rows[f])), []).append(index)
-        for (size, _), indices in shapes.items():
-            stacked = np.stack([scores[i] for i in indices])
-            for index, value in zip(indices, aurocs(stacked[:, :size], stacked[:, size:]), strict=True):
-                _, f, place = block[index]
-                found[f][place] = value
+        sizes = [len(examples[f].active) for _, f, _ in block]
+        values = _aurocs([(own[:size], own[size:]) for own, size in zip(scores, sizes, strict=True)])
+        for (_, f, place), value in zip(block, values, strict=True):
+            found[f][place] = value
     return found
 
 

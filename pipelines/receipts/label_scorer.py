@@ -19,6 +19,7 @@ class LabelScorer:
     """Scorer of labels of both sorts. What scores words is built when the first label in words comes."""
 
     name: ClassVar[str] = "labels"
+    executes: ClassVar[bool] = True
 
     def __init__(self, words: Callable[[], Scorer], *, is_costly: bool = False):
         """`words` makes the scorer of words; `is_costly`: it asks a language model about every row."""

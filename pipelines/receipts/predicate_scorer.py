@@ -17,6 +17,7 @@ class PredicateScorer:
     """Exact, and needs nothing but the text. A label in words only gets no answer (NaN)."""
 
     name: ClassVar[str] = "predicates"
+    executes: ClassVar[bool] = True
 
     @classmethod
     def of(cls, run: "Run") -> Self:

@@ -39,6 +39,7 @@ CONTROLS: dict[str, tuple[str, str, str]] = {
     "C10": ("probes", "PlantedProbes", "full"),  # and C11, C12
     "C13": ("token_identity_control", "TokenIdentityControl", "full"),
     "C14": ("activation_range", "ActivationRange", "fast"),
+    "C14b": ("second_corpus", "SecondCorpus", "paper"),
     "C15": ("scorer_health", "ScorerHealth", "fast"),
     "C16": ("planted", "PlantedSuite", "full"),
     "C17": ("absorption", "Absorption", "paper"),

@@ -10,7 +10,11 @@ from ..split_rows import SplitRows
 
 
 class Scorer(Protocol):
-    """Scores rows by a label. What must be learned of a feature is learned from train, before."""
+    """Scores rows by a label. What must be learned of a feature is learned from train, before.
+
+    Two things that controls ask are False where a scorer does not have them: `executes` (an executable label is
+    executed, so that its score of a row is 1 or 0) and `is_costly` (a language model is asked about every row).
+    """
 
     name: ClassVar[str]
 

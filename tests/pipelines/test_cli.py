@@ -140,6 +140,8 @@ def test_evaluate_measures_the_run_and_any_other_dictionary(
                 assert metrics[name][key] == pytest.approx(stored[name][key], rel=1e-4, abs=1e-6), (name, key)
         assert sum(b["share"] for b in told["density_histogram"]) == pytest.approx(1 - metrics["dead_share"]["value"])
     assert "no dictionary 'topk_96': neither" in fails(capsys, "evaluate", tiny_run, "--dictionary", "topk_96")
+    for options in (("--reads", "resid_post.0"), ("--allow-mismatch",)):
+        assert "of another dictionary: name it by --dictionary" in fails(capsys, "evaluate", tiny_run, *options)
 
     shutil.copytree(tiny_run, tmp_path / "run")
     text = run(capsys, "evaluate", tmp_path / "run")

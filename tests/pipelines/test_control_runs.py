@@ -24,6 +24,7 @@ from saeql.pipelines.models import ModelMismatch, load_model
 from saeql.pipelines.receipts.control_gaps import Trained
 from saeql.pipelines.receipts.control_scores import feature_scores, gap, percentiles
 from saeql.pipelines.receipts.receipt import Receipt, receipts_table
+from saeql.pipelines.verify import verify_run
 from saeql.sae.checkpoint import checkpoints
 
 MADE = ("random", "frozen-decoder", "soft-frozen", "randomised-model", "second-seed")
@@ -298,6 +299,83 @@ def test_labels_that_are_not_evidence_yet_are_compared_alike(parent: Run):
         for mine, theirs in zip(now, before, strict=True):
             assert mine.value == pytest.approx(theirs.value, abs=1e-6) and mine.verdict == theirs.verdict, mine.control
     assert RandomDictionary().check(Labelled(of(parent, "random"), rows, {}, {}, "full")) == []
+
+
+@pytest.fixture(scope="module")
+def other_text(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Path:
+    """40 documents of the words of the tiny corpus, in an order of their own."""
+    words = json.loads(tiny_corpus.read_text().splitlines()[0])["text"].split()
+    rng, file = np.random.default_rng(5), tmp_path_factory.mktemp("second") / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 80))}) + "\n" for _ in range(40)))
+    return file
+
+
+def test_labels_are_executed_on_a_second_corpus(parent: Run, other_text: Path, tmp_path: Path):
+    run = Run.open(shutil.copytree(parent.path, tmp_path / "copy", symlinks=True))
+    main(["control", str(run.path), "--kind", "second-corpus", "--corpus.source", str(other_text)])
+    made = of(run, "second-corpus")
+    weights = [r.dictionary_path / "sae_weights.safetensors" for r in (run, made)]
+    assert weights[0].read_bytes() == weights[1].read_bytes() and list(made.finished()) == ["harvest", "train", "index"]
+    assert not verify_run(made.path).damage and not made.evidence.has("labels")
+    receipts = [r for r in run.evidence.read("receipts").to_pylist() if r["control"].startswith("C14b ")]
+    whole = {r["control"]: r for r in receipts if r["feature"] is None}
+    own = {r["feature"]: r for r in receipts if r["feature"] is not None}
+    loss = whole["C14b second corpus loss"]
+    assert loss["n"] == len(own) > 5 and loss["low"] <= loss["value"] <= loss["high"]
+    detail = json.loads(loss["detail"])
+    assert detail["text"]["documents"] == 40 and detail["text"]["rows"] == made_rows(made)
+    labels = {r["feature"]: r for r in run.evidence.read("labels").to_pylist()}
+    feature, receipt = next(iter(own.items()))
+    assert json.loads(receipt["detail"])["own_test_text"] == pytest.approx(labels[feature]["auroc"], abs=1e-4)
+    assert receipt["value"] == pytest.approx(auroc_by_hand(run, made, feature, labels[feature]["predicate"]), abs=1e-6)
+    assert receipt["n"] >= 20
+
+
+def made_rows(made: Run) -> int:
+    from saeql.pipelines.split_rows import read_feature_rows
+
+    rows = read_feature_rows(made.evidence, made.spec.name, active_fraction=0.25)
+    return sum(rows.of(split).num_rows for split in ("train", "calibration", "test"))
+
+
+def auroc_by_hand(run: Run, made: Run, feature: int, predicate: str) -> float:
+    """(TPR + TNR) / 2 over all rows of the second text, active as on the run's own train rows."""
+    from saeql.pipelines.predicates import Predicate
+    from saeql.pipelines.split_rows import read_feature_rows
+
+    label = Predicate.from_json(predicate)
+    own = run.evidence.read("activations").to_pylist()
+    is_train = set(run.evidence.read("windows", split="train")["window_id"].to_pylist())
+    largest = max(a["activation"] for a in own if a["feature"] == feature and a["window_id"] in is_train)
+    there = [a for a in made.evidence.read("activations").to_pylist() if a["feature"] == feature]
+    fires = {(a["window_id"], a["position"]) for a in there if a["activation"] > np.float32(0.25) * np.float32(largest)}
+    counts = np.zeros((2, 2))
+    rows = read_feature_rows(made.evidence, made.spec.name, active_fraction=0.25)
+    for split in (rows.train, rows.calibration, rows.test):
+        width, holds = split.windows.tokens.shape[1], label.rows(split.windows).ravel()
+        for row in np.flatnonzero(split.eligible).tolist():
+            place = int(split.window_ids[row // width]), row % width
+            counts[int(place in fires), int(holds[row])] += 1
+    return (counts[1, 1] / counts[1].sum() + counts[0, 0] / counts[0].sum()) / 2
+
+
+def test_keys_of_the_corpus_go_with_kinds_that_read_it(parent: Run, tmp_path: Path, tiny_corpus: Path):
+    run = Run.open(shutil.copytree(parent.path, tmp_path / "copy", symlinks=True))
+    for kind, keys, message in (
+        ("second-corpus", {}, "needs a text that the run has not read: --corpus.source FILE"),
+        ("random", {"corpus.max_tokens": "900"}, "reads the run's activations; keys of .corpus. go with randomised"),
+        ("randomised-all", {"train.num_steps": "9"}, "only keys of .corpus. can"),
+        ("randomised-all", {"corpus.max_tokns": "9"}, "max_tokens"),
+        ("randomised-model", {"corpus.max_tokens": "900"}, "already holds a run with corpus.max_tokens = 0, not 900"),
+        ("second-corpus", {"corpus.source": str(tmp_path / "none")}, "no corpus at"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_control(run, kind, corpus=keys)
+    assert not (run.path / "controls" / "second-corpus" / "config.toml").exists()
+    assert make_control(run, "randomised-all", corpus={"corpus.max_tokens": "900"}).config.corpus.max_tokens == 900
+    main(["control", str(run.path), "--kind", "second-corpus", "--corpus.source", str(tiny_corpus)])
+    (receipt,) = (r for r in run.evidence.read("receipts").to_pylist() if r["control"].startswith("C14b "))
+    assert receipt["value"] is None and "are documents of the run: name another text" in receipt["detail"]
 
 
 def test_every_stage_runs_on_a_dictionary_that_was_not_trained(parent: Run, tmp_path: Path):

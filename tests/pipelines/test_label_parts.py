@@ -1,6 +1,5 @@
 """A label stage that is stopped or killed goes on to the same labels and receipts."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,17 +13,13 @@ import pytest
 
 from saeql.pipelines import label, label_parts
 from saeql.pipelines.block_sort import count_codes, order_by_code
-from saeql.pipelines.config import RunConfig, to_toml
-from saeql.pipelines.context_candidates import _can_reach, _kept, _left_out
+from saeql.pipelines.context_candidates import _can_reach, _kept, _largest, _left_out
 from saeql.pipelines.explainers.predicates import PredicateExplainer
 from saeql.pipelines.label_config import LabelConfig
 from saeql.pipelines.label_job import LabelOptions, label_run
 from saeql.pipelines.label_parts import LABEL_WORK, LabelParts
 from saeql.pipelines.run import Run
 from saeql.pipelines.split_rows import read_feature_rows
-
-sys.path.insert(0, str(Path(__file__).parent))
-import synthetic_evidence as synthetic
 
 #: `saeql label` of a run that gets a signal as soon as so many parts lie in its folder.
 INTERRUPTED = """
@@ -44,21 +39,6 @@ label_parts.write_whole = counted
 sys.argv[1:] = ["label", run, *options.split()]
 cli.main()
 """
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory) -> Run:
-    """A labelled run of planted evidence. Tests must not change it."""
-    made = Run(tmp_path_factory.mktemp("planted"), RunConfig())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "DICTIONARY", made.spec.name)
-        synthetic.build(made.path / "evidence")
-    (made.path / "config.toml").write_text(to_toml(made.config), encoding="utf-8")
-    done = {stage: {"seconds": 1.0, "finished": "now"} for stage in ("harvest", "train", "index")}
-    (made.path / "stages.json").write_text(json.dumps(done), encoding="utf-8")
-    label_run(made)
-    assert not (made.path / LABEL_WORK).exists()
-    return made
 
 
 def unlabelled(run: Run, path: Path) -> Run:
@@ -184,3 +164,10 @@ def test_sets_that_are_not_looked_for_would_not_have_been_good_enough():
             passed_over, found = passed_over + (not asked), found + (best >= f1)
             assert asked or best < f1
     assert passed_over > 100 and found > 100
+
+
+def test_the_largest_are_the_first_of_equal_ones():
+    rng = np.random.default_rng(2)
+    for num in (1, 3, 8, 50):
+        values = rng.integers(-3, 4, 40).astype(float)
+        assert _largest(values, num).tolist() == sorted(np.argsort(-values, kind="stable")[:num].tolist())
