@@ -30,8 +30,15 @@ def export(source: Path, out: Path, *, format: str = "saelens", **options: Any) 
 
         return str(export_site(source, out, **options))
     if format not in RUN_FORMATS:
+        from saeql.sae.exchange import WRITABLE
+
         from .exchange import export_dictionary
 
+        if format not in WRITABLE:
+            raise ConfigError(
+                f"unknown format {format!r}: a dictionary is written as {', '.join(WRITABLE)}, a run's store as "
+                f"{', '.join(RUN_FORMATS)} or site"
+            )
         return export_dictionary(source, out, format=format)
     from .run import Run
 

@@ -94,7 +94,8 @@ def test_export_and_import_bring_the_same_dictionary_back(
             assert name in run(capsys, "export", tiny_run, tmp_path / name, "--format", name)
             assert "topk autoencoder" in run(capsys, "import", tmp_path / name, tmp_path / f"{name}-back")
             torch.testing.assert_close(load_dictionary(tmp_path / f"{name}-back")(x), expected, rtol=1e-5, atol=1e-5)
-    assert "format" in fails(capsys, "export", tiny_run, tmp_path / "x", "--format", "saelen")
+    refused = fails(capsys, "export", tiny_run, tmp_path / "x", "--format", "saelen")
+    assert "saelens, sparsify, dictionary_learning, a run's store as parquet" in refused
     assert "neither a local folder nor reachable" in fails(capsys, "import", "nobody/nothing", tmp_path / "y")
 
 
