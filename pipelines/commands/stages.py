@@ -152,11 +152,14 @@ def label(
     Example: saeql label runs/demo --receipts full --only unexplained
     """
     from ..label_job import LabelOptions
+    from ..output import note
 
     refuse_ranks()
     opened = open_with(run, overrides, ("label", "judge"))
     options = LabelOptions(receipts, only, tuple(explainer or ()))
     report_stages(opened.execute(("label",), again=True, label=options))
+    if (run / "features.duckdb").exists():
+        note(f"the store has the labels of before: `saeql evaluate {run}` and `saeql store {run}` bring it up to date")
 
 
 def evaluate(

@@ -230,6 +230,20 @@ def test_a_label_that_never_holds_is_not_surely_below_chance():
     assert low[0] == pytest.approx(93 / 96 / 2) and high[0] > 0.5
 
 
+def test_a_class_of_neighbours_is_counted_over_tokens_however_rare():
+    rng = np.random.default_rng(4)
+    kinds = rng.integers(0, 3, (40, 12))
+    texts = [[(f" {30000 + 12 * w + i}", " the", " run")[k] for i, k in enumerate(row)] for w, row in enumerate(kinds)]
+    windows = RowTable.from_texts(texts)  # every number stands there once
+    after = np.zeros(kinds.shape, bool)
+    after[:, 1:] = kinds[:, :-1] == 0
+    eligible = (np.arange(12) > 0)[None].repeat(40, 0).ravel()
+    rows = np.flatnonzero(after.ravel()).astype(np.int32)
+    active = ActiveRows(np.zeros(len(rows), np.int32), rows, np.ones(len(rows), np.float32), 1)
+    limits = CandidateLimits(min_hits=3, min_lift=1.5, min_f1=0.5, max_candidates=10, max_set_size=4)
+    assert propose(windows, active, eligible, limits)[0][0] == Neighbour(-1, TokenClass("number"))
+
+
 def test_counted_candidates_agree_with_executed_predicates():
     """F1 by counting equals F1 by running the predicate: every candidate of random data reaches the stated minimum."""
     rng = np.random.default_rng(3)

@@ -275,7 +275,10 @@ def test_the_command_labels_a_real_run_again(tiny_run, tmp_path, capsys):
     run = tmp_path / "tiny"
     shutil.copytree(tiny_run, run, symlinks=True)
     main(["label", str(run), "--only", "unexplained", "--receipts", "fast", "--explainer", "predicates"])
-    assert "label" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "label" in told and f"`saeql evaluate {run}` and `saeql store {run}` bring it up to date" in " ".join(
+        told.split()
+    )
     table = pq.read_table(run / "evidence" / "receipts.parquet")
     assert "C1 metric self-tests" in table["control"].to_pylist()
     main(["evaluate", str(run)])
