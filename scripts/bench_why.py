@@ -88,8 +88,8 @@ def tell_feeds(run: Run, windows: list[list[int]], source: str, per_context: int
     seconds, apart = [], []
     for ids in windows:
         with capture(attributor.lm.model, [attributor.reads], attributor.lm.device) as reader:
-            rows = reader.run(torch.tensor([ids]))[attributor.reads][0, 1:].float()
-        latents = attributor.dictionary.encode(rows)
+            rows = reader.run(torch.tensor([ids]))[attributor.reads][0].float()
+        latents = attributor.dictionary.encode(rows[rows_read(rows, attributor.reads, attributor.metadata)])
         active = sorted(set(latents.indices[latents.values > 0].tolist()))
         for feature in draw.sample(active, min(per_context, len(active))):
             started = time.perf_counter()
@@ -99,11 +99,14 @@ def tell_feeds(run: Run, windows: list[list[int]], source: str, per_context: int
     fed = [f for one in found for f in one.fed]
     pooled = agreement("", [f.linear for f in fed], [f.exact for f in fed])
     each = [one.agreement for one in found]
+    staying = [one.agreement_staying for one in found]
     sizes = [(one.num_appearing + one.num_vanishing) / max(one.agreement.n, 1) for one in found]
     print(
         f"{len(found)} features in {len(windows)} contexts, {statistics.median(seconds):.2f} s each (median)\n"
         f"  of one feature, over {statistics.median(a.n for a in each):.0f} (median) later activations: "
         f"Pearson {told([a.pearson for a in each])}  Spearman {told([a.spearman for a in each])}, median (least)\n"
+        f"  without those that vanish: Pearson {told([a.pearson for a in staying])}  "
+        f"Spearman {told([a.spearman for a in staying])}\n"
         f"  the {len(found[0].fed)} that each feeds most, n = {pooled.n}: "
         f"Pearson {pooled.pearson:.3f}  Spearman {pooled.spearman:.3f}\n"
         f"  later activations that appear or vanish: {statistics.median(sizes):.3f} of those there (median)\n"

@@ -52,6 +52,8 @@ class Feeds:
     fed: list[FedFeature]  # largest exact effect first
     agreement: Agreement
     """Of linear and exact effects over all later features active on all tokens."""
+    agreement_staying: Agreement
+    """The same without those that vanish, which drop to 0 however little they were fed."""
     num_appearing: int
     """Later features, by token, that are active only without the earlier one."""
     num_vanishing: int
@@ -161,6 +163,7 @@ def _compare(
     with_it, without_it = (_dense(dictionary, acts[rows]) for acts in (before, ablated))
     row, fed = ((with_it > 0) | (without_it > 0)).nonzero(as_tuple=True)
     is_active = with_it[row, fed] > 0
+    stays = is_active & (without_it[row, fed] > 0)
     slopes = (change[rows] @ dictionary.W_enc.detach().t())[row, fed] * dictionary.slope(fed)
     linear = torch.where(is_active, slopes, 0.0)
     exact = with_it[row, fed] - without_it[row, fed]
@@ -185,8 +188,9 @@ def _compare(
         later.reads,
         listed,
         agreement(f"active features on {num_rows} tokens", linear[is_active].tolist(), exact[is_active].tolist()),
+        agreement("those that stay active", linear[stays].tolist(), exact[stays].tolist()),
         int((~is_active).sum()),
-        int((is_active & (without_it[row, fed] <= 0)).sum()),
+        int((is_active & ~stays).sum()),
     )
 
 

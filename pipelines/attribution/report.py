@@ -104,7 +104,8 @@ def print_feeds(found: Feeds, labels: Mapping[int, str], style: str) -> None:
     where = " ".join(f"[{visible(found.tokens[p])}]" for p in found.positions)
     print(f"feature {found.feature}, active on {where}, feeds at {found.later}:")
     print_records(columns, rows, "table")
-    print(f"linear against ablation over {found.agreement.sample}: {_in_words(found.agreement)}")
+    for agreement in (found.agreement, found.agreement_staying):
+        print(f"linear against ablation over {agreement.sample}: {_in_words(agreement)}")
     print(
         f"without it {found.num_vanishing} of these activations vanish and {found.num_appearing} others appear, "
         "which no derivative sees"

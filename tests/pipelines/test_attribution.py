@@ -215,6 +215,8 @@ def test_feeding_next_door_is_decoder_times_encoder(run: Run, architecture: str)
             assert listed[f].linear == pytest.approx(float(expected[f]), rel=2e-2, abs=1e-5)
     assert found.num_appearing == int(((before <= 0) & (after > 0)).sum())
     assert found.num_vanishing == int(((before > 0) & (after <= 0)).sum())
+    stay = int(((before > 0) & (after > 0)).sum())
+    assert found.agreement_staying.n == stay == found.agreement.n - found.num_vanishing
     assert int(steady.sum()) > 55 and found.agreement.spearman is not None and found.agreement.spearman > 0.9
 
 
