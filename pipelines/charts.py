@@ -79,8 +79,8 @@ class Chart:
 @lru_cache(8)  # all features of a dictionary stand before the same density histogram
 def _drawn(bars: tuple[Bar, ...]) -> Markup:
     drawn = [
-        f'<rect class="bar" x="{x}" y="{y}" width="{width}" height="{height}"><title>{escape(visible(title))}</title></rect>'
-        for x, y, width, height, title in bars
+        f'<rect class="bar" x="{x}" y="{y}" width="{width}" height="{height}"><title>{title}</title></rect>'
+        for x, y, width, height, title in ((*place, escape(visible(title))) for *place, title in bars)
     ]
     return Markup("\n".join(drawn))
 
