@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from markupsafe import Markup, escape
 
-from .shown import number, share
+from .shown import number, share, visible
 
 MAX_CHART_POINTS = 400
 
@@ -79,8 +79,8 @@ class Chart:
 @lru_cache(8)  # all features of a dictionary stand before the same density histogram
 def _drawn(bars: tuple[Bar, ...]) -> Markup:
     drawn = [
-        f'<rect class="bar" x="{x}" y="{y}" width="{width}" height="{height}"><title>{escape(title)}</title></rect>'
-        for x, y, width, height, title in bars
+        f'<rect class="bar" x="{x}" y="{y}" width="{width}" height="{height}"><title>{title}</title></rect>'
+        for x, y, width, height, title in ((*place, escape(visible(title))) for *place, title in bars)
     ]
     return Markup("\n".join(drawn))
 

@@ -24,7 +24,7 @@ from bench_about import ROOT
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 THEMES = ("light", "dark")
 SQL = "SELECT kind, count(*) AS features, avg(auroc) AS auroc FROM features GROUP BY kind"
-_WAIT_MS = 120_000
+_WAIT_MS = 300_000
 
 
 def pages(feature: int, others: list[int]) -> dict[str, str]:
@@ -47,6 +47,7 @@ def act(tab: Any, name: str) -> None:
         tab.locator("#go").click()
         tab.locator("#stop:enabled").wait_for()
         tab.locator("#stop:disabled").wait_for()
+        tab.locator("#doses svg").wait_for()
 
 
 def main() -> None:
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img")
     parser.add_argument("--feature", type=int, default=1308)
+    parser.add_argument("--only", nargs="*", help="Names of pictures, such as steer; all unless named.")
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "saeql.pipelines", "serve", str(arguments.run), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -70,10 +72,12 @@ def main() -> None:
                 tab.set_default_timeout(_WAIT_MS)
                 tab.goto(address)
                 for name, path in pages(arguments.feature, [arguments.feature + 1]).items():
+                    if arguments.only and name not in arguments.only:
+                        continue
                     tab.goto(root + path)
                     tab.wait_for_load_state("networkidle")
                     act(tab, name)
-                    tab.screenshot(path=arguments.out / f"{name}-{theme}.png")
+                    tab.screenshot(path=arguments.out / f"{name}-{theme}.png", full_page=name == "steer")
                     print(f"{name}-{theme}.png", flush=True)
                 context.close()
             chromium.close()

@@ -13,15 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import pyarrow as pa
 import pytest
 from browser_server import TOKEN, Browser, Page, assert_inert, served
+from two_dictionaries import OTHER, two_dictionaries
 
 from saeql.pipelines import Run
+from saeql.pipelines.browser.comparison import comparison
 from saeql.pipelines.browser.serve import ServeError, serve_store
 from saeql.pipelines.cli import main
 from saeql.pipelines.steering.edits import Edit
+from saeql.store.evidence import Evidence
 from saeql.store.feature_store import FeatureStore
 from saeql.store.listing import Filters
+from saeql.store.records import STABILITY
 
 TEXT = " the river bank and the blue house"
 PAGES = ("/", "/features", "/features?q=river", "/features/7", "/features/7?split=test", "/compare", "/sql", "/prompt",
@@ -176,6 +181,26 @@ def test_overview_draws_the_sweep_and_the_layers(run_copy: Path, tmp_path: Path)
         (run / "sweep" / "sweep.json").write_text("[")
     with served(run / "features.duckdb", run) as browser:
         assert "<h2>Sweep</h2>" not in browser.ask("/").text
+
+
+def test_pairs_are_found_by_the_names_that_a_comparison_used(tiny_run: Path, tmp_path: Path) -> None:
+    two_dictionaries(tiny_run / "evidence", tmp_path, hostile=False)
+    one, other = Evidence(tmp_path / "one"), Evidence(tmp_path / "other")
+    pairs = one.read("matches")
+    place = pairs.column_names.index("other_dictionary")
+    one.write("matches", pairs.set_column(place, "other_dictionary", pa.array(["as told"] * pairs.num_rows)))
+    told = {"dictionary": OTHER, "feature": 0, "num_compared": 1, "num_shared": 1, "stability": 1.0,
+            "mean_cosine": 1.0, "first_seen": None, "compared_as": "as told", "compared": ["x", "as told"]}  # fmt: skip
+    other.write("stability", pa.Table.from_pylist([told], STABILITY))
+    path = FeatureStore.build(tmp_path / "features.duckdb", [one, other])
+    with FeatureStore.open(path) as store:
+        first = next(row["dictionary"] for row in store.dictionaries() if row["dictionary"] != OTHER)
+        there, back = comparison(store, first, OTHER), comparison(store, OTHER, first)
+    assert there.num_matches == back.num_matches == 96
+    assert all(m["feature"] + m["other_feature"] == 95 for m in there.matches + back.matches)
+    assert [m["feature"] for m in there.matches] == list(range(50)) == [m["feature"] for m in back.matches]
+    titles = [title for title, *_ in there.controls]
+    assert titles == sorted(titles) and all(any(lines) for _, *lines in there.controls)
 
 
 # --- what computes ---------------------------------------------------------------------------------------------------

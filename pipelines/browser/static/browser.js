@@ -194,6 +194,7 @@ if (steer) {
     plotting?.abort();
     plotting = new AbortController();
     if (!edits().length || $("#go").disabled) return;
+    if (!$("#doses svg")) $("#doses").textContent = "the model is asked at each dose…";
     try {
       const answer = await post("/steer/doses", body(), plotting.signal);
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
