@@ -2,8 +2,8 @@
 
     python scripts/receipts_table.py runs/more docs/benchmarks/receipts-2026-11-22.json
 
-Every receipt of the whole dictionary as it is, those of features counted by control and verdict, and the shares that
-the table of docs/receipts.md is made of, with Wilson's 95 % interval.
+Every receipt of the whole dictionary without lists and tables in its details, those of features counted by control and
+verdict, and the shares that the table of docs/receipts.md is made of, with Wilson's 95 % interval.
 """
 
 import json
@@ -72,15 +72,40 @@ def receipts(run: Run) -> dict[str, Any]:
         "documents": len(tokens),
         "tokens": sum(tokens["num_tokens"].to_pylist()),
         "shares": shares,
-        "of_the_whole": [{**row, "detail": json.loads(row["detail"]) if row["detail"] else {}} for row in whole],
+        "of_the_whole": [{**_short(row), "detail": _plain(json.loads(row["detail"] or "{}"))} for row in whole],
         "of_features": records(_OF_FEATURES),
-        "token_identity": json.loads(identity.read_text(encoding="utf-8")) if identity.exists() else None,
+        "token_identity": _short(json.loads(identity.read_text(encoding="utf-8"))) if identity.exists() else None,
     }
+
+
+def _short(value: Any) -> Any:
+    """The same with numbers of four decimal places."""
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _plain(detail: dict[str, Any]) -> dict[str, Any]:
+    """Words and numbers of a receipt's details, without lists and tables in them."""
+    return {key: _short(value) for key, value in detail.items() if not isinstance(value, dict | list)}
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """JSON with one receipt a line."""
+
+    def part(value: Any) -> str:
+        if not isinstance(value, list):
+            return json.dumps(value, ensure_ascii=False)
+        return "[\n" + ",\n".join(json.dumps(item, ensure_ascii=False) for item in value) + "\n]"
+
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {part(value)}" for key, value in found.items()) + "\n}\n"
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(f"usage: python {sys.argv[0]} RUN OUT.json")
     out = Path(sys.argv[2])
-    out.write_text(json.dumps(receipts(Run.open(sys.argv[1])), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    out.write_text(as_text(receipts(Run.open(sys.argv[1]))), encoding="utf-8")
     print(out)
