@@ -227,7 +227,7 @@ class Run:
         words: Sequence[str] = (),
         vectors: "Sequence[SteeringVector]" = (),
         config: "EffectConfig | None" = None,
-        passes: "KeptPasses | None" = None,
+        kept: "KeptPasses | None" = None,
     ) -> "EffectStudy":
         """What steering with features or vectors does to their concepts, beside rival directions (docs/effects.md).
 
@@ -238,7 +238,7 @@ class Run:
         from .steering.effect_subjects import Asked
 
         asked = Asked(tuple(features), search, where, top, tuple(words), tuple(vectors))
-        return measure_effects(self, asked, config, passes)
+        return measure_effects(self, asked, config, kept)
 
     def _feature_scales(self, opened: FeatureStore | None) -> dict[int, FeatureScale]:
         query = (

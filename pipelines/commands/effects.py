@@ -75,7 +75,7 @@ def effect(
     kept = save and words is None and not vector
     folder = out or opened.path / "effects"
     with opened.locked() if kept or out is None else nullcontext():
-        passes = KeptPasses(opened.path / EFFECT_WORK) if kept or out is None else KeptPasses()
+        parts = KeptPasses(opened.path / EFFECT_WORK if kept or out is None else None)
         study = opened.effect(
             features=feature or (),
             search=search,
@@ -84,13 +84,13 @@ def effect(
             words=tuple(w for w in (words or "").split(",") if w.strip()),
             vectors=[load_vector(file) for file in vector or ()],
             config=config,
-            passes=passes,
+            kept=parts,
         )
         with recorded(opened.path, "effect") if out is None else nullcontext():
             write_study(study, folder)
         if kept and not save_effects(opened, study):
             note(f"effects saved; the store takes them in with `saeql store {run}`")
-        passes.remove()
+        parts.remove()
     if json:
         print(dumps(study_dict(study), ensure_ascii=False))
     else:

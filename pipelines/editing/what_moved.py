@@ -143,7 +143,8 @@ def what_moved(
         return list(zip(lm.token_texts(tokens.tolist()), (sign * values).tolist(), strict=True))
 
     return WhatMoved(
-        *windows.shape,
+        len(windows),
+        windows.shape[1],
         num_tokens,
         mean(before),
         mean(after),

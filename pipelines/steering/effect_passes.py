@@ -109,7 +109,7 @@ class EffectPasses:
         if not jobs:
             return
         with progress(label, None, "passes") as advance:
-            effects = self.ground.passes.effects(
+            effects = self.ground.kept.effects(
                 self.ground.place,
                 torch.stack([job.direction for job in jobs]),
                 self.windows,

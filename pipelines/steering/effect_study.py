@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 def measure_effects(
-    run: "Run", asked: Asked, config: EffectConfig | None = None, passes: KeptPasses | None = None
+    run: "Run", asked: Asked, config: EffectConfig | None = None, kept: KeptPasses | None = None
 ) -> EffectStudy:
     """Measure steering effects of a run's features or of vectors on its test text.
 
-    `passes` keeps what is measured on the way; the caller removes it once the study is written.
+    `kept` holds what is measured on the way; the caller removes it once the study is written.
 
     Raises SteerError for what cannot be measured, ModelError for an encoder.
     """
-    ground = Ground(run, config or EffectConfig(), passes)
+    ground = Ground(run, config or EffectConfig(), kept)
     with progress("choose", None, "passes") as advance:
         subjects = subjects_of(ground, asked, advance.to)
     passes = EffectPasses(ground, subjects)

@@ -58,9 +58,9 @@ class Ground:
     Raises ModelError for an encoder, which predicts no next token.
     """
 
-    def __init__(self, run: "Run", config: EffectConfig, passes: KeptPasses | None = None):
+    def __init__(self, run: "Run", config: EffectConfig, kept: KeptPasses | None = None):
         self.run, self.config = run, config
-        self.passes = passes or KeptPasses()
+        self.kept = kept or KeptPasses()
         self.place = WritePlace.of(run)
 
     @cached_property
@@ -194,7 +194,7 @@ def best_features(
     choosing = [choosing[i] for i in order.tolist()]
     windows, _ = ground.windows("calibration", config.choosing_tokens)
     random = ground.place.random_directions(config.random_directions, config.seed + 2)
-    effects = ground.passes.effects(
+    effects = ground.kept.effects(
         ground.place,
         torch.cat([ground.decoder[torch.from_numpy(features)], random]),
         windows,
