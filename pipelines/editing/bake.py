@@ -1,6 +1,7 @@
 """`saeql edit`: edits of a run's features or of vectors as an ordinary checkpoint, checked against the hooked model."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +60,10 @@ def bake(
     dtype ("original").
     Raises EditError, saying why, for what weights cannot hold, before anything is written; SteerError as steering does.
     """
+    if num_windows < 1:
+        raise EditError(f"--windows {num_windows}: at least 1 is measured on")
+    if not 0 <= tolerance < math.inf:
+        raise EditError(f"--tolerance {tolerance:g}: a difference of logits, 0 or more")
     for change in edits:
         change.check()
         require_affine(change)

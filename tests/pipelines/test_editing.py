@@ -277,6 +277,8 @@ def test_the_command_writes_measures_and_undoes(
         (["edit", str(tiny_run), "--out", str(tmp_path / "d"), "--undo", str(out)], "name nothing but --undo"),
         (["edit", "--out", str(tmp_path / "d")], "name a run"),
         ([*arguments[:4], "--positions", "prompt", "--out", str(tmp_path / "d")], "positions 'prompt'"),
+        ([*arguments[:4], "--tolerance", "-1", "--out", str(tmp_path / "d")], "--tolerance -1: a difference"),
+        ([*arguments[:4], "--windows", "0", "--out", str(tmp_path / "d")], "--windows 0: at least 1"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(argv)
