@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..atomic import write_whole
+from ..probing.planted_tasks import chosen_concepts, planted_names
 from ..probing.tasks import TaskError
 from .importance import (
     METHODS,
@@ -55,7 +56,7 @@ class PruneOptions:
         return KINDS if self.what == "both" else (self.what,)
 
     def check(self) -> None:
-        """Raises PruneError naming the option that does not hold."""
+        """Raises PruneError naming the option that does not hold, TaskError for a task that there is not."""
         unknown = next((m for m in self.methods if m not in METHODS), None)
         if unknown is not None or not self.methods:
             raise PruneError(f"no method {unknown!r}: there is {', '.join(METHODS)}")
@@ -70,6 +71,8 @@ class PruneOptions:
         small = next((name for name in sizes if getattr(self, name) < 1), None)
         if small or not self.features:
             raise PruneError(f"{small} must be at least 1" if small else "name features whose needs are kept")
+        if self.task and not Path(self.task).expanduser().is_file() and len(chosen_concepts(self.task)) > 1:
+            raise TaskError(f"--task {self.task} is several tasks: name one of {', '.join(planted_names())}")
 
 
 @dataclass(frozen=True)

@@ -311,6 +311,8 @@ def test_a_pruned_model_from_the_command_line(tiny_run: Path, tmp_path: Path, ca
         (["--feature", "9999"], "no feature 9999"),
         (["--feature", "1", "--shares", "a"], "numbers such as"),
         (["--feature", "1", "--shares", "1.5"], "between 0 and 1"),
+        (["--feature", "1", "--task", "nothing"], "no task 'nothing': name a file"),
+        (["--feature", "1", "--task", "planted"], "is several tasks: name one of"),
         (["--feature", "1", "--methods", "luck"], "no method 'luck'"),
         (["--feature", "1", "--what", "norms"], "no kind of unit 'norms'"),
         (["--feature", "1", "--across", "all"], "not of 'all'"),
