@@ -11,6 +11,7 @@ import duckdb
 
 from .errors import StoreError
 from .evidence import Evidence
+from .query import quoted
 
 #: Share of the features that have the same nearest neighbour at the same cosine in one dictionary indexed twice.
 _SAME_NEIGHBOURS = 0.95
@@ -26,12 +27,8 @@ def named_rows(evidence: Evidence) -> str:
     """The rows of $files, a table of the folder, with the names that its dictionaries have in the store: a relation."""
     if not evidence.names:
         return "read_parquet($files)"
-    cases = " ".join(f"WHEN {_literal(own)} THEN {_literal(name)}" for own, name in evidence.names.items())
+    cases = " ".join(f"WHEN {quoted(own)} THEN {quoted(name)}" for own, name in evidence.names.items())
     return f"(SELECT * REPLACE (CASE dictionary {cases} ELSE dictionary END AS dictionary) FROM read_parquet($files))"
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def dictionary_names(connection: duckdb.DuckDBPyConnection, evidence: Evidence) -> list[str]:
@@ -90,7 +87,7 @@ def difference(connection: duckdb.DuckDBPyConnection, known: Evidence, other: Ev
 
 def _rows(evidence: Evidence, table: str) -> str:
     """`named_rows` with the files written out, for a statement that reads two folders."""
-    return named_rows(evidence).replace("$files", f"[{', '.join(map(_literal, files(evidence, table)))}]")
+    return named_rows(evidence).replace("$files", f"[{', '.join(map(quoted, files(evidence, table)))}]")
 
 
 def name_apart(folders: Sequence[Evidence], other: Evidence, label: str, wanted: str | None = None) -> Evidence:

@@ -13,7 +13,7 @@ import duckdb
 
 from . import migrations
 from .errors import OldStoreError, StoreError, one_line
-from .query import read_beside
+from .query import quoted, read_beside
 
 STORE_FILE = "store.json"
 _ROW_GROUP_ROWS = 122_880
@@ -33,7 +33,7 @@ def write_parquet(store: Path, folder: Path) -> Path:
     try:
         with read_beside(store) as connection:
             for name in _tables(connection):
-                file = _quoted(temporary / f"{name}.parquet")
+                file = quoted(temporary / f"{name}.parquet")
                 connection.execute(
                     f"COPY {name} TO {file} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROW_GROUP_ROWS})"
                 )
@@ -72,7 +72,7 @@ def connect_parquet(folder: Path, *, memory_limit: str, threads: int | None) -> 
     try:
         connection.execute("SET enable_progress_bar = false; SET parquet_metadata_cache = true")
         files = sorted(folder.glob("*.*.parquet"))
-        create_views(connection, {file.stem: f"read_parquet({_quoted(file)})" for file in files})
+        create_views(connection, {file.stem: f"read_parquet({quoted(file)})" for file in files})
     except duckdb.Error as error:
         connection.close()
         raise StoreError(f"cannot open {folder}: {one_line(error)}") from error
@@ -117,7 +117,3 @@ def _tables(connection: duckdb.DuckDBPyConnection) -> list[str]:
         [list(_SCHEMAS)],
     ).fetchall()
     return [row[0] for row in rows]
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"

@@ -111,14 +111,18 @@ def run_statement(
         cursor.close()
 
 
+def quoted(text: Path | str) -> str:
+    """As a string of SQL."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
 @contextmanager
 def read_beside(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection for saeql's own reading, whatever else of this program has the file open in which way."""
     connection = duckdb.connect()
     try:
-        quoted = str(path).replace("'", "''")
         connection.execute("SET enable_progress_bar = false")
-        connection.execute(f"ATTACH '{quoted}' AS store (READ_ONLY); USE store")
+        connection.execute(f"ATTACH {quoted(path)} AS store (READ_ONLY); USE store")
         yield connection
     finally:
         connection.close()

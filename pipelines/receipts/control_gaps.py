@@ -1,11 +1,13 @@
-"""What C6, C7 and C8 have in common: labels of a run against those of its control runs, one receipt a question."""
+"""What C6 to C9 and C14b have in common: a run beside its control runs, one receipt a question."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ..control_runs import command, find_control, status
+from ..control_runs import command, find_control, is_control, status
 from .control import Labelled
 from .control_scores import DRAWS, FeatureScores, feature_scores, gap, scores_of
 from .document_medians import DocumentMoves, document_moves, document_moves_of
@@ -41,6 +43,23 @@ class Trained:
         if self.labelled is not None:
             return document_moves(self.labelled.rows, self.labelled.labels, draws=DRAWS, seed=0)
         return document_moves_of(self.run, draws=DRAWS, seed=0)
+
+
+class BesideControlRuns(ABC):
+    """A check of a run beside its control runs on disk: when labels are made, and by `saeql control`."""
+
+    @classmethod
+    def of(cls, run: "Run") -> Self:
+        """Needs nothing but the run."""
+        return cls()
+
+    def check(self, labelled: Labelled) -> Sequence[Receipt]:
+        """Of labels that are just made; none for a control run itself."""
+        return [] if is_control(labelled.run) else self.compare(Trained(labelled.run, labelled))
+
+    @abstractmethod
+    def compare(self, trained: Trained) -> list[Receipt]:
+        """Receipts of a run by the control runs that there are, and of those that are missing."""
 
 
 class ControlPair:

@@ -4,7 +4,6 @@ Three trainings of the run's own recipe: decoder frozen, decoder kept near its s
 2026, arXiv 2602.14111). Beside them: how far the decoder rows of the run itself have turned from their start.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -13,10 +12,10 @@ import torch
 from saeql.sae.config import ConfigError
 from saeql.sae.files import DictionaryError
 
-from ..control_runs import find_control, is_control
+from ..control_runs import find_control
 from ..dictionaries import start_dictionary
-from .control import Control, Labelled
-from .control_gaps import Trained
+from .control import Control
+from .control_gaps import BesideControlRuns, Trained
 from .receipt import REPORTED, Receipt
 
 if TYPE_CHECKING:
@@ -26,21 +25,12 @@ KINDS = ("frozen-decoder", "soft-frozen", "frozen-encoder")
 _EDGES = np.linspace(-1, 1, 41)
 
 
-class FrozenBaselines:
+class FrozenBaselines(BesideControlRuns):
     """Trained labels against those of dictionaries with frozen rows."""
 
     code: ClassVar[str] = "C7"
     name: ClassVar[str] = "frozen baselines"
     tier: ClassVar[str] = "paper"
-
-    @classmethod
-    def of(cls, run: "Run") -> "FrozenBaselines":
-        """Needs nothing but the run."""
-        return cls()
-
-    def check(self, labelled: Labelled) -> Sequence[Receipt]:
-        """Of labels that are just made, against the control runs on disk; none for a control run itself."""
-        return [] if is_control(labelled.run) else self.compare(Trained(labelled.run, labelled))
 
     def compare(self, trained: Trained) -> list[Receipt]:
         """One receipt a baseline and kind of negatives, that of the best baseline, and the turn of decoder rows."""

@@ -5,40 +5,26 @@ trained features score above that is what training has to do with them (Heap et 
 al. 2026, arXiv 2602.14111).
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from ..control_runs import is_control
-from .control import Control, Labelled
-from .control_gaps import ControlPair, Trained
+from .control import Control
+from .control_gaps import BesideControlRuns, ControlPair, Trained
 from .control_scores import percentiles
 from .receipt import REPORTED, Receipt
 from .thresholds import THRESHOLDS
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 #: The one that decides, and others that are only reported where they were made.
 KIND, MORE_KINDS = "random", ("random-covariance", "neurons", "pca")
 
 
-class RandomDictionary:
+class RandomDictionary(BesideControlRuns):
     """Trained labels against those of a random dictionary, as a whole and feature by feature."""
 
     code: ClassVar[str] = "C6"
     name: ClassVar[str] = "random dictionary"
     tier: ClassVar[str] = "full"
-
-    @classmethod
-    def of(cls, run: "Run") -> "RandomDictionary":
-        """Needs nothing but the run."""
-        return cls()
-
-    def check(self, labelled: Labelled) -> Sequence[Receipt]:
-        """Of labels that are just made, against the control runs on disk; none for a control run itself."""
-        return [] if is_control(labelled.run) else self.compare(Trained(labelled.run, labelled))
 
     def compare(self, trained: Trained) -> list[Receipt]:
         """Receipts of the whole, and the percentile of every labelled feature."""

@@ -5,36 +5,22 @@ scores can be equal there). A random network still tells tokens apart, so what c
 that their token alone does not explain.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from ..control_runs import is_control
-from .control import Control, Labelled
-from .control_gaps import Trained
+from .control import Control
+from .control_gaps import BesideControlRuns, Trained
 from .receipt import Receipt
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 #: The one that decides, and the one that is only reported where it was made.
 KIND, MORE_KINDS = "randomised-model", ("randomised-all",)
 
 
-class RandomisedModel:
+class RandomisedModel(BesideControlRuns):
     """Labels of contextual features against those of the same recipe on a redrawn model."""
 
     code: ClassVar[str] = "C8"
     name: ClassVar[str] = "randomised model"
     tier: ClassVar[str] = "paper"
-
-    @classmethod
-    def of(cls, run: "Run") -> "RandomisedModel":
-        """Needs nothing but the run."""
-        return cls()
-
-    def check(self, labelled: Labelled) -> Sequence[Receipt]:
-        """Of labels that are just made, against the control runs on disk; none for a control run itself."""
-        return [] if is_control(labelled.run) else self.compare(Trained(labelled.run, labelled))
 
     def compare(self, trained: Trained) -> list[Receipt]:
         """The gap on contextual features, which decides; that on all of them and the shares, which do not."""

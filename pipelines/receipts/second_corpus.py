@@ -13,15 +13,15 @@ import pyarrow.compute as pc
 
 from saeql.store.records import SPLITS
 
-from ..control_runs import command, find_control, is_control, status
+from ..control_runs import command, find_control, status
 from ..label import labels_of
 from ..part_of_speech import Tagger
 from ..predicate_scores import auroc_of_counts, count_by_document, interval_of_counts
 from ..predicates import Predicate
 from ..split_rows import FeatureRows, read_feature_rows
 from .activation_range import MIN_ACTIVE
-from .control import Control, Labelled
-from .control_gaps import Trained
+from .control import Control
+from .control_gaps import BesideControlRuns, Trained
 from .control_scores import DRAWS
 from .receipt import REPORTED, Receipt
 from .statistics import PERCENTILES
@@ -34,21 +34,12 @@ KIND = "second-corpus"
 _AT_ONCE = 256
 
 
-class SecondCorpus:
+class SecondCorpus(BesideControlRuns):
     """AUROC of executable labels over all rows of another text, beside that on the run's own test documents."""
 
     code: ClassVar[str] = "C14b"
     name: ClassVar[str] = "second corpus"
     tier: ClassVar[str] = "paper"
-
-    @classmethod
-    def of(cls, run: "Run") -> "SecondCorpus":
-        """Needs nothing but the run."""
-        return cls()
-
-    def check(self, labelled: Labelled) -> Sequence[Receipt]:
-        """Of labels that are just made, on the control run on disk; none for a control run itself."""
-        return [] if is_control(labelled.run) else self.compare(Trained(labelled.run, labelled))
 
     def compare(self, trained: Trained) -> list[Receipt]:
         """Of every label that can be asked its AUROC there; of all the median loss, and the share that still beats

@@ -5,7 +5,6 @@ decoder rows give the same partner and the decoder cosine is at least 0.7 (Paulo
 A feature that only one seed found says something about the training, not about the model.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -15,10 +14,10 @@ from numpy.typing import NDArray
 from saeql.sae.config import ConfigError
 
 from ..compare import SHARED_COSINE, Pair, compare, find_compared
-from ..control_runs import command, control_path, is_control, status
+from ..control_runs import command, control_path, status
 from ..dictionaries import start_dictionary
-from .control import Control, Labelled
-from .control_gaps import Trained
+from .control import Control
+from .control_gaps import BesideControlRuns, Trained
 from .receipt import FAILED, PASSED, REPORTED, Receipt, judged
 from .thresholds import THRESHOLDS
 
@@ -28,21 +27,12 @@ if TYPE_CHECKING:
 KIND = "second-seed"
 
 
-class SeedStability:
+class SeedStability(BesideControlRuns):
     """Features of a run beside those of a second seed."""
 
     code: ClassVar[str] = "C9"
     name: ClassVar[str] = "seed stability"
     tier: ClassVar[str] = "paper"
-
-    @classmethod
-    def of(cls, run: "Run") -> "SeedStability":
-        """Needs nothing but the run."""
-        return cls()
-
-    def check(self, labelled: Labelled) -> Sequence[Receipt]:
-        """By the dictionaries on disk, whatever the labels; none for a control run itself."""
-        return [] if is_control(labelled.run) else self.compare(Trained(labelled.run))
 
     def compare(self, trained: Trained) -> list[Receipt]:
         """The shared share with what chance gives, and every feature's own flag."""
