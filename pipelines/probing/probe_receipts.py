@@ -1,9 +1,12 @@
 """What probes showed, as receipts of the run's dictionary, kept in its evidence and its store."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow.compute as pc
 
 from saeql.store.feature_store import FeatureStore
 
@@ -21,6 +24,15 @@ if TYPE_CHECKING:
 PART = "probing-"
 #: Least median AUROC of single latents on the planted tasks, against logistic regression on the activations.
 SINGLE_LATENT_MARGIN = -0.10
+_LATENTS = "C12 latents against dense"
+
+
+class ProbedTask(NamedTuple):
+    """What tells one probed task from another."""
+
+    task: str
+    level: str
+    hook_point: str
 
 
 def task_receipts(result: TaskResult) -> list[Receipt]:
@@ -46,7 +58,7 @@ def task_receipts(result: TaskResult) -> list[Receipt]:
             others = {name: _value(result.of(name)) for name in (named(k, "channel"), named(k, "random latent"), TABLE)}
             found.append(
                 _receipt(
-                    "C12 latents against dense",
+                    _LATENTS,
                     probe.against_dense,
                     yes + no,
                     {**where, "k": k, "latents": list(probe.columns), "auroc": probe.auroc.value, **others},
@@ -154,6 +166,15 @@ def write_receipts(run: "Run", results: Sequence[TaskResult]) -> None:
             evidence.write("receipts", table, part=PART + _slug(f"{result.hook_point}-{result.task}"))
     if len(results) > 1 and (together := collection_receipts(results)):
         evidence.write("receipts", receipts_table(name, together), part=PART + _slug(results[0].hook_point))
+
+
+def single_latents(run: "Run") -> dict[ProbedTask, float]:
+    """AUROC of the best latent alone in every task that the run's dictionary was probed with; empty before."""
+    if not run.evidence.has("receipts"):
+        return {}
+    wanted = (pc.field("control") == _LATENTS) & (pc.field("dictionary") == run.spec.name)
+    found = [json.loads(row) for row in run.evidence.read("receipts").filter(wanted)["detail"].to_pylist()]
+    return {ProbedTask(d["task"], d["level"], d["hook_point"]): d["auroc"] for d in found if d["k"] == 1}
 
 
 def remove_receipts(run: "Run") -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..control_runs import command, find_control, is_control, status
 from .control import Labelled
-from .control_scores import DRAWS, FeatureScores, feature_scores, gap, scores_of
+from .control_scores import DRAWS, FeatureScores, Gap, feature_scores, gap, scores_of
 from .document_medians import DocumentMoves, document_moves, document_moves_of
 from .receipt import FAILED, REPORTED, Receipt, judged
 
@@ -125,11 +125,16 @@ class ControlPair:
             f"{word}_control": float(statistic(other)),
             **self.other_text,
         }
-        verdict = REPORTED if not asked else judged(found.value, at_least) if found.low > 0 else FAILED
+        return self.receipt(name, found, detail, at_least=at_least, asked=asked)
+
+    def receipt(
+        self, name: str, found: Gap, detail: dict[str, Any], *, at_least: float = 0.0, asked: bool = True
+    ) -> Receipt:
+        """Receipt of a difference; passed: it reaches `at_least` and its interval is above 0."""
         return Receipt(
             control=name,
             value=found.value,
-            verdict=verdict,
+            verdict=REPORTED if not asked else judged(found.value, at_least) if found.low > 0 else FAILED,
             threshold=at_least if asked else None,
             n=found.n + found.n_other,
             low=found.low,

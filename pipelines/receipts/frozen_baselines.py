@@ -4,6 +4,8 @@ Three trainings of the run's own recipe: decoder frozen, decoder kept near its s
 2026, arXiv 2602.14111). Beside them: how far the decoder rows of the run itself have turned from their start.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -14,14 +16,17 @@ from saeql.sae.files import DictionaryError
 
 from ..control_runs import find_control
 from ..dictionaries import start_dictionary
+from .beyond_labels import one_latent_gap, steering_gap
 from .control import Control
-from .control_gaps import BesideControlRuns, Trained
-from .receipt import REPORTED, Receipt
+from .control_gaps import BesideControlRuns, ControlPair, Trained
+from .receipt import FAILED, PASSED, REPORTED, Receipt
 
 if TYPE_CHECKING:
     from ..run import Run
 
 KINDS = ("frozen-decoder", "soft-frozen", "frozen-encoder")
+#: Of these one is asked to be above 0.
+_HARDER = ("N2", "one latent", "steering")
 _EDGES = np.linspace(-1, 1, 41)
 
 
@@ -34,7 +39,10 @@ class FrozenBaselines(BesideControlRuns):
 
     def compare(self, trained: Trained) -> list[Receipt]:
         """One receipt a baseline and kind of negatives, that of the best baseline, and the turn of decoder rows."""
-        title, found, gaps = f"{self.code} {self.name}", [], []
+        title = f"{self.code} {self.name}"
+        found: list[Receipt] = []
+        gaps: list[Receipt] = []
+        asked: list[list[Receipt]] = []
         for kind in KINDS:
             pair = trained.pair(kind)
             if pair.scores is None:
@@ -42,24 +50,58 @@ class FrozenBaselines(BesideControlRuns):
                 continue
             mine, other = pair.scores
             gaps.append(pair.gap(f"{title} {kind}", mine.of_labels(), other.of_labels()))
+            asked.append(harder(pair, f"{title} {kind}"))
             found += [
-                pair.gap(f"{title} {kind} N2", mine.of_same_token(), other.of_same_token()),
+                *asked[-1],
                 pair.gap(f"{title} {kind} alive", mine.of_alive(), other.of_alive(), mean=True, asked=False),
                 pair.labelled_shares(f"{title} {kind} labelled share"),
                 pair.labelled_shares(f"{title} {kind} contextual share", contextual=True),
             ]
-        measured = [(gap.value, gap) for gap in gaps if gap.value is not None]
-        if measured:
-            best = min(measured, key=lambda pair: pair[0])[1]
-            found.append(
-                Receipt(
-                    control=f"{title} best", value=best.value, verdict=best.verdict, threshold=best.threshold,
-                    n=best.n, low=best.low, high=best.high, detail={**best.detail, "measured": len(measured)},
-                )
-            )  # fmt: skip
+        best = _smallest(gaps)
+        if best is not None:
+            detail = {**best.detail, "measured": sum(gap.value is not None for gap in gaps)}
+            found.append(replace(best, control=f"{title} best", detail=detail))
+        if asked:
+            found.append(_any_above(f"{title} N2, one latent or steering", asked))
         run = trained.run
         runs = [("", run), *((f" {kind}", find_control(run, kind)) for kind in KINDS)]
         return [*gaps, *found, *(turn(f"{title} cosine with start{end}", own) for end, own in runs if own is not None)]
+
+
+def harder(pair: ControlPair, title: str) -> list[Receipt]:
+    """What else is asked beside one baseline: labels against the same token, single latents, steering."""
+    assert pair.scores is not None
+    mine, other = pair.scores
+    return [
+        pair.gap(f"{title} N2", mine.of_same_token(), other.of_same_token()),
+        one_latent_gap(pair, f"{title} one latent"),
+        *steering_gap(pair, f"{title} steering"),
+    ]
+
+
+def _smallest(gaps: Sequence[Receipt]) -> Receipt | None:
+    """That of the best baseline."""
+    return min((gap for gap in gaps if gap.value is not None), key=lambda gap: gap.value or 0.0, default=None)
+
+
+def _any_above(name: str, by_baseline: Sequence[Sequence[Receipt]]) -> Receipt:
+    """How many of N2, one latent and steering have an interval above 0 beside the best baseline; asked is one.
+
+    A question that was not put to every baseline counts by those that it was put to.
+    """
+    best = {
+        what: _smallest([r for receipts in by_baseline for r in receipts if r.control.endswith(f" {what}")])
+        for what in _HARDER
+    }
+    measured = {what: receipt for what, receipt in best.items() if receipt is not None}
+    above = [what for what, receipt in measured.items() if receipt.verdict == PASSED]
+    detail = {
+        "above": above,
+        "measured": {what: receipt.control for what, receipt in measured.items()},
+        "not measured": [what for what in _HARDER if what not in measured],
+    }
+    verdict = PASSED if above else FAILED if len(measured) == len(_HARDER) else REPORTED
+    return Receipt(control=name, value=len(above), verdict=verdict, threshold=1, n=len(measured), detail=detail)
 
 
 def turn(name: str, run: "Run") -> Receipt:

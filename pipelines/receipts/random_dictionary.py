@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from .beyond_labels import steering_gap
 from .control import Control
 from .control_gaps import BesideControlRuns, ControlPair, Trained
 from .control_scores import percentiles
@@ -37,6 +38,7 @@ class RandomDictionary(BesideControlRuns):
             pair.gap(f"{title} alive", mine.of_alive(), other.of_alive(), mean=True, asked=False),
             pair.labelled_shares(f"{title} labelled share"),
             pair.permutation_share(f"{title} C3 share"),
+            *steering_gap(pair, f"{title} steering", asked=False),
         ]
         for kind in MORE_KINDS:
             more = trained.pair(kind)

@@ -1,8 +1,11 @@
 """Steering effects kept: evidence table `steering_effects`, a receipt a feature, and receipts of the dictionary."""
 
+import json
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -25,6 +28,23 @@ TABLE = "steering_effects"
 #: Part file of the evidence table `receipts`.
 PART = "steering"
 CONTROL = "S1 steering effect"
+_SHARE = f"{CONTROL} share above random"
+#: Fields of the configuration that move shifts and z.
+_CONDITIONS = (
+    "strengths", "random_directions", "tokens", "window_tokens", "choosing_tokens", "choosing_strength", "candidates",
+    "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChosenEffects:
+    """What the features do that were chosen by their output scores; arrays are [n], NaN where it is not known."""
+
+    own_shift: np.ndarray  # nats, at the fixed cost
+    diff_mean: np.ndarray  # that of the difference of means
+    z: np.ndarray
+    conditions: dict[str, Any]
+    """What has to be alike where two dictionaries are compared."""
 
 
 def effect_rows(study: EffectStudy) -> list[dict[str, Any]]:
@@ -106,18 +126,27 @@ def _receipt(study: EffectStudy, effect: SubjectEffect) -> Receipt:
 
 def _whole(study: EffectStudy) -> list[Receipt]:
     found = summarise(study)
-    detail = {"verdict": found.verdict, "wins": {m: s.wins for m, s in found.methods.items()}}
+    detail = {
+        "verdict": found.verdict,
+        "wins": {m: s.wins for m, s in found.methods.items()},
+        "features": [effect.subject.feature for effect in study.subjects],
+        "conditions": {
+            "features": len(study.subjects),
+            "positions": study.n,
+            **{name: getattr(study.config, name) for name in _CONDITIONS},
+        },
+    }
 
     def one(name: str, estimate: Estimate, threshold: float, *, at_least: bool) -> Receipt:
         return Receipt(
-            control=f"{CONTROL} {name}", value=estimate.value, threshold=threshold, n=estimate.n, low=estimate.low,
+            control=name, value=estimate.value, threshold=threshold, n=estimate.n, low=estimate.low,
             high=estimate.high, verdict=judged(estimate.value, threshold, at_least=at_least), detail=detail,
         )  # fmt: skip
 
-    receipts = [one("share above random", found.share_z, MIN_SHARE, at_least=True)]
+    receipts = [one(_SHARE, found.share_z, MIN_SHARE, at_least=True)]
     if found.ratio is not None:
-        receipts.append(one("beside difference of means", found.ratio, MIN_RATIO, at_least=True))
-    receipts.append(one("on other concepts", found.others, MAX_OTHERS, at_least=False))
+        receipts.append(one(f"{CONTROL} beside difference of means", found.ratio, MIN_RATIO, at_least=True))
+    receipts.append(one(f"{CONTROL} on other concepts", found.others, MAX_OTHERS, at_least=False))
     n = len(study.subjects)
     wins = found.methods[SELF].wins / n
     return [*receipts, Receipt(control=f"{CONTROL} wins", value=wins, verdict=REPORTED, n=n, detail=detail)]
@@ -146,6 +175,32 @@ def save_effects(run: "Run", study: EffectStudy) -> bool:
         if is_built:
             FeatureStore.sync(run.path / "features.duckdb", [evidence, *more_evidence(run.path)])
     return is_built
+
+
+def chosen_effects(run: "Run") -> ChosenEffects | None:
+    """Of the features that were chosen last (`saeql effect RUN --top N`); None before, and where their effects are
+    not all there any more.
+    """
+    if not (run.evidence.has("receipts") and run.evidence.has(TABLE)):
+        return None
+    mine = pc.field("dictionary") == run.spec.name
+    share = run.evidence.read("receipts").filter(mine & (pc.field("control") == _SHARE))
+    detail = json.loads(share["detail"][0].as_py()) if len(share) else {}
+    if "features" not in detail:
+        return None
+    rows = run.evidence.read(TABLE).filter(mine & pc.field("at_budget")).to_pylist()
+    by_method = {(row["method"], row["feature"]): row for row in rows}
+    features = detail["features"]
+    if any((SELF, feature) not in by_method for feature in features):
+        return None
+
+    def column(method: str, name: str) -> np.ndarray:
+        found = [by_method.get((method, feature), {}).get(name) for feature in features]
+        return np.array([np.nan if value is None else value for value in found])
+
+    return ChosenEffects(
+        column(SELF, "own_shift"), column("diff_mean", "own_shift"), column(SELF, "z"), detail["conditions"]
+    )
 
 
 def remove_effects(run: "Run") -> None:

@@ -21,6 +21,7 @@ from saeql.pipelines.dictionaries import start_dictionary
 from saeql.pipelines.fixed_dictionaries import ThresholdWork
 from saeql.pipelines.model_config import ModelConfig
 from saeql.pipelines.models import ModelMismatch, load_model
+from saeql.pipelines.probing.probe_receipts import single_latents
 from saeql.pipelines.receipts.control_gaps import Trained
 from saeql.pipelines.receipts.control_scores import feature_scores, gap, percentiles
 from saeql.pipelines.receipts.receipt import Receipt, receipts_table
@@ -442,3 +443,47 @@ def test_a_stopped_fit_of_thresholds_goes_on_to_the_same_bits(
     assert len(read) == 1 and read[0] is not None and not file.exists()
     for key, tensor in whole.dictionary().state_dict().items():
         assert torch.equal(tensor, made.dictionary().state_dict()[key]), key
+
+
+def test_latents_and_steering_stand_beside_those_of_the_frozen_baseline(parent: Run, tmp_path: Path):
+    run = Run.open(shutil.copytree(parent.path, tmp_path / "copy", symlinks=True))
+    frozen, title = of(run, "frozen-decoder"), "C7 frozen baselines"
+
+    def receipts() -> dict[str, Receipt]:
+        return {r.control: r for r in compare_controls(Trained(run)) if r.feature is None}
+
+    before = receipts()
+    latent, steering = (before[f"{title} frozen-decoder {what}"] for what in ("one latent", "steering"))
+    assert latent.verdict == steering.verdict == "reported" and latent.value is steering.value is None
+    assert latent.detail["missing"] == f"`saeql probe {run.path}` first"
+    assert before[f"{title} N2, one latent or steering"].detail["not measured"] == ["one latent", "steering"]
+
+    for one in (run, frozen):
+        main(["probe", str(one.path), "--max-cases", "100"])
+        words = ["effect", str(one.path), "--top", "3", "--strengths=0.5,1.0", "--random", "4"]
+        main([*words, "--tokens", "64", "--texts", "0", "--out", str(tmp_path / one.path.name)])
+    after, mine = receipts(), {task.task: auroc for task, auroc in single_latents(run).items()}
+    other = {task.task: auroc for task, auroc in single_latents(frozen).items()}
+    latent, steering = (after[f"{title} frozen-decoder {what}"] for what in ("one latent", "steering"))
+    assert len(mine) >= 2 and latent.n == len(mine) and latent.low is not None and latent.high is not None
+    assert latent.value is not None
+    assert latent.value == pytest.approx(np.mean([mine[task] - other[task] for task in mine]))
+    assert latent.low <= latent.value <= latent.high
+    assert latent.verdict == ("passed" if latent.low > 0 else "failed")
+    shifts = []
+    for one in (run, frozen):
+        rows = one.evidence.read("steering_effects").to_pylist()
+        shifts.append([r["own_shift"] for r in rows if r["method"] == "steered" and r["at_budget"]])
+    assert steering.value == pytest.approx(np.median(shifts[0]) - np.median(shifts[1])) and steering.n == 6
+    all_three = after[f"{title} N2, one latent or steering"]
+    assert all_three.n == 3 and all_three.detail["measured"]["steering"] == f"{title} frozen-decoder steering"
+    passed = [w for w in ("N2", "one latent", "steering") if all_three.detail["measured"][w] in _passed(after)]
+    assert all_three.detail["above"] == passed and all_three.value == len(passed)
+
+    main(["effect", str(frozen.path), "--top", "2", "--strengths=0.5,1.0", "--tokens", "64", "--texts", "0",
+          "--random", "4", "--out", str(tmp_path / "again")])  # fmt: skip
+    assert receipts()[f"{title} frozen-decoder steering"].detail["missing"] == "features is 3 and 2: measure both alike"
+
+
+def _passed(receipts: dict[str, Receipt]) -> set[str]:
+    return {name for name, receipt in receipts.items() if receipt.verdict == "passed"}
