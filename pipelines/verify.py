@@ -117,6 +117,8 @@ def _versions(run: Path) -> dict[str, tuple[int, int, int]]:
             path = Path(folder, name)
             if name in _NOT_RECORDED or ".tmp." in name or (is_shard_folder and path.suffix == ".h5"):
                 continue
+            if not path.exists():  # a link to what is gone
+                continue
             stat = path.stat()
             found[path.relative_to(run).as_posix()] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
     return found

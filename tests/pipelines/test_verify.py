@@ -108,6 +108,15 @@ def test_a_store_that_is_rebuilt_outside_of_a_stage_stays_whole(run: Path, tmp_p
     assert any("hash.json is damaged" in line for line in verify_run(copy).damage)
 
 
+def test_a_link_to_what_is_gone_is_a_missing_file(run: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    documents = copy / "evidence" / "documents.parquet"
+    documents.unlink()
+    documents.symlink_to(tmp_path / "unmounted" / "documents.parquet")
+    list(Run.open(copy).execute(("report",), again=True))
+    assert verify_run(copy).damage == [f"{documents} is missing"]
+
+
 def test_files_without_a_hash_are_listed(run: Path, tmp_path: Path):
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "notes.txt").write_text("mine")
