@@ -3,11 +3,13 @@
     python scripts/bench_store.py [--features 131072] [--activations 50000000] [--folder FOLDER] [--json FILE]
     python scripts/bench_store.py --demo runs/demo        adds the questions on a real run's store
     python scripts/bench_store.py --keep FOLDER           leaves the stores there; they are only asked the next time
+    python scripts/bench_store.py --activations 1000000000 --parquet-only   less disk: Parquet is asked alone
 
 Makes the evidence of a dictionary that does not exist (firing by Zipf 0.8, fixed seed, see `synthetic_store.py`),
 builds the store in a process of its own with two threads, adds labels, a dictionary and a corpus to it, and asks. A
 question is asked `--repeats` times about different features, words and documents, after a first one that is not
-counted; the file is in the page cache. The folder needs about 60 bytes an activation and is removed.
+counted; the file is in the page cache. The folder needs about 60 bytes an activation (with `--parquet-only` 36) and is
+removed.
 """
 
 import argparse
@@ -164,8 +166,11 @@ def ask(path: Path, repeats: int, threads: int) -> dict[str, Any]:
         return {name: timed(question, repeats) for name, question in questions(store).items()}
 
 
-def ask_both(folder: Path, written: int, repeats: int, threads: int) -> dict[str, Any]:
-    """The file's size and questions, and those of the same store on Parquet, which is written where it is missing."""
+def ask_both(folder: Path, written: int, repeats: int, threads: int, *, parquet_only: bool = False) -> dict[str, Any]:
+    """The file's size and questions, and those of the same store on Parquet, which is written where it is missing.
+
+    `parquet_only`: the file is not asked, and removed before Parquet is.
+    """
     path, shared = folder / "features.duckdb", folder / "parquet"
     made: dict[str, Any] = {
         "bytes_an_activation": {
@@ -173,12 +178,14 @@ def ask_both(folder: Path, written: int, repeats: int, threads: int) -> dict[str
             "by document": round(table_bytes(path, "evidence.activations_by_document") / written, 2),
             "everything, embeddings included": round(path.stat().st_size / written, 2),
         },
-        "questions": ask(path, repeats, threads),
+        "questions": {} if parquet_only else ask(path, repeats, threads),
     }
     print(json.dumps(made["questions"], indent=1), file=sys.stderr)
     began = time.perf_counter()
     if not shared.exists():
         write_parquet(path, shared)
+    if parquet_only:
+        path.unlink()
     made["the same on Parquet"] = {
         "seconds": round(time.perf_counter() - began, 1),
         "bytes": sum(file.stat().st_size for file in shared.iterdir()),
@@ -187,7 +194,9 @@ def ask_both(folder: Path, written: int, repeats: int, threads: int) -> dict[str
     return made
 
 
-def run(folder: Path, size: Size, repeats: int, threads: int, *, keep: bool) -> dict[str, Any]:
+def run(
+    folder: Path, size: Size, repeats: int, threads: int, *, keep: bool, parquet_only: bool = False
+) -> dict[str, Any]:
     """Everything on made-up evidence."""
     if (folder / "features.duckdb").exists():
         with FeatureStore.open(folder / "features.duckdb") as store:
@@ -199,8 +208,10 @@ def run(folder: Path, size: Size, repeats: int, threads: int, *, keep: bool) -> 
     made: dict[str, Any] = {"activations": written, "evidence_seconds": round(time.perf_counter() - began, 1)}
     made["build"] = measured_build(folder, threads)
     print(made["build"], file=sys.stderr)
-    made |= ask_both(folder, written, repeats, threads)
-    if keep:
+    if parquet_only:
+        shutil.rmtree(folder / "evidence")
+    made |= ask_both(folder, written, repeats, threads, parquet_only=parquet_only)
+    if keep or parquet_only:
         return made
     shutil.rmtree(folder / "parquet")
     write_labels(Evidence(folder / "evidence"), size, NAME, seed=9)
@@ -246,6 +257,7 @@ def main() -> None:
     parser.add_argument("--activations", type=int, default=Size.activations)
     parser.add_argument("--folder", type=Path, help="Where to work; default: a temporary folder.")
     parser.add_argument("--keep", type=Path, help="Where the stores stay, to be asked again.")
+    parser.add_argument("--parquet-only", action="store_true", help="Build, write Parquet, ask only that.")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--demo", type=Path, help="A run whose store is asked as well.")
@@ -264,7 +276,8 @@ def main() -> None:
     }
     try:
         size = Size(features=arguments.features, activations=arguments.activations)
-        result["synthetic"] = run(folder, size, arguments.repeats, arguments.threads, keep=bool(arguments.keep))
+        keep, alone = bool(arguments.keep), arguments.parquet_only
+        result["synthetic"] = run(folder, size, arguments.repeats, arguments.threads, keep=keep, parquet_only=alone)
         _save(arguments.json, result)
         if arguments.demo:
             result["demo"] = {

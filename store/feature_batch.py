@@ -13,7 +13,6 @@ from .cards import Cards
 from .contexts import contexts
 from .errors import FeatureNotFound
 from .feature_store import Example, FeatureStore
-from .query import own_columns
 
 Rows = list[dict[str, Any]]
 
@@ -28,8 +27,8 @@ class FeatureBatch:
     def __init__(self, store: FeatureStore, features: Sequence[int], dictionary: str):
         self.store, self.features, self.dictionary = store, list(features), dictionary
         self._these = _condition(self.features)
-        self._scope = store._scope(dictionary)
-        self._first = store._segment(self._scope.dictionary_id)
+        self._scope = store.memory.scope(dictionary)
+        self._first = store.memory.segment(self._scope.dictionary_id)
         rows = self._ask("SELECT * FROM features WHERE {these} ORDER BY feature")
         self._features = {row["feature"]: row for row in rows}
         if missing := [f for f in features if f not in self._features]:
@@ -103,7 +102,7 @@ class FeatureBatch:
         """Rows of a table of `derived` on the first corpus."""
         if self._first is None:
             return []
-        return self.store._rows(
+        return self.store.memory.rows(
             f"SELECT feature, {columns} FROM derived.{table} WHERE segment_id = {self._first['segment_id']} "
             f"AND {self._these} AND {condition} "
             f"ORDER BY feature, {order}"
@@ -119,7 +118,7 @@ class FeatureBatch:
         if self._first is None or not rows:
             return found
         corpus = self._first["corpus"]
-        for row in contexts(self.store._text(self._first["corpus_id"]), self.store._titles, rows):
+        for row in contexts(self.store.memory.text(self._first["corpus_id"]), self.store.memory.titles, rows):
             found[row["feature"]].append(Example(dictionary=self.dictionary, corpus=corpus, **row))
         return found
 
@@ -138,7 +137,7 @@ class FeatureBatch:
             f"SELECT {columns} FROM evidence.activations_by_feature WHERE segment_id = {segment_id} "
             f"AND {self._these} AND {condition}"
         )
-        return own_columns(self.store._connection, self.store.path, query)
+        return self.store.memory.columns(query)
 
 
 def _condition(features: Sequence[int]) -> str:

@@ -19,7 +19,6 @@ from .console import DEFAULT_SECONDS, Console
 from .contexts import contexts
 from .errors import FeatureNotFound, OldStoreError, StoreError
 from .evidence import Evidence
-from .feature_columns import FeatureColumns, Titles
 from .feature_rows import (
     cofiring_rows,
     effect_rows,
@@ -27,16 +26,14 @@ from .feature_rows import (
     feature_row,
     neighbour_rows,
     receipt_rows,
-    stored_effects,
 )
 from .frames import as_frame
 from .listing import Filters, Found, Listing, select
 from .parquet_store import connect_parquet, is_parquet_store
-from .query import Params, connect_read_only, own_columns, own_cursor, run_own, run_statement
+from .query import Params, connect_read_only, run_statement
 from .records import SPLITS
-from .search import METHODS, Scope, Scored, SearchHit, by_words, describe, token_scores, word_places, word_scores
-from .text_rows import TextRows, read_text_rows, read_vocabulary
-from .vectors import VectorTable, read_embeddings
+from .search import METHODS, Scored, SearchHit, by_words, describe, token_scores, word_places, word_scores
+from .store_memory import StoreMemory
 
 
 @dataclass(frozen=True)
@@ -96,30 +93,10 @@ class FeatureStore:
         connect = connect_parquet if is_parquet_store(path) else connect_read_only
         self._connection = connect(path, memory_limit=memory_limit, threads=threads)
         try:
-            rows = self._rows(
-                "SELECT dictionary, dictionary_id, d_sae, vocabulary_id FROM evidence.dictionaries "
-                "JOIN evidence.models USING (model_id) ORDER BY dictionary_id"
-            )
-            segments = self._rows(
-                "SELECT dictionary_id, segment_id, corpus_id, corpus, first_document, num_documents "
-                "FROM evidence.segments JOIN evidence.corpora USING (corpus_id) ORDER BY segment_id"
-            )
+            self.memory = StoreMemory(path, self._connection)
         except StoreError:
             self._connection.close()
             raise
-        self._known: dict[str, tuple[int, int]] = {r["dictionary"]: (r["dictionary_id"], r["d_sae"]) for r in rows}
-        self._segments = {i: [g for g in segments if g["dictionary_id"] == i] for i, _ in self._known.values()}
-        self._vocabulary_ids: dict[int, int] = {r["dictionary_id"]: r["vocabulary_id"] for r in rows}
-        self._vocabularies: dict[int, np.ndarray] = {}
-        self._vectors: dict[str, VectorTable] = {}
-        self._embedded: dict[str, np.ndarray] = {}  # what each of them is of: 'label' | 'evidence'
-        self._texts: dict[int, TextRows] = {}
-        self._cards: dict[int, Cards] = {}
-        self._feature_columns: dict[int, FeatureColumns] = {}
-        self._all_titles: Titles | None = None
-        self._last_effects: tuple[tuple[int, int], list[dict[str, Any]]] = ((-1, -1), [])
-        self._totals: dict[int, np.ndarray] = {}  # by segment
-        self._filled: dict[tuple[str, int], bool] = {}
         FeatureStore._readers.add(self)
 
     @classmethod
@@ -223,11 +200,11 @@ class FeatureStore:
         whoever wrote it: it runs where `sql` does. Raises SQLError where it is no single condition, and StoreError for
         a text that cannot be searched for.
         """
-        scope = self._scope(dictionary)
+        scope = self.memory.scope(dictionary)
         if by == "words":
-            found = by_words(self._rows, self._columns, scope, text, limit if where is None else None)
+            found = by_words(self.memory.rows, self.memory.columns, scope, text, limit if where is None else None)
         elif by in METHODS:
-            found = METHODS[by](self._rows, self._columns, scope, text, limit if where is None else None)
+            found = METHODS[by](self.memory.rows, self.memory.columns, scope, text, limit if where is None else None)
         else:
             raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
         return self.hits(found, limit=limit, where=where, dictionary=dictionary)
@@ -237,22 +214,21 @@ class FeatureStore:
     ) -> list[SearchHit]:
         """The first `limit` of scored features that meet `where`, with their labels. Raises SQLError, StoreError."""
         _check_number("features", limit, 1)
-        scope = self._scope(dictionary)
+        scope = self.memory.scope(dictionary)
         if where is not None:
-            query = f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n)"
-            met = self._console.sql(query, {"dictionary": scope.dictionary}, conditions=[where])
-            allowed = set(met["feature"].to_pylist())
+            allowed = set(self._meeting(where, scope.dictionary).tolist())
             found = [f for f in found if f.feature in allowed]
-        return describe(self._cards_of(scope.dictionary_id), scope, found[:limit])
+        return describe(self.memory.cards(scope.dictionary_id), scope, found[:limit])
 
     def matching(self, where: str, *, limit: int = 10, dictionary: str | None = None) -> list[int]:
         """Features that meet a condition over the view `features`, best labels first. Raises SQLError."""
-        query = (
-            f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n) "
-            "ORDER BY auroc DESC NULLS LAST, feature LIMIT $limit"
-        )
-        params = {"dictionary": self._scope(dictionary).dictionary, "limit": limit}
-        return self._console.sql(query, params, conditions=[where])["feature"].to_pylist()
+        name, _, _ = self.memory.dictionary(dictionary)
+        return self._meeting(where, name, f" ORDER BY auroc DESC NULLS LAST, feature LIMIT {int(limit)}").tolist()
+
+    def _meeting(self, where: str, dictionary: str, order: str = "") -> np.ndarray:
+        """Features that meet a condition that somebody else wrote. Raises SQLError where it is no single one."""
+        query = f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n){order}"
+        return self._console.sql(query, {"dictionary": dictionary}, conditions=[where])["feature"].to_numpy()
 
     def listing(
         self,
@@ -275,13 +251,9 @@ class FeatureStore:
         narrowed = sort is not None or where is not None or (filters or Filters()).asks
         if found is not None and not found.is_whole and (narrowed or offset + limit > len(found.features)):
             raise StoreError("these are only the best of a search: ask `found` for all")
-        scope = self._scope(dictionary)
-        cards = self._cards_of(scope.dictionary_id)
-        among = None
-        if where is not None:
-            query = f"SELECT feature FROM features WHERE dictionary = $dictionary AND ({where}\n)"
-            met = self._console.sql(query, {"dictionary": scope.dictionary}, conditions=[where])
-            among = met["feature"].to_numpy()
+        scope = self.memory.scope(dictionary)
+        cards = self.memory.cards(scope.dictionary_id)
+        among = None if where is None else self._meeting(where, scope.dictionary)
         features = select(cards, filters or Filters(), found=found, among=among, sort=sort, descending=descending)
         shown = [int(f) for f in features[offset : offset + limit]]
         scores = {} if found is None else found.scores_of(shown)
@@ -295,53 +267,30 @@ class FeatureStore:
 
         Raises what `search` raises.
         """
-        scope = self._scope(dictionary)
+        scope = self.memory.scope(dictionary)
         if by == "words":
-            words = word_scores(self._rows, self._columns, scope, text)
+            words = word_scores(self.memory.rows, self.memory.columns, scope, text)
             return Found(
                 words.features,
                 words.scores,
-                lambda features: word_places(self._rows, scope, words.terms, features),
+                lambda features: word_places(self.memory.rows, scope, words.terms, features),
             )
         if by == "token":
-            fires = token_scores(self._rows, self._columns, scope, text, limit)
+            fires = token_scores(self.memory.rows, self.memory.columns, scope, text, limit)
             return Found(fires.columns["feature"], fires.columns["f1"], fires.why, fires.total)
         if by not in METHODS:
             raise StoreError(f"no search by {by!r}: there is words, {', '.join(METHODS)}")
-        return Found.of(METHODS[by](self._rows, self._columns, scope, text, None))
-
-    def _scope(self, dictionary: str | None) -> Scope:
-        name, (dictionary_id, d_sae) = self._dictionary(dictionary)
-        segments = self._segments[dictionary_id]
-        segment_id = segments[0]["segment_id"] if segments else -1
-        return Scope(
-            name,
-            dictionary_id,
-            segment_id,
-            len(segments),
-            self._vocabulary_ids[dictionary_id],
-            lambda: self._num_activations(segment_id, d_sae),
-        )
-
-    def _num_activations(self, segment_id: int, d_sae: int) -> np.ndarray:
-        """[d_sae] int64: how often every feature fires, all splits."""
-        if segment_id not in self._totals:
-            found = self._columns(
-                f"SELECT feature, num_activations FROM derived.feature_stats WHERE segment_id = {segment_id}"
-            )
-            total = np.bincount(found["feature"], weights=found["num_activations"], minlength=d_sae)
-            self._totals[segment_id] = total.astype(np.int64)
-        return self._totals[segment_id]
+        return Found.of(METHODS[by](self.memory.rows, self.memory.columns, scope, text, None))
 
     def embedding_model(self, dictionary: str | None = None) -> str | None:
         """What made the sentence embeddings of a dictionary's labels and evidence; None where it has none."""
-        _, (dictionary_id, _) = self._dictionary(dictionary)
+        _, dictionary_id, _ = self.memory.dictionary(dictionary)
         query = f"SELECT any_value(model) AS model FROM evidence.embeddings WHERE dictionary_id = {dictionary_id}"
-        return self._rows(query)[0]["model"]
+        return self.memory.rows(query)[0]["model"]
 
     def embedding_width(self, dictionary: str | None = None) -> int:
         """Length of the embeddings. Raises StoreError where there are none."""
-        return self._embeddings(dictionary).vectors.shape[1]
+        return self.memory.embeddings(dictionary)[0].vectors.shape[1]
 
     def search_vector(
         self, vector: np.ndarray, *, limit: int = 10, where: str | None = None, dictionary: str | None = None
@@ -360,7 +309,7 @@ class FeatureStore:
 
         Raises StoreError where the store has no embeddings.
         """
-        table, sources = self._embeddings(dictionary), self._embedded[self._dictionary(dictionary)[0]]
+        table, sources = self.memory.embeddings(dictionary)
         # a feature has two embeddings at most, and stands where the nearer one does
         found = table.nearest_rows(vector, len(table.features) if limit is None else 2 * limit)
         best: dict[int, Scored] = {}
@@ -369,30 +318,20 @@ class FeatureStore:
             best.setdefault(feature, Scored(feature, cosine, {str(sources[row]): [f"cosine {cosine:.3f}"]}))
         return list(best.values())
 
-    def _embeddings(self, dictionary: str | None) -> VectorTable:
-        name, (dictionary_id, _) = self._dictionary(dictionary)
-        if name not in self._vectors:
-            with own_cursor(self._connection, self.path) as cursor:
-                found = read_embeddings(cursor, dictionary_id)
-            if found is None:
-                raise StoreError(f"{self.path} has no embeddings of {name}")
-            self._vectors[name], self._embedded[name] = found
-        return self._vectors[name]
-
     def feature(self, feature: int, dictionary: str | None = None) -> FeatureRow:
         """The feature's row of the view `features`; in a notebook its card. Raises FeatureNotFound."""
-        name, (dictionary_id, d_sae) = self._known_feature(feature, dictionary)
-        segment = self._segment(dictionary_id)
+        name, dictionary_id, d_sae = self.memory.known_feature(feature, dictionary)
+        segment = self.memory.segment(dictionary_id)
         row = feature_row(
-            self._rows,
+            self.memory.rows,
             name,
             dictionary_id,
             segment["segment_id"] if segment else -1,
             int(feature),
-            vocabulary=self._vocabulary(dictionary_id),
-            effects=self._effects(dictionary_id, int(feature)),
-            known=self._kept(dictionary_id, d_sae, int(feature)),
-            is_compared=self._has("stability", dictionary_id),
+            vocabulary=self.memory.vocabulary(dictionary_id),
+            effects=self.memory.effects(dictionary_id, int(feature)),
+            known=self.memory.row(dictionary_id, d_sae, int(feature)),
+            is_compared=self.memory.has("stability", dictionary_id),
         )
         if row is None:
             raise FeatureNotFound(f"{self.path} has nothing of {name}'s feature {feature}: index again")
@@ -400,7 +339,7 @@ class FeatureStore:
 
     def cards(self, dictionary: str | None = None) -> Cards:
         """Label, kind, auroc, density and largest activation of all features, in memory."""
-        return self._cards_of(self._scope(dictionary).dictionary_id)
+        return self.memory.cards(self.memory.dictionary(dictionary)[1])
 
     def activation_histogram(
         self, feature: int, *, dictionary: str | None = None, split: str = "train", bins: int = 50
@@ -409,13 +348,11 @@ class FeatureStore:
         largest; both empty where it never fires. Raises FeatureNotFound, StoreError for a split that there is not.
         """
         _check_split(split)
-        _, (dictionary_id, _) = self._known_feature(feature, dictionary)
-        segment = self._segment(dictionary_id)
+        _, dictionary_id, _ = self.memory.known_feature(feature, dictionary)
+        segment = self.memory.segment(dictionary_id)
         if segment is None:
             return np.zeros(0, np.int64), np.zeros(0)
-        found = own_columns(
-            self._connection,
-            self.path,
+        found = self.memory.columns(
             "SELECT activation FROM evidence.activations_by_feature "
             f"WHERE segment_id = {segment['segment_id']} AND feature = {int(feature)} AND split = '{split}'",
         )["activation"]
@@ -439,12 +376,12 @@ class FeatureStore:
         """
         _check_split(split)
         _check_number("examples", limit, 0)
-        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
-        segment = self._segment(dictionary_id, corpus)
+        name, dictionary_id, _ = self.memory.known_feature(feature, dictionary)
+        segment = self.memory.segment(dictionary_id, corpus)
         if segment is None:
             return []
-        rows = example_rows(self._rows, segment["segment_id"], int(feature), split, kind)
-        found = contexts(self._text(segment["corpus_id"]), self._titles, rows[:limit])
+        rows = example_rows(self.memory.rows, segment["segment_id"], int(feature), split, kind)
+        found = contexts(self.memory.text(segment["corpus_id"]), self.memory.titles, rows[:limit])
         return [
             Example(dictionary=name, feature=int(feature), split=split, corpus=segment["corpus"], **row)
             for row in found
@@ -452,20 +389,22 @@ class FeatureStore:
 
     def neighbours(self, feature: int, *, dictionary: str | None = None, limit: int = 10) -> list[dict[str, Any]]:
         """Rows of the view `neighbours`, nearest first. Raises FeatureNotFound."""
-        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
-        return neighbour_rows(self._rows, name, dictionary_id, int(feature), limit, self._cards_of(dictionary_id).label)
+        name, dictionary_id, _ = self.memory.known_feature(feature, dictionary)
+        return neighbour_rows(
+            self.memory.rows, name, dictionary_id, int(feature), limit, self.memory.cards(dictionary_id).label
+        )
 
     def cofirings(self, feature: int, *, dictionary: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
         """Features that are active on the same rows, on the dictionary's first corpus, the view `cofirings`.
 
         Raises FeatureNotFound.
         """
-        _, (dictionary_id, _) = self._known_feature(feature, dictionary)
-        segment = self._segment(dictionary_id)
+        _, dictionary_id, _ = self.memory.known_feature(feature, dictionary)
+        segment = self.memory.segment(dictionary_id)
         if segment is None:
             return []
-        label = self._cards_of(dictionary_id).label
-        return cofiring_rows(self._rows, segment["segment_id"], int(feature), limit, label)
+        label = self.memory.cards(dictionary_id).label
+        return cofiring_rows(self.memory.rows, segment["segment_id"], int(feature), limit, label)
 
     def document_features(
         self, document_id: int, *, dictionary: str | None = None, limit: int = 50
@@ -474,142 +413,53 @@ class FeatureStore:
 
         Those nearest to their largest activation come first. Raises FeatureNotFound for a document that is not there.
         """
-        _, (dictionary_id, _) = self._dictionary(dictionary)
-        segment = next(
-            (
-                g
-                for g in self._segments[dictionary_id]
-                if 0 <= document_id - g["first_document"] < (g["num_documents"] or 0)
-            ),
-            None,
-        )
-        text = None if segment is None else self._text(segment["corpus_id"])
+        _, dictionary_id, _ = self.memory.dictionary(dictionary)
+        segment = self.memory.segment_of_document(dictionary_id, document_id)
+        text = None if segment is None else self.memory.text(segment["corpus_id"])
         inside = np.zeros(0, np.int32) if text is None else text.windows_of(document_id)
         if segment is None or text is None or len(inside) == 0:
-            if not self._rows(f"SELECT 1 AS found FROM evidence.documents WHERE document_id = {int(document_id)}"):
+            if not self.memory.rows(
+                f"SELECT 1 AS found FROM evidence.documents WHERE document_id = {int(document_id)}"
+            ):
                 raise FeatureNotFound(f"{self.path} has no document {document_id}: the view documents lists them")
             return []  # of another text, or all of it fell to an incomplete last window
         first, last = int(inside[0]), int(inside[-1])
         which = f"BETWEEN {first} AND {last}"  # quicker than a list, where it reads little else
         if last - first > 2 * len(inside):
             which = f"IN ({', '.join(map(str, inside.tolist()))})"
-        found = own_columns(
-            self._connection,
-            self.path,
+        found = self.memory.columns(
             "SELECT feature, window_id, position, activation FROM evidence.activations_by_document "
             f"WHERE segment_id = {segment['segment_id']} AND window_id {which}",
         )
         mine = text.document_ids[text.rows(found["window_id"], found["position"])] == document_id
-        return _strongest(self._cards_of(dictionary_id), found["feature"][mine], found["activation"][mine], limit)
+        return _strongest(self.memory.cards(dictionary_id), found["feature"][mine], found["activation"][mine], limit)
 
     def logit_effects(
         self, feature: int, *, dictionary: str | None = None, direction: str | None = None, limit: int = 10
     ) -> list[dict[str, Any]]:
         """Rows of the view `logit_effects`, `limit` of each direction, promoted first. Raises FeatureNotFound."""
-        name, (dictionary_id, _) = self._known_feature(feature, dictionary)
-        effects = self._effects(dictionary_id, int(feature))
-        return effect_rows(name, effects, self._vocabulary(dictionary_id), direction, limit)
-
-    def _effects(self, dictionary_id: int, feature: int) -> list[dict[str, Any]]:
-        """`stored_effects`, the last ones kept: who shows a feature asks for its row and for them."""
-        key, rows = self._last_effects
-        if key != (dictionary_id, feature):
-            rows = stored_effects(self._rows, dictionary_id, feature)
-            self._last_effects = (dictionary_id, feature), rows
-        return rows
+        name, dictionary_id, _ = self.memory.known_feature(feature, dictionary)
+        effects = self.memory.effects(dictionary_id, int(feature))
+        return effect_rows(name, effects, self.memory.vocabulary(dictionary_id), direction, limit)
 
     def receipts(self, feature: int | None, *, dictionary: str | None = None) -> list[dict[str, Any]]:
         """Rows of the view `receipts` about a feature, or with None about the dictionary as a whole."""
-        name, (dictionary_id, _) = self._dictionary(dictionary)
-        if not self._has("receipts", dictionary_id):
+        name, dictionary_id, _ = self.memory.dictionary(dictionary)
+        if not self.memory.has("receipts", dictionary_id):
             return []
-        return receipt_rows(self._rows, name, dictionary_id, None if feature is None else int(feature))
+        return receipt_rows(self.memory.rows, name, dictionary_id, None if feature is None else int(feature))
 
     def dictionaries(self) -> list[dict[str, Any]]:
         """Rows of the view `dictionaries`, in the store's order."""
-        return self._rows("SELECT * FROM dictionaries")
+        return self.memory.rows("SELECT * FROM dictionaries")
 
     def metrics(self, dictionary: str | None = None) -> list[dict[str, Any]]:
         """Rows of the view `metrics`, of every dictionary where none is named."""
-        name = None if dictionary is None else self._dictionary(dictionary)[0]
+        name = None if dictionary is None else self.memory.dictionary(dictionary)[0]
         query = (
             "SELECT * FROM metrics WHERE dictionary = coalesce($name, dictionary) ORDER BY dictionary, split, metric"
         )
-        return self._rows(query, {"name": name})
-
-    def _columns(self, query: str, params: Params = None) -> dict[str, np.ndarray]:
-        return own_columns(self._connection, self.path, query, params)
-
-    def _rows(self, query: str, params: Params = None) -> list[dict[str, Any]]:
-        return run_own(self._connection, self.path, query, params)
-
-    def _cards_of(self, dictionary_id: int) -> Cards:
-        if dictionary_id not in self._cards:
-            segment = self._segment(dictionary_id)
-            with own_cursor(self._connection, self.path) as cursor:
-                self._cards[dictionary_id] = Cards.read(cursor, dictionary_id, segment["segment_id"] if segment else -1)
-        return self._cards[dictionary_id]
-
-    def _kept(self, dictionary_id: int, d_sae: int, feature: int) -> dict[str, Any] | None:
-        """What `feature_row` needs not ask, once `Cards` are in memory: whoever reads one feature may read no other."""
-        if dictionary_id not in self._cards:
-            return None
-        if dictionary_id not in self._feature_columns:
-            segment = self._segment(dictionary_id)
-            with own_cursor(self._connection, self.path) as cursor:
-                self._feature_columns[dictionary_id] = FeatureColumns.read(
-                    cursor, dictionary_id, segment["segment_id"] if segment else -1, d_sae
-                )
-        found = self._feature_columns[dictionary_id].of(feature)
-        return None if found is None else (self._cards[dictionary_id].of(feature) or {}) | found
-
-    def _has(self, table: str, dictionary_id: int) -> bool:
-        """Whether a table of the evidence has anything of a dictionary."""
-        key = (table, dictionary_id)
-        if key not in self._filled:
-            rows = self._rows(f"SELECT 1 AS found FROM evidence.{table} WHERE dictionary_id = {dictionary_id} LIMIT 1")
-            self._filled[key] = bool(rows)
-        return self._filled[key]
-
-    def _vocabulary(self, dictionary_id: int) -> np.ndarray:
-        """Text of every token id of a dictionary's tokenizer: DuckDB takes two milliseconds to tell twenty of them."""
-        vocabulary_id = self._vocabulary_ids[dictionary_id]
-        if vocabulary_id not in self._vocabularies:
-            with own_cursor(self._connection, self.path) as cursor:
-                self._vocabularies[vocabulary_id] = read_vocabulary(cursor, vocabulary_id)
-        return self._vocabularies[vocabulary_id]
-
-    def _text(self, corpus_id: int) -> TextRows:
-        """A corpus in memory, 20 bytes a token: DuckDB would read lists of all windows to show twenty of them."""
-        if corpus_id not in self._texts:
-            with own_cursor(self._connection, self.path) as cursor:
-                self._texts[corpus_id] = read_text_rows(cursor, corpus_id, self._vocabularies)
-        return self._texts[corpus_id]
-
-    def _titles(self, document_ids: Sequence[int]) -> dict[int, str | None]:
-        """Of all documents in memory: DuckDB takes two milliseconds and more to find forty of them."""
-        if self._all_titles is None:
-            with own_cursor(self._connection, self.path) as cursor:
-                self._all_titles = Titles(cursor)
-        return self._all_titles.of(document_ids)
-
-    def _segment(self, dictionary_id: int, corpus: str | None = None) -> dict[str, Any] | None:
-        """The dictionary's activations on a corpus, on its first one unless named; None where there are none."""
-        return next((g for g in self._segments[dictionary_id] if corpus in (None, g["corpus"])), None)
-
-    def _known_feature(self, feature: int, dictionary: str | None) -> tuple[str, tuple[int, int]]:
-        name, (dictionary_id, d_sae) = self._dictionary(dictionary)
-        if not 0 <= feature < d_sae:
-            raise FeatureNotFound(f"{name} has no feature {feature}: its features are 0 to {d_sae - 1}")
-        return name, (dictionary_id, d_sae)
-
-    def _dictionary(self, dictionary: str | None) -> tuple[str, tuple[int, int]]:
-        if not self._known:
-            raise FeatureNotFound(f"{self.path} has no dictionary: index again")
-        name = next(iter(self._known)) if dictionary is None else dictionary
-        if name not in self._known:
-            raise FeatureNotFound(f"{self.path} has no dictionary {name!r}: it has {', '.join(self._known)}")
-        return name, self._known[name]
+        return self.memory.rows(query, {"name": name})
 
 
 def _check_split(split: str) -> None:

@@ -10,13 +10,17 @@ import shutil
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from . import migrations
 from .errors import OldStoreError, StoreError, one_line
-from .query import quoted, read_beside
+from .query import arrow_reader, quoted, read_beside
 
 STORE_FILE = "store.json"
 _ROW_GROUP_ROWS = 122_880
+#: Rows that are lists of a whole window: so few a group that twenty examples are shown without reading all others.
+_LONG_ROWS, _LONG_GROUP_ROWS = "evidence.windows", 512
 _SCHEMAS = ("evidence", "derived")
 
 
@@ -33,10 +37,14 @@ def write_parquet(store: Path, folder: Path) -> Path:
     try:
         with read_beside(store) as connection:
             for name in _tables(connection):
-                file = quoted(temporary / f"{name}.parquet")
-                connection.execute(
-                    f"COPY {name} TO {file} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROW_GROUP_ROWS})"
-                )
+                file = temporary / f"{name}.parquet"
+                if name == _LONG_ROWS:
+                    _write_small_groups(connection, name, file)
+                else:
+                    connection.execute(
+                        f"COPY {name} TO {quoted(file)} "
+                        f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROW_GROUP_ROWS})"
+                    )
             version = migrations.applied_version(connection)
         (temporary / STORE_FILE).write_text(json.dumps({"schema_version": version}) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -46,6 +54,15 @@ def write_parquet(store: Path, folder: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _write_small_groups(connection: duckdb.DuckDBPyConnection, table: str, file: Path) -> None:
+    """DuckDB writes 2048 rows a group and more."""
+    query = f"SELECT * REPLACE (split::VARCHAR AS split) FROM {table}"
+    reader = arrow_reader(connection.sql(query))
+    with pq.ParquetWriter(file, reader.schema, compression="zstd") as writer:
+        for batch in reader:
+            writer.write_table(pa.Table.from_batches([batch]), _LONG_GROUP_ROWS)
 
 
 def is_parquet_store(path: Path) -> bool:

@@ -38,7 +38,7 @@ WHERE g.dictionary_id = {dictionary} AND g.direction = 'promoted' AND v.token <>
 
 def write_token_index(files: SiteFiles, place: str, store: FeatureStore, dictionary: str, features: np.ndarray) -> None:
     """Write the entries of `features` (ascending), which stand in them as their places among `features`."""
-    scope = store._scope(dictionary)
+    scope = store.memory.scope(dictionary)
     numbers = {"vocabulary": scope.vocabulary_id, "segment": scope.segment_id, "dictionary": scope.dictionary_id}
     firing, promoted, known = (store.trusted_sql(q.format(**numbers)) for q in (_FIRING, _PROMOTED, _TOKENS))
     firing, promoted = (_of(rows, features) for rows in (firing, promoted))

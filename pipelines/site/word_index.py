@@ -17,7 +17,7 @@ SHARD_POSTINGS = 16_384
 
 def write_word_index(files: SiteFiles, place: str, store: FeatureStore, dictionary: str, features: np.ndarray) -> None:
     """Write the postings of `features` (ascending), which stand in them as their places among `features`."""
-    scope = store._scope(dictionary)
+    scope = store.memory.scope(dictionary)
     found = store.trusted_sql(
         f"SELECT feature, field, word, score FROM derived.search_postings WHERE dictionary_id = {scope.dictionary_id}"
     )

@@ -315,7 +315,7 @@ def test_rows_of_a_feature_are_those_of_the_views(store: FeatureStore) -> None:
 
             def view(what: str, order: str, name: str = name, feature: int = feature) -> list[dict]:
                 query = f"SELECT * FROM {what} WHERE dictionary = $name AND feature = $feature ORDER BY {order}"
-                return store._rows(query, {"name": name, "feature": feature})
+                return store.memory.rows(query, {"name": name, "feature": feature})
 
             row = store.feature(feature, name)
             assert [dict(row)] == view("features", "1") and list(row) == list(view("features", "1")[0])
@@ -330,16 +330,16 @@ def test_rows_of_a_feature_are_those_of_the_views(store: FeatureStore) -> None:
 def test_rows_of_features_kept_in_memory_are_those_that_are_asked_for(store_path: Path) -> None:
     with FeatureStore.open(store_path) as store:
         for name in [row["dictionary"] for row in store.dictionaries()]:
-            features = range(store._known[name][1])
+            features = range(store.memory.dictionary(name)[2])
             asked = [_row_or_none(store, feature, name) for feature in features]
-            assert store._known[name][0] not in store._feature_columns
+            assert store.memory.dictionary(name)[1] not in store.memory._feature_columns
             store.cards(name)
             kept = [_row_or_none(store, feature, name) for feature in features]
-            assert store._known[name][0] in store._feature_columns
+            assert store.memory.dictionary(name)[1] in store.memory._feature_columns
             assert repr(asked) == repr(kept) and any(row and row["auroc"] is None for row in kept)
-        documents = store._rows("SELECT document_id, title FROM documents")
+        documents = store.memory.rows("SELECT document_id, title FROM documents")
         titles = {row["document_id"]: row["title"] for row in documents}
-        assert store._titles([*titles, max(titles) + 1, -1]) == titles
+        assert store.memory.titles([*titles, max(titles) + 1, -1]) == titles
 
 
 def _row_or_none(store: FeatureStore, feature: int, name: str) -> dict | None:

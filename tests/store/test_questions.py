@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from saeql.store.errors import StoreError
@@ -93,7 +94,10 @@ def test_features_of_a_document(store: FeatureStore, evidence: Evidence, places:
         store.document_features(9999)
 
 
-def test_a_store_on_parquet_answers_the_same(store: FeatureStore, store_path: Path, tmp_path: Path) -> None:
+def test_a_store_on_parquet_answers_the_same(
+    store: FeatureStore, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saeql.store.parquet_store._LONG_GROUP_ROWS", 4)
     folder = write_parquet(store_path, tmp_path / "features.parquet")
     with FeatureStore.open(folder) as other:
         for query in (
@@ -112,6 +116,8 @@ def test_a_store_on_parquet_answers_the_same(store: FeatureStore, store_path: Pa
             assert other.sql(query).to_pylist() == store.sql(query).to_pylist()
         assert other.examples(3) == store.examples(3) and other.search("river token") == store.search("river token")
         assert other.document_features(3) == store.document_features(3)
+    windows = pq.ParquetFile(folder / "evidence.windows.parquet").metadata
+    assert windows.num_row_groups == -(-windows.num_rows // 4) > 1
     write_parquet(store_path, folder)  # again, in place of the one there
     (folder / STORE_FILE).write_text('{"schema_version": 999}')
     with pytest.raises(StoreError, match="upgrade saeql"):

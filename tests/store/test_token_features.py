@@ -90,8 +90,8 @@ def test_a_search_takes_what_was_kept_only_where_that_is_enough(
     monkeypatch.setattr("saeql.store.search.MAX_FEATURES", 5)
     with FeatureStore.open(few_path) as store:
         asked: list[str] = []
-        ask = store._columns
-        monkeypatch.setattr(store, "_columns", lambda query, *rest: asked.append(query) or ask(query, *rest))
+        ask = store.memory.columns
+        monkeypatch.setattr(store.memory, "columns", lambda query, *rest: asked.append(query) or ask(query, *rest))
         whole = store.search(" river", by="token", limit=50)
         assert len(whole) > 5 and any("fires_on_exact" in query for query in asked)
         asked.clear()
