@@ -79,8 +79,9 @@ class CorpusConfig:
                 f"corpus.source ({self.source}) and [[corpus.mixture]] exclude each other: make it one of the mixture"
             )
         check_least(self, "corpus", max_document_tokens=1, max_tokens=0)
-        if not (0 < self.train_share < 1 and 0 < self.calibration_share < 1):
-            raise ConfigError("corpus.train_share and corpus.calibration_share must lie between 0 and 1")
+        for name in ("train_share", "calibration_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"corpus.{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.train_share + self.calibration_share >= 1:
             raise ConfigError("corpus.train_share + corpus.calibration_share must leave a share for testing")
 

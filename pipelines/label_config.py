@@ -49,6 +49,12 @@ class LabelConfig:
     def __post_init__(self):
         if not 0 <= self.active_fraction < 1:
             raise ValueError(f"active_fraction must be in [0, 1), not {self.active_fraction}")
+        for name in ("min_f1", "min_auroc", "simplicity_margin", "executable_margin"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
+        for name in ("min_lift", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("min_active_rows", "min_hits", "max_candidates", "num_bootstrap"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -47,9 +47,9 @@ class TokensConfig:
     test_tokens: int = 3_072
     """Test tokens that identity is measured on."""
     min_identity: float = 0.9
-    """id of the layer from which a single token may be named."""
+    """id of the layer from which a single token may be named; more can be asked, less cannot."""
     min_delta: float = 0.5
-    """Share of the activation that replacing the own token must cost where id is lower."""
+    """Share of the activation that replacing the own token must cost where id is lower; never less than this."""
     features: int = 96
     """Features whose tokens are masked, evenly spread over those asked for; 0: none."""
     rows: int = 4
@@ -66,7 +66,7 @@ class TokensConfig:
     def __post_init__(self):
         check_least(
             self, "token_identity", train_tokens=1, calibration_tokens=1, test_tokens=1, features=0, rows=1,
-            replacements=1, batch_tokens=1, num_bootstrap=1,
+            replacements=1, batch_tokens=1, num_bootstrap=1, min_identity=0.9, min_delta=0.5,
         )  # fmt: skip
 
 

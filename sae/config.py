@@ -266,6 +266,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f'"{key}" must be {_TYPE_NAMES.get(hint, hint)}, got {value!r}')
+    if hint is int and key.endswith("seed") and value < 0:
+        raise ConfigError(f'"{key}" must be at least 0, got {value}')
     return value
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 import torch
 
-from saeql.sae.config import ConfigError, check_least
+from saeql.sae.config import ConfigError, check_above_zero, check_least
 
 from ..lens_statistics import chance, coherence, frequent_tokens, lens_statistics
 from ..output_effects import WritePlace, direction_effects
@@ -61,6 +61,7 @@ class OutputConfig:
             self, "output_labels", label_tokens=1, list_tokens=2, min_count=1, random_directions=1,
             change_features=0, change_random=1, change_windows=1, change_tokens=2,
         )  # fmt: skip
+        check_above_zero(self, "output_labels", "max_chance", "strength")
         if self.list_tokens < self.label_tokens:
             raise ConfigError(
                 f"output_labels.list_tokens must be no less than output_labels.label_tokens ({self.label_tokens}), "

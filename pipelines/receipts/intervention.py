@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 
-from saeql.sae.config import check_least
+from saeql.sae.config import check_above_zero, check_least
 from saeql.sae.metrics import Bootstrap, DocumentGroups
 
 from ..explainers.base import Candidate
@@ -46,7 +46,7 @@ class InterventionConfig:
     related_tokens: int = 10
     """Tokens of the label's meaning, other words than the label's, whose probability must rise."""
     min_z: float = 3.0
-    """z that passes, with an interval above 0."""
+    """z that passes, with an interval above 0; more can be asked, less cannot."""
     num_bootstrap: int = 1000
     """Draws of test documents behind each interval."""
     seed: int = 0
@@ -55,8 +55,9 @@ class InterventionConfig:
     def __post_init__(self):
         check_least(
             self, "intervention", max_features=0, windows=1, window_tokens=2, random_directions=2, related_tokens=1,
-            num_bootstrap=1,
+            num_bootstrap=1, min_z=3,
         )  # fmt: skip
+        check_above_zero(self, "intervention", "strength")
 
 
 @dataclass(frozen=True)
