@@ -95,10 +95,12 @@ def _any_above(name: str, by_baseline: Sequence[Sequence[Receipt]]) -> Receipt:
     }
     measured = {what: receipt for what, receipt in best.items() if receipt is not None}
     above = [what for what, receipt in measured.items() if receipt.verdict == PASSED]
+    missing = [what for what in _HARDER if what not in measured]
     detail = {
         "above": above,
         "measured": {what: receipt.control for what, receipt in measured.items()},
-        "not measured": [what for what in _HARDER if what not in measured],
+        "not measured": missing,
+        "card": f"above 0: {', '.join(above) or 'none'}" + (f"; not measured: {', '.join(missing)}" if missing else ""),
     }
     verdict = PASSED if above else FAILED if len(measured) == len(_HARDER) else REPORTED
     return Receipt(control=name, value=len(above), verdict=verdict, threshold=1, n=len(measured), detail=detail)
