@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from saeql.store.records import RECEIPTS
 
@@ -37,8 +38,9 @@ def save_receipts(run: Run, receipts: Sequence[Receipt]) -> None:
     To be called within `run.locked()`; the store has to be brought up to date afterwards (`saeql store RUN`).
     """
     new = receipts_table(run.spec.name, receipts)
-    if run.evidence.has("receipts"):
-        old = run.evidence.read("receipts").cast(RECEIPTS)
+    file = run.evidence.path("receipts")  # not its parts, which probes and steering write
+    if file.exists():
+        old = pq.read_table(file, schema=RECEIPTS)
         codes = {control.code for control in CONTROLS}
         keep = [name.split(" ")[0] not in codes for name in old["control"].to_pylist()]
         new = pa.concat_tables([old.filter(pa.array(keep, pa.bool_())), new])

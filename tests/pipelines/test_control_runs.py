@@ -195,12 +195,15 @@ def test_receipts_are_evidence_and_replace_their_own_kind_only(parent: Run, tmp_
     parent = Run.open(shutil.copytree(parent.path, tmp_path / "copy", symlinks=True))
     other = Receipt(control="C2 true null", value=0.5, verdict="passed", n=7)
     parent.evidence.write("receipts", receipts_table(parent.spec.name, [other]))
+    probed = Receipt(control="C10 selectivity", value=0.5, verdict="passed", n=7)
+    parent.evidence.write("receipts", receipts_table(parent.spec.name, [probed]), part="probing-x")
     found = compare_controls(Trained(parent))
     for _ in range(2):
         with parent.locked():
             save_receipts(parent, found)
     controls = parent.evidence.read("receipts")["control"].to_pylist()
-    assert controls.count("C2 true null") == 1 and len(controls) == len(found) + 1
+    assert controls.count("C2 true null") == controls.count("C10 selectivity") == 1
+    assert len(controls) == len(found) + 2
     flags = [r for r in found if r.control == "C9 seed stability of the feature"]
     assert [r.feature for r in flags] == list(range(96))
     assert {r.verdict for r in flags} <= {"passed", "failed"}
