@@ -321,12 +321,11 @@ class FeatureStore:
     def feature(self, feature: int, dictionary: str | None = None) -> FeatureRow:
         """The feature's row of the view `features`; in a notebook its card. Raises FeatureNotFound."""
         name, dictionary_id, d_sae = self.memory.known_feature(feature, dictionary)
-        segment = self.memory.segment(dictionary_id)
         row = feature_row(
             self.memory.rows,
             name,
             dictionary_id,
-            segment["segment_id"] if segment else -1,
+            self.memory.first_segment_id(dictionary_id),
             int(feature),
             vocabulary=self.memory.vocabulary(dictionary_id),
             effects=self.memory.effects(dictionary_id, int(feature)),

@@ -87,7 +87,7 @@ class StoreMemory:
     def scope(self, dictionary: str | None) -> Scope:
         """What a search is about. Raises FeatureNotFound."""
         name, dictionary_id, d_sae = self.dictionary(dictionary)
-        segment_id = self._first_segment_id(dictionary_id)
+        segment_id = self.first_segment_id(dictionary_id)
         return Scope(
             name,
             dictionary_id,
@@ -111,7 +111,7 @@ class StoreMemory:
         """Label, kind, auroc, density and largest activation of all features."""
         if dictionary_id not in self._cards:
             with own_cursor(self.connection, self.path) as cursor:
-                self._cards[dictionary_id] = Cards.read(cursor, dictionary_id, self._first_segment_id(dictionary_id))
+                self._cards[dictionary_id] = Cards.read(cursor, dictionary_id, self.first_segment_id(dictionary_id))
         return self._cards[dictionary_id]
 
     def row(self, dictionary_id: int, d_sae: int, feature: int) -> dict[str, Any] | None:
@@ -121,7 +121,7 @@ class StoreMemory:
         if dictionary_id not in self._feature_columns:
             with own_cursor(self.connection, self.path) as cursor:
                 self._feature_columns[dictionary_id] = FeatureColumns.read(
-                    cursor, dictionary_id, self._first_segment_id(dictionary_id), d_sae
+                    cursor, dictionary_id, self.first_segment_id(dictionary_id), d_sae
                 )
         found = self._feature_columns[dictionary_id].of(feature)
         return None if found is None else (self._cards[dictionary_id].of(feature) or {}) | found
@@ -167,7 +167,8 @@ class StoreMemory:
             self._embeddings[name] = found
         return self._embeddings[name]
 
-    def _first_segment_id(self, dictionary_id: int) -> int:
+    def first_segment_id(self, dictionary_id: int) -> int:
+        """Of the dictionary's activations on its first corpus; -1 where there are none."""
         segment = self.segment(dictionary_id)
         return -1 if segment is None else segment["segment_id"]
 

@@ -7,8 +7,9 @@ import numpy as np
 
 from ..probing.probe_receipts import single_latents
 from ..steering.effect_evidence import ChosenEffects, chosen_effects
+from ..steering.effect_summary import MIN_Z
 from .control_gaps import ControlPair
-from .control_scores import DRAWS, Gap, gap
+from .control_scores import DRAWS, Gap
 from .receipt import Receipt
 from .statistics import PERCENTILES
 
@@ -51,22 +52,11 @@ def steering_gap(pair: ControlPair, name: str, *, asked: bool = True) -> list[Re
         which = next(key for key in mine.conditions if mine.conditions[key] != other.conditions.get(key))
         why = f"{which} is {mine.conditions[which]} and {other.conditions.get(which)}: measure both alike"
         return [pair.absent(name, why, asked=False)]
-    found = gap(mine.own_shift, other.own_shift)
-    ratio = gap(_ratios(mine), _ratios(other))
-    detail = {
-        "kind": pair.kind,
-        "n": found.n,
-        "n_control": found.n_other,
-        "median": float(np.median(mine.own_shift)),
-        "median_control": float(np.median(other.own_shift)),
-        "share_z": float((mine.z > 3).mean()),
-        "share_z_control": float((other.z > 3).mean()),
-    }
-    receipts = [pair.receipt(name, found, detail, asked=asked)]
-    if ratio.value == ratio.value:
-        medians = {"median": float(np.median(_ratios(mine))), "median_control": float(np.median(_ratios(other)))}
-        of_ratio = {"kind": pair.kind, "n": ratio.n, "n_control": ratio.n_other, **medians}
-        receipts.append(pair.receipt(f"{name} beside difference of means", ratio, of_ratio, asked=False))
+    shares = {"share_z": float((mine.z > MIN_Z).mean()), "share_z_control": float((other.z > MIN_Z).mean())}
+    receipts = [pair.gap(name, mine.own_shift, other.own_shift, asked=asked, by_documents=False, more=shares)]
+    ratios = _ratios(mine), _ratios(other)
+    if all(map(len, ratios)):
+        receipts.append(pair.gap(f"{name} beside difference of means", *ratios, asked=False, by_documents=False))
     return receipts
 
 

@@ -1,7 +1,7 @@
 """What C6 to C9 and C14b have in common: a run beside its control runs, one receipt a question."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -109,9 +109,16 @@ class ControlPair:
         at_least: float = 0.0,
         mean: bool = False,
         asked: bool = True,
+        by_documents: bool = True,
+        more: Mapping[str, Any] | None = None,
     ) -> Receipt:
-        """Receipt of a difference of medians (or means); passed: it reaches `at_least` and its interval is above 0."""
-        moves = self.moves.mean if mean else self.moves.median
+        """Receipt of a difference of medians (or means); passed: it reaches `at_least` and its interval is above 0.
+
+        `by_documents`: the interval also draws the documents that labels are scored on. `more` goes into the detail.
+        """
+        moves = None
+        if by_documents:
+            moves = self.moves.mean if mean else self.moves.median
         found = gap(mine, other, mean=mean, of_documents=moves)
         if found.value != found.value:
             what = "the run" if not len(mine) else f"control {self.kind}"
@@ -124,6 +131,7 @@ class ControlPair:
             word: float(statistic(mine)),
             f"{word}_control": float(statistic(other)),
             **self.other_text,
+            **(more or {}),
         }
         return self.receipt(name, found, detail, at_least=at_least, asked=asked)
 
